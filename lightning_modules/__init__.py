@@ -1,0 +1,43 @@
+"""Modules trained by expectation-maximisation in Lightning.
+
+Names are loaded when they are first used, so that `import lightning_modules.graph` does not load Lightning.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_modules.em import EStep, ParameterTable
+    from lightning_modules.graph import GraphDiffusion
+    from lightning_modules.networks import ConvAutoencoder, PerceptualLoss, ResidualDenoiser
+    from lightning_modules.reconstruction import GraphDiffusionReconstruction
+
+_HOME = {
+    "ConvAutoencoder": "networks",
+    "EStep": "em",
+    "GraphDiffusion": "graph",
+    "GraphDiffusionReconstruction": "reconstruction",
+    "ParameterTable": "em",
+    "PerceptualLoss": "networks",
+    "ResidualDenoiser": "networks",
+}
+
+__all__ = [
+    "ConvAutoencoder",
+    "EStep",
+    "GraphDiffusion",
+    "GraphDiffusionReconstruction",
+    "ParameterTable",
+    "PerceptualLoss",
+    "ResidualDenoiser",
+]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401  (PEP 562: a module attribute can be of any type)
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

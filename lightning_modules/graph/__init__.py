@@ -1,0 +1,17 @@
+"""Graph diffusion of images and point sets: tensor mathematics that knows nothing of Lightning."""
+
+from lightning_modules.graph.graph_diffusion import GraphDiffusion
+from lightning_modules.graph.noise import estimate_noise_std, seeded_normal, seeded_uniform
+from lightning_modules.graph.patches import PatchGrid
+from lightning_modules.graph.smoothness import Smoothness
+from lightning_modules.graph.topology import radius_graph
+
+__all__ = [
+    "GraphDiffusion",
+    "PatchGrid",
+    "Smoothness",
+    "estimate_noise_std",
+    "radius_graph",
+    "seeded_normal",
+    "seeded_uniform",
+]

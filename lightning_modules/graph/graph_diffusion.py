@@ -1,0 +1,181 @@
+"""Graph diffusion behind one door: the geometry chooses the path."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.data import Data
+
+from lightning_modules.graph.image_operator import diffuse_image, mean_similarity
+from lightning_modules.graph.laplacian import Laplacian
+from lightning_modules.graph.message_passing import diffuse_graph, diffuse_image_reference, patch_graph
+from lightning_modules.graph.parameters import DiffusionParameters
+from lightning_modules.graph.patch_operator import MAX_DENSE_NODES, diffuse_patches_dense
+from lightning_modules.graph.patches import PatchGrid, check_patch_geometry
+from lightning_modules.graph.smoothness import Smoothness
+from lightning_modules.graph.weights import gaussian
+
+
+class GraphDiffusion(nn.Module):
+    """Restores images, or signals on any graph, by diffusing them over a graph of similar patches.
+
+    It has no parameters of its own: σ, τ, ρ, σ_s, σ_f and the number of steps are arguments of `forward`, each a number
+    or a tensor with one number for each image, so that whoever learns them decides where they live.
+
+    Args:
+        patch_size: Side p of the patches in pixels; odd for `signal="image"`.
+        stride: Distance of neighbouring patches in pixels; 1 for `signal="image"`.
+        signal: What is diffused: `"image"` folds the patches after every step (recommended), `"patches"` once at the end.
+        laplacian: `"symmetric"`, `"random_walk"` or `"unnormalized"`; by default symmetric for patches. The image
+            operator is a random walk by construction.
+        reference: Compute images by message passing as well, slowly: the oracle of the fast paths.
+
+    Raises:
+        ValueError: If the geometry is impossible; the message names the argument, the rule and the value.
+
+    Example:
+        >>> diffusion = GraphDiffusion(patch_size=3)
+        >>> noisy = torch.rand(2, 3, 16, 16)
+        >>> restored = diffusion(noisy, sigma=0.3, tau=0.1, radius=3.0, sigma_s=2.0, sigma_f=0.3, smooth_steps=2)
+        >>> restored.shape
+        torch.Size([2, 3, 16, 16])
+    """
+
+    def __init__(
+        self,
+        patch_size: int = 3,
+        stride: int = 1,
+        signal: Literal["image", "patches"] = "image",
+        laplacian: Laplacian | None = None,
+        reference: bool = False,
+    ) -> None:
+        super().__init__()
+        check_patch_geometry(patch_size, stride)
+        if signal not in ("image", "patches"):
+            raise ValueError(f"signal must be 'image' or 'patches', got {signal!r}")
+        if signal == "image":
+            if stride != 1:
+                raise ValueError(f"signal='image' makes every pixel a node, so stride must be 1, got {stride}")
+            if patch_size % 2 == 0:
+                raise ValueError(
+                    f"signal='image' centres a window on each pixel: patch_size must be odd, got {patch_size}"
+                )
+            if laplacian not in (None, "random_walk"):
+                raise ValueError(f"signal='image' is a random walk: leave laplacian out instead of {laplacian!r}")
+        self.patch_size = patch_size
+        self.stride = stride
+        self.signal = signal
+        self.laplacian: Laplacian = laplacian or ("random_walk" if signal == "image" else "symmetric")
+        self.reference = reference
+
+    def forward(
+        self,
+        images: Tensor | Data,
+        *,
+        sigma: Tensor | float,
+        tau: Tensor | float,
+        radius: Tensor | float,
+        sigma_s: Tensor | float,
+        sigma_f: Tensor | float,
+        smooth_steps: Tensor | int,
+        noise_std: Tensor | float = 0.0,
+        features: Tensor | None = None,
+        max_radius: float | None = None,
+    ) -> Tensor:
+        """Restored images, or the restored node signals of a graph.
+
+        Args:
+            images: Images, or a PyG `Data`/`Batch` with `x` and `pos` and, optionally, `edge_index` and `features`.
+            sigma: Width σ of the similarity, patch L2 distance.
+            tau: Diffusion step τ.
+            radius: Cut-off radius ρ of the weights, in pixels or in the unit of `pos`.
+            sigma_s: Spatial width σ_s of the weights, in the same unit.
+            sigma_f: Patch-distance width σ_f of the weights.
+            smooth_steps: Number k of diffusion steps.
+            noise_std: Noise standard deviation σ_n of the images, whose expected contribution is taken off the
+                distances; 0 for clean ones.
+            features: Learned features to build the graph on, instead of the images. They are centred and scaled so that
+                a patch vector has unit root-mean-square norm (a network could otherwise absorb σ), and not debiased.
+            max_radius: Radius of the topology: the largest `radius` of the run. Taken from `radius` where it is left out.
+
+        Shape:
+            - images: `[B, C, H, W]`, or data.x `[N, D]`
+            - parameters, noise_std: scalar or `[B]`, B the number of images or graphs
+            - features: `[B, F, H, W]`
+            - output: as images, or `[N, D]`
+
+        Raises:
+            ValueError: If the images are not `[B, C, H, W]` or smaller than a patch.
+        """
+        parameters = DiffusionParameters(sigma, tau, radius, sigma_s, sigma_f, smooth_steps)
+        reach = float(torch.as_tensor(radius).max()) if max_radius is None else max_radius
+        if isinstance(images, Data):
+            _check_graph(images)
+            return diffuse_graph(images, parameters, noise_std, self.laplacian, reach)
+        grid = self._grid(images)
+        if features is None:
+            guide = images
+        else:
+            guide, noise_std = self._scaled(features), 0.0
+        if self.signal == "image":
+            operator = diffuse_image_reference if self.reference else diffuse_image
+            return operator(images, guide, parameters, noise_std, self.patch_size, reach)
+        if grid.num_patches <= MAX_DENSE_NODES and not self.reference:
+            patches = diffuse_patches_dense(images, guide, parameters, noise_std, grid, self.laplacian, reach)
+        else:
+            graph = patch_graph(images, guide, grid, reach)
+            restored = diffuse_graph(graph, parameters, noise_std, self.laplacian, reach)
+            patches = restored.view(len(images), grid.num_patches, -1)
+        return grid.average(patches)
+
+    def smoothness(self, images: Tensor, sigma: Tensor | float, max_radius: float) -> Smoothness:
+        """Smoothness of restored images on the graph of their own patches.
+
+        Args:
+            images: Restored images, taken as free of noise.
+            sigma: Width σ of the similarity; a number or one for each image.
+            max_radius: Radius of the topology in pixels.
+
+        Shape:
+            - images: `[B, C, H, W]`
+            - output: two tensors `[B]`
+        """
+        grid = self._grid(images)
+        if self.signal == "image":
+            similarity, num_edges = mean_similarity(images, sigma, self.patch_size, max_radius)
+            return Smoothness.from_similarity(similarity, num_edges, images.shape[-2] * images.shape[-1])
+        graph = patch_graph(images, images, grid, max_radius)
+        source, target = graph.edge_index
+        distance = (graph.x[source] - graph.x[target]).square().sum(1).view(len(images), -1)
+        width = sigma[:, None] if torch.is_tensor(sigma) else sigma
+        num_edges = distance.shape[1]
+        similarity = gaussian(distance, width).sum(1) / max(num_edges, 1)
+        return Smoothness.from_similarity(similarity, num_edges, grid.num_patches)
+
+    def _grid(self, images: Tensor) -> PatchGrid:
+        if images.ndim != 4:
+            raise ValueError(
+                f"images must be [B, C, H, W], got {list(images.shape)}: add the batch dimension with [None]"
+            )
+        return PatchGrid(images.shape[-2], images.shape[-1], self.patch_size, self.stride)
+
+    def _scaled(self, features: Tensor) -> Tensor:
+        centered = features - features.mean((2, 3), keepdim=True)
+        square = centered.square().mean((2, 3), keepdim=True).sum(1, keepdim=True) * self.patch_size**2
+        # The floor keeps features that are the same at every pixel at 0 instead of dividing by it.
+        return centered * square.clamp_min(torch.finfo(features.dtype).eps ** 2).rsqrt()
+
+    def extra_repr(self) -> str:
+        """Geometry, for `print(module)`."""
+        return (
+            f"patch_size={self.patch_size}, stride={self.stride}, signal={self.signal!r}, laplacian={self.laplacian!r}"
+        )
+
+
+def _check_graph(data: Data) -> None:
+    missing = [name for name in ("x", "pos") if getattr(data, name, None) is None]
+    if missing:
+        raise ValueError(
+            f"the graph has no {' and no '.join(missing)}: give a PyG Data with x [N, D] (signal) and pos [N, 2] "
+            "(positions); edge_index is optional"
+        )

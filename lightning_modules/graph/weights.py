@@ -1,0 +1,82 @@
+"""From patch distances to similarities and edge weights."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def debias_distance(distance: Tensor, noise_std: Tensor | float, dimension: int) -> Tensor:
+    r"""Squared patch distance without the part that noise is expected to add.
+
+    .. math:: D_{ij} = \max(\lVert p_i - p_j \rVert^2 - 2 \sigma_n^2 d, 0)
+
+    as in Buades, Coll & Morel, "Non-local means denoising", IPOL 2011, section 3.
+
+    Args:
+        distance: Squared L2 distances of noisy patches.
+        noise_std: Noise standard deviation σ_n in the unit of the pixels; 0 leaves the distance as it is.
+        dimension: Dimension d of a patch vector.
+
+    Shape:
+        - distance: any
+        - noise_std: broadcastable to distance
+        - output: as distance
+    """
+    if isinstance(noise_std, float | int) and noise_std == 0:
+        return distance
+    return (distance - 2 * dimension * noise_std**2).clamp_min(0)
+
+
+def gaussian(distance: Tensor, scale: Tensor | float) -> Tensor:
+    r"""Gaussian kernel :math:`\exp(-D / 2 s^2)` of a squared distance.
+
+    Args:
+        distance: Squared distances D.
+        scale: Kernel width s in the unit of √D, positive.
+
+    Shape:
+        - distance, scale: broadcastable to each other
+        - output: their broadcast shape
+    """
+    return torch.exp(distance * (-0.5 / scale**2))
+
+
+def cosine_cutoff(length: Tensor, radius: Tensor | float) -> Tensor:
+    r"""Smooth cut-off :math:`\tfrac12 (1 + \cos(\pi r / \rho))` for r < ρ, 0 beyond.
+
+    Its derivative with respect to ρ lets a radius be learned inside a fixed topology (Behler, J. Chem. Phys. 134,
+    074106, 2011, equation 4).
+
+    Args:
+        length: Edge lengths r in pixels.
+        radius: Cut-off radius ρ in pixels, positive.
+
+    Shape:
+        - length, radius: broadcastable to each other
+        - output: their broadcast shape
+    """
+    ratio = (length / radius).clamp_max(1)
+    return 0.5 * (1 + torch.cos(math.pi * ratio))
+
+
+def edge_weight(
+    distance: Tensor, length: Tensor, sigma_s: Tensor | float, sigma_f: Tensor | float, radius: Tensor | float
+) -> Tensor:
+    r"""Bilateral edge weight with a smooth cut-off.
+
+    .. math:: W_{ij} = \exp(-\lVert c_i - c_j\rVert^2 / 2\sigma_s^2) \exp(-D_{ij} / 2\sigma_f^2)\,
+              \mathrm{cutoff}(\lVert c_i - c_j\rVert / \rho)
+
+    Args:
+        distance: Squared patch distances D.
+        length: Edge lengths ‖c_i − c_j‖ in pixels.
+        sigma_s: Spatial width in pixels.
+        sigma_f: Patch-distance width.
+        radius: Cut-off radius ρ in pixels.
+
+    Shape:
+        - all arguments: broadcastable to each other
+        - output: their broadcast shape
+    """
+    return gaussian(distance, sigma_f) * (gaussian(length**2, sigma_s) * cosine_cutoff(length, radius))
