@@ -1,0 +1,119 @@
+"""Batches whose order, weights and random keys do not depend on how many processes share the work."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
+
+from datamodules._random import draw, permutation, stream
+
+Draw = tuple[Tensor, Tensor, Tensor]
+_ORDER, _KEYS = 0, 1  # two streams of each (seed, epoch)
+
+
+class EpochBatches(DistributedSampler[Any]):
+    r"""Yields one rank's batches of an epoch as ``(index, weight, key)``, for ``DataLoader(batch_size=None)``.
+
+    A subclass of ``DistributedSampler``, so that Lightning leaves it in place and tells it the epoch. Rank :math:`r` of
+    :math:`W` takes the samples :math:`r, r + W, \dots` of one common order: together the ranks see at each step what a
+    single process with :math:`W` times the batch size would see. An uneven epoch is padded with repeats of weight 0.
+
+    The weight of a valid sample in a batch of :math:`b` is :math:`b W A / v`, where :math:`A` is the number of batches
+    that Lightning accumulates and :math:`v` the number of valid samples in that optimiser step over all ranks.
+    Lightning divides by :math:`A`, the mean over the batch by :math:`b`, the mean over the ranks by :math:`W`: what
+    remains is the exact mean over the valid samples.
+
+    Args:
+        length: Number of samples in the data set.
+        batch_size: Samples per batch of one rank.
+        num_replicas: Number of ranks.
+        rank: The rank whose batches are wanted.
+        shuffle: Draw the order anew in each epoch; otherwise it is sequential.
+        seed: Seed of order and keys.
+        accumulation: Returns the number of batches per optimiser step and the number of batches after which the epoch
+            is cut; asked when the epoch starts, because Lightning settles both late.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        *,
+        num_replicas: int = 1,
+        rank: int = 0,
+        shuffle: bool = False,
+        seed: int = 0,
+        accumulation: Callable[[], tuple[int, float]] | None = None,
+    ) -> None:
+        super().__init__(range(length), num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
+        self.length = length
+        self.batch_size = batch_size
+        self.accumulation = accumulation
+        self.first_batch = 0
+
+    def __len__(self) -> int:
+        return math.ceil(self.num_samples / self.batch_size)
+
+    def __iter__(self) -> Iterator[Draw]:
+        # a generator: nothing is fixed before the first batch is asked for
+        order = permutation(self.length, self.seed, self.epoch, _ORDER) if self.shuffle else torch.arange(self.length)
+        keys = stream(self.seed, self.epoch, _KEYS)
+        accumulate, cut = self.accumulation() if self.accumulation else (1, math.inf)
+        last_batch = int(min(len(self), cut))
+        for batch in range(self.first_batch, len(self)):
+            begin, end = self._rows(batch, batch + 1)
+            position = torch.arange(begin, end) * self.num_replicas + self.rank
+            index = order[position % self.length]
+            group = batch // accumulate * accumulate
+            group_begin, group_end = self._rows(group, max(min(group + accumulate, last_batch), batch + 1))
+            valid = min(self.length, group_end * self.num_replicas) - group_begin * self.num_replicas
+            weight = (position < self.length) * ((end - begin) * self.num_replicas * accumulate / valid)
+            yield index, weight.float(), draw(keys, index)
+
+    def _rows(self, first: int, last: int) -> tuple[int, int]:
+        """Returns the rows that the batches from ``first`` up to ``last`` cover; a row is one sample for each rank."""
+        return first * self.batch_size, min(last * self.batch_size, self.num_samples)
+
+
+class FixedBatches(EpochBatches, SequentialSampler):  # type: ignore[misc]
+    """The same batches with the same keys in every epoch: evaluation, and training with ``overfit_batches``.
+
+    Also a ``SequentialSampler``, by which Lightning knows that ``overfit_batches`` has nothing to replace here.
+    """
+
+    def set_epoch(self, epoch: int) -> None:
+        """Stays at epoch 0."""
+
+
+class EpochLoader(DataLoader[Any]):
+    """A ``DataLoader`` over :class:`EpochBatches` that starts late and resumes in the middle of an epoch.
+
+    On resuming, Lightning makes the iterator before it tells the sampler the epoch, and worker processes fetch at
+    once: they would fetch epoch 0. This loader begins with the first batch that is asked for. Its state is what lets
+    Lightning continue an interrupted epoch with the batch that comes next, not with the first.
+    """
+
+    _batches_yielded = 0
+    _resume_from: dict[str, int] | None = None
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        sampler = self.sampler
+        assert isinstance(sampler, EpochBatches)
+        resume, self._resume_from = self._resume_from, None
+        sampler.first_batch = resume["batches"] if resume and resume["epoch"] == sampler.epoch else 0
+        self._batches_yielded = sampler.first_batch
+        for batch in super().__iter__():
+            self._batches_yielded += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Returns how far the epoch has come, for Lightning's checkpoint."""
+        assert isinstance(self.sampler, EpochBatches)
+        return {"epoch": self.sampler.epoch, "batches": self._batches_yielded}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Continues after the batches already seen, provided that the next epoch asked for is the one interrupted."""
+        self._resume_from = state_dict
