@@ -1,6 +1,7 @@
 """A residual CNN that diffuses the noisy image over a graph built from its own features."""
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +75,7 @@ class ResidualDenoiser(nn.Module):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for output in (self.noise, self.head[-1]):
+        for output in (self.noise, cast(nn.Conv2d, self.head[-1])):
             nn.init.zeros_(output.weight)
 
     def forward(self, noisy: Tensor, diffuse: Diffuse | None = None) -> Tensor:
