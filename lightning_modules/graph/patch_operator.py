@@ -81,6 +81,22 @@ def pairwise_squared_distance(features: Tensor) -> Tensor:
     return distance.clamp_min(0) * off_diagonal
 
 
+def mean_similarity_dense(
+    images: Tensor, sigma: Tensor | float, grid: PatchGrid, max_radius: float
+) -> tuple[Tensor, int]:
+    """Mean similarity over the edges of each image, and the number of edges (both directions counted).
+
+    Shape:
+        - images: `[B, C, H, W]`
+        - output: `[B]`
+    """
+    _, adjacency = _topology(grid, max_radius, images.device, images.dtype)
+    width = sigma.view(-1, 1, 1) if torch.is_tensor(sigma) else sigma
+    similarity = gaussian(pairwise_squared_distance(grid.extract(images)), width) * adjacency
+    num_edges = int(adjacency.sum())
+    return similarity.sum((1, 2)) / max(num_edges, 1), num_edges
+
+
 @lru_cache(maxsize=32)
 def _topology(grid: PatchGrid, max_radius: float, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Distances of the patch centres and which of them are edges, `[N, N]` each."""

@@ -32,6 +32,7 @@ class ResidualDenoiser(nn.Module):
         graph: Diffuse the noisy image over the graph of the features. False: the same network without its graph.
 
     Example:
+        >>> import torch
         >>> network = ResidualDenoiser(width=8, depth=3)
         >>> noisy = torch.rand(2, 3, 37, 31)
         >>> network(noisy, lambda signal, features: signal).shape
