@@ -58,7 +58,7 @@ class EMCommand(LightningCLI):
         super().parse_arguments(parser, args)
 
 
-def main(args: list[str] | None = None) -> EMCommand:
+def main(args: list[str] | None = None) -> None:
     """Run the command.
 
     Args:
@@ -68,7 +68,7 @@ def main(args: list[str] | None = None) -> EMCommand:
         print(_version())
         raise SystemExit(0)
     _check_packages()
-    return EMCommand(
+    EMCommand(
         L.LightningModule,
         L.LightningDataModule,
         subclass_mode_model=True,

@@ -119,12 +119,6 @@ class GraphDiffusionReconstruction(L.LightningModule):
         restored, _, _ = self._restore(noisy, level, labels)
         return restored
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Refuse labels without a row while they are on the host, where a look costs nothing."""
-        if isinstance(batch, dict) and "label" in batch:
-            self.assignment.check_labels(batch["label"], len(self.em_parameters.row_names))
-        return batch
-
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """E-step: responsibilities, restoration and losses of each image under the current parameters."""
         noisy, level = self._observe(batch)
