@@ -24,10 +24,6 @@ class EMCommand(LightningCLI):
     saying what to run next.
     """
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Describe the command in its help."""
-        parser.description = "Training by expectation-maximisation in Lightning. Start with: -c configs/demo.yaml"
-
     def before_instantiate_classes(self) -> None:
         """Give the table one row for each class of the data, unless the configuration names the rows itself."""
         config = self.config[self.subcommand] if self.subcommand else self.config
@@ -64,11 +60,21 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: Words after the command's name; those of the process by default.
     """
-    if args is None and "--version" in sys.argv[1:2]:
+    if args is None and sys.argv[1:2] == ["--version"]:
         print(_version())
-        raise SystemExit(0)
+        return
+    build(args, run=True)
+
+
+def build(args: list[str] | None, run: bool = False) -> EMCommand:
+    """Data, module and trainer of a configuration, for scripts that drive them by themselves.
+
+    Args:
+        args: Words of the command line without the verb, such as `["-c", "configs/demo.yaml"]`.
+        run: Take the verb (`fit`, `validate`, `test` or `predict`) from the words and run it.
+    """
     _check_packages()
-    EMCommand(
+    return EMCommand(
         L.LightningModule,
         L.LightningDataModule,
         subclass_mode_model=True,
@@ -76,6 +82,7 @@ def main(args: list[str] | None = None) -> None:
         auto_configure_optimizers=False,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
+        run=run,
         args=args,
     )
 
