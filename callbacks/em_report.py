@@ -103,21 +103,18 @@ def overlay(pl_module: LightningModule, table: "ParameterTable") -> dict[str, An
 def summary(
     metrics: Mapping[str, Any], directory: str | None, checkpoint: str | None, exported: Path | None
 ) -> list[str]:
-    """Returns the lines below the table: the metric before and after, where things are, what to run next."""
+    """Returns the lines below the table: the metric before and after, and where things are."""
     lines = []
     if "val/psnr" in metrics and "val/psnr_noisy" in metrics:
         before, after = float(metrics["val/psnr_noisy"]), float(metrics["val/psnr"])
         gain = float(metrics.get("val/gain", after - before))
         lines.append(f"validation PSNR: {before:.2f} dB before restoration, {after:.2f} dB after: {gain:+.2f} dB")
     if exported is not None:
-        lines.append(f"parameters: {exported}    (start the next run from them: fit -c CONFIG -c {exported})")
+        lines.append(f"parameters: {exported} (the next run starts from them with -c CONFIG -c {exported})")
     if directory is not None:
-        lines.append(f"logs:       {directory}    (look at them: tensorboard --logdir {Path(directory).parent})")
+        lines.append(f"logs:       {directory}")
     if checkpoint is not None:
-        config = Path(directory or ".") / "config.yaml"
         lines.append(f"checkpoint: {checkpoint}")
-        if config.is_file():
-            lines.append(f"next:       lightning-em test -c {config} --ckpt_path {checkpoint}")
     return lines
 
 

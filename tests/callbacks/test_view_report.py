@@ -146,12 +146,10 @@ def test_a_run_without_logs_writes_nothing(
     assert not list(tmp_path.rglob("em_parameters.yaml"))
 
 
-def test_the_next_command_is_named_where_the_config_was_saved(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").touch()
-    lines = summary({}, str(tmp_path), "last.ckpt", None)
-    assert lines[-1].endswith(f"lightning-em test -c {tmp_path}/config.yaml --ckpt_path last.ckpt")
-    assert not any("PSNR" in line for line in lines)
+def test_the_summary_tells_what_there_is() -> None:
     assert summary({}, None, None, None) == []
+    lines = summary({"val/psnr": 28.0, "val/psnr_noisy": 20.5}, "logs", "last.ckpt", Path("logs/em_parameters.yaml"))
+    assert [line.split(":")[0] for line in lines] == ["validation PSNR", "parameters", "logs", "checkpoint"]
 
 
 def test_a_module_without_parameters_is_told_so(tmp_path: Path) -> None:
