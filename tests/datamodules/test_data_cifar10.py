@@ -76,7 +76,7 @@ def test_val_size_without_meaning(val_size):
 
 
 def test_val_size_larger_than_the_data(fake_cifar):
-    with pytest.raises(ValueError, match="val_size=5000 leaves no image to train on.*hold 20 images"):
+    with pytest.raises(ValueError, match=r"val_size=5000 leaves no image to train on.*hold 20 images"):
         CIFAR10DataModule(str(fake_cifar())).setup("fit")
 
 

@@ -109,7 +109,7 @@ class TestDecoding:
     def test_not_finite(self, tmp_path, value, channels):
         array = np.zeros((7, 5, channels), np.float32)
         array[2, 3] = value
-        tifffile.imwrite(tmp_path / "a.tif", array.squeeze())
+        tifffile.imwrite(tmp_path / "a.tif", array.squeeze(), photometric="rgb" if channels == 3 else "minisblack")
         with pytest.raises(ValueError, match=rf"a\.tif has the pixel value {value}; pixels must be finite"):
             read_image(tmp_path / "a.tif")
 
@@ -241,11 +241,11 @@ class TestCrops:
         trained_on = ImageFolderDataModule(str(folder), val_fraction=0)
         trained_on.setup("fit")
         assert trained_on.val_dataloader() == []
-        with pytest.raises(ValueError, match="leaves none to test on. Give a larger one"):
+        with pytest.raises(ValueError, match=r"leaves none to test on. Give a larger one"):
             trained_on.setup("test")
         tested_on = ImageFolderDataModule(str(folder), val_fraction=1)
         tested_on.setup("test")
-        with pytest.raises(ValueError, match="leaves none to train on. Give a smaller one"):
+        with pytest.raises(ValueError, match=r"leaves none to train on. Give a smaller one"):
             tested_on.setup("fit")
 
 

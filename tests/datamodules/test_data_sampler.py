@@ -113,16 +113,16 @@ def test_keys_are_uniform_62_bit_numbers():
 
 
 def test_streams_do_not_collide():
-    starts = {int(stream(seed, epoch)) for seed in range(100) for epoch in range(100)}
-    assert len(starts) == 10_000
+    starts = {int(stream(seed, epoch)) for seed in range(50) for epoch in range(40)}
+    assert len(starts) == 2_000
     assert stream(1) != stream(1, 0)
     assert stream(-1) == stream(2**64 - 1)
 
 
 def test_permutation_is_one():
     assert sorted(permutation(100, 5).tolist()) == list(range(100))
-    first = torch.stack([permutation(10, seed)[0] for seed in range(3000)])
-    assert (torch.bincount(first, minlength=10) - 300).abs().max() < 90  # 5 standard deviations
+    first = torch.stack([permutation(10, seed)[0] for seed in range(2000)])
+    assert (torch.bincount(first, minlength=10) - 200).abs().max() < 70  # 5 standard deviations
 
 
 def test_evaluation_is_sequential_and_stays_at_epoch_zero():
