@@ -1,4 +1,4 @@
-"""Expectation-maximisation: parameters with bounds and rows, responsibilities, statistics. Knows nothing of Lightning."""
+"""Expectation-maximisation without Lightning: parameters with bounds and rows, responsibilities, statistics."""
 
 from lightning_modules.em.assignments import Assignment, GlobalAssignment, LabelAssignment
 from lightning_modules.em.e_step import EStep, Statistics

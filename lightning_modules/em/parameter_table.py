@@ -41,7 +41,8 @@ class ParameterTable(nn.Module):
 
     Args:
         initial: Start values by name. Names of graph diffusion (`sigma`, `tau`, `radius`, `sigma_s`, `sigma_f`,
-            `smooth_steps`) replace the default start; with any other name among them, the table holds exactly the names given.
+            `smooth_steps`) replace the default start; with any other name among them, the table holds exactly the
+            names given.
         bounds: Lower and upper bound by name.
         learned: Names that the M-step moves; all of them by default.
         per_row: Names that have a value for each row.
@@ -169,11 +170,11 @@ class ParameterTable(nn.Module):
         return self._natural(TableValues(self.shared, self.offsets))
 
     def largest(self, name: str) -> float:
-        """Largest value that a parameter can have during a run: its bound, or the value itself where nothing moves it."""
+        """Largest value that a parameter can have in a run: its bound, or the value itself where nothing moves it."""
         return float(self._constants.get(name, self.bounds[name][1]))
 
     def smallest(self, name: str) -> float:
-        """Smallest value that a parameter can have during a run; see `largest`."""
+        """Smallest value that a parameter can have in a run; see `largest`."""
         return float(self._constants.get(name, self.bounds[name][0]))
 
     # The M-step's side -------------------------------------------------------------------------------------------
@@ -276,7 +277,11 @@ class ParameterTable(nn.Module):
                 f"({', '.join(self.row_names) or 'none'}); leave it out for the global set"
             )
         numbers = self._natural(values)[0 if row is None else row + 1].tolist()
-        return {n: round(v) if n in self.integers else v for n, v in zip(self.names, numbers, strict=True)}
+        # Twelve digits: without what the way through the logarithm adds in the last ones.
+        return {
+            name: round(value) if name in self.integers else float(f"{value:.12g}")
+            for name, value in zip(self.names, numbers, strict=True)
+        }
 
     def _initial_offsets(self, shared: Tensor, initial_rows: dict[str, dict[str, float]]) -> Tensor:
         if len(set(self.row_names)) < len(self.row_names):
