@@ -111,7 +111,7 @@ def test_image_operator_equals_the_reference(dtype: torch.dtype, tolerance: floa
 
 
 def test_image_operator_equals_a_pixel_by_pixel_loop() -> None:
-    """An oracle that shares no code with the product: loops over pixels, windows and neighbours, as DESIGN states it."""
+    """An oracle that shares no code with the product: loops over pixels, windows and neighbours."""
     y = noisy_images(size=1, height=5, width=4)[0]
     channels, height, width = y.shape
     sigma, tau, radius, sigma_s, sigma_f, noise, reach = 0.6, 0.2, 2.3, 1.7, 0.8, 0.05, 2.0
