@@ -80,9 +80,7 @@ def test_fit_leaves_checkpoints_parameters_and_the_config(demo_run: Path) -> Non
 
 
 @pytest.mark.parametrize(("verb", "prefix"), [("validate", "val"), ("test", "test")])
-def test_evaluation_of_a_checkpoint(
-    demo_run: Path, verb: str, prefix: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluation_of_a_checkpoint(demo_run: Path, verb: str, prefix: str, capsys: pytest.CaptureFixture[str]) -> None:
     main([verb, "-c", DEMO, "--ckpt_path", checkpoint(demo_run), *FEW_CROPS, "--trainer.accelerator=cpu"])
     assert f"{prefix}/psnr_noisy" in capsys.readouterr().out
 
