@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from em_runs import make_module, make_rule, make_trainer, real_float16, run
-from em_runs import SmoothImages
+from em_runs import SmoothImages, make_module, make_rule, make_trainer, real_float16, run
 
 from callbacks import EMParameterCallback
 
