@@ -73,7 +73,7 @@ def test_smoothness_bonus_moves_the_table_and_not_the_network() -> None:
     gradients = []
     for alpha in (0.0, 0.5):
         torch.manual_seed(0)
-        module = make(backbone=ResidualDenoiser(width=4, depth=2), smoothness_weight=alpha)
+        module = make(backbone=ResidualDenoiser(width=4, depth=4, graph_on="features"), smoothness_weight=alpha)
         module.train().training_step(make_batch(), 0)["loss"].backward()
         assert module.backbone is not None
         network = torch.cat([parameter.grad.flatten() for parameter in module.backbone.parameters()])

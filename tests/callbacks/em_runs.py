@@ -67,7 +67,7 @@ def make_module(network: bool = True) -> GraphDiffusionReconstruction:
     return GraphDiffusionReconstruction(
         GraphDiffusion(patch_size=3),
         table,
-        backbone=ResidualDenoiser(width=4, depth=2, graph_features=2) if network else None,
+        backbone=ResidualDenoiser(width=4, depth=4, graph_features=2, graph_on="features") if network else None,
         assignment=LabelAssignment(),
         noise_std=(0.05, 0.15),
         smoothness_weight=0.001,

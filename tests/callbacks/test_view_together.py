@@ -35,7 +35,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[L.Trainer, GraphDiffu
         row_names=data.class_names,
     )
     module = GraphDiffusionReconstruction(
-        GraphDiffusion(patch_size=3), table, backbone=ResidualDenoiser(width=4, depth=2), assignment=LabelAssignment()
+        GraphDiffusion(patch_size=3), table, backbone=ResidualDenoiser(width=4, depth=4), assignment=LabelAssignment()
     )
     trainer = L.Trainer(
         accelerator="cpu",
