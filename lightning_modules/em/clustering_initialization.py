@@ -1,4 +1,6 @@
-"""Where clustering begins: k-means++, k-means‖ and random rows, and a sample of a stream that no order or process changes."""
+"""Where clustering begins: k-means++, k-means‖ and random rows, and a sample of a stream that no order or process
+changes.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from torch import Tensor
 
 Initialization = Literal["k-means++", "k-means||", "random"]
 
-# Rows that k-means‖ adds in one pass, for each component, and the passes it takes (Bahmani et al. 2012: l = 2k, about 5 rounds).
+# Rows that k-means‖ adds in one pass, for each component, and the passes it takes (Bahmani et al. 2012: l = 2k, about
+# 5 rounds).
 OVERSAMPLING = 2
 ROUNDS = 4
 
@@ -18,8 +21,8 @@ ROUNDS = 4
 def kmeans_plus_plus(
     z: Tensor, num_components: int, generator: torch.Generator, weights: Tensor | None = None
 ) -> Tensor:
-    r"""Greedy k-means++ (Arthur and Vassilvitskii 2007): rows drawn with probability :math:`\propto w_n \min_k \|z_n - c_k\|^2`, the
-    best of :math:`2 + \log K` draws each time.
+    r"""Greedy k-means++ (Arthur and Vassilvitskii 2007): rows drawn with probability
+    :math:`\propto w_n \min_k \|z_n - c_k\|^2`, the best of :math:`2 + \log K` draws each time.
 
     Args:
         z: rows to choose from.
@@ -28,7 +31,7 @@ def kmeans_plus_plus(
         weights: multiplicity of the rows.
 
     Shape: ``z`` ``[N, D]``, ``weights`` ``[N]``; result ``[K, D]``.
-    """  # noqa: D205
+    """
     weights = z.new_ones(z.shape[0]) if weights is None else weights.to(z)
     trials = 2 + int(math.log(num_components))
     norms = z.square().sum(dim=1)
@@ -69,9 +72,11 @@ def random_rows(z: Tensor, num_components: int, generator: torch.Generator) -> T
 
 
 def row_keys(z: Tensor, seed: int, index: Tensor | None = None) -> Tensor:
-    """A uniform number in (0, 1) for each row, a function of the row (its ``index`` where known, else its values) and the seed alone.
+    """A uniform number in (0, 1) for each row, a function of the row (its ``index`` where known, else its values) and
+    the seed alone.
 
-    So the rows with the smallest keys are a random sample that is the same in every order and on any number of processes.
+    So the rows with the smallest keys are a random sample that is the same in every order and on any number of
+    processes.
 
     Shape: ``z`` ``[N, D]``, ``index`` ``[N]``; result ``[N]`` float64.
     """

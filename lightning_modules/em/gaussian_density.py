@@ -1,4 +1,6 @@
-"""Log densities of many Gaussians and weighted moments of the data, as few large matrix products in chunks that stay in cache."""
+"""Log densities of many Gaussians and weighted moments of the data, as few large matrix products in chunks that stay
+in cache.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,11 @@ from torch import Tensor
 CovarianceType = Literal["full", "diag", "tied", "spherical"]
 
 LOG_2PI = math.log(2 * math.pi)
-# Above this precision (in units of the data's variance) the expanded square z'Pz - 2z'Pm + m'Pm loses digits that matter.
+# Above this precision (in units of the data's variance) the expanded square z'Pz - 2z'Pm + m'Pm loses digits that
+# matter.
 MAX_PRODUCT_PRECISION = 1e6
-# Symmetric features z_i z_j are formed block by block; a block of 8 wastes 7 % of the products at D = 48 and needs 6 calls.
+# Symmetric features z_i z_j are formed block by block; a block of 8 wastes 7 % of the products at D = 48 and needs 6
+# calls.
 BLOCK = 8
 # Beyond this width the symmetric features of one chunk no longer fit a cache, and the centred form is as fast.
 MAX_PRODUCT_FEATURES = 256
@@ -38,7 +42,9 @@ def cholesky_or_raise(matrices: Tensor, reg_covar: float | None = None) -> Tenso
 
 
 def ill_defined_message(bad: Tensor, reg_covar: float | None) -> str:
-    """The message for covariances that are not positive definite; ``bad`` marks the components in its last dimension."""
+    """The message for covariances that are not positive definite; ``bad`` marks the components in its last
+    dimension.
+    """
     named = sorted({int(k) for k in bad.reshape(-1, bad.shape[-1] if bad.ndim else 1).nonzero()[:, 1]})
     given = "" if reg_covar is None else f" at reg_covar={reg_covar:g}"
     return (
@@ -52,13 +58,14 @@ def ill_defined_message(bad: Tensor, reg_covar: float | None) -> str:
 class GaussianComponents:
     r"""S mixtures of K Gaussians, prepared for one pass over the data.
 
-    Two forms compute the same. The *product* form writes :math:`\log \pi_k N(z; \mu_k, \Sigma_k)` as one product of coefficients
-    with the features :math:`(z_i z_j)_{i \le j}, z, 1`, which also are what the M-step sums: two matrix products a chunk and half
-    the arithmetic. The *centred* form computes :math:`\|L_k^\top (z - \mu_k)\|^2` and moments about :math:`\mu_k`: for precisions so
-    large that the expanded square would lose digits.
+    Two forms compute the same. The *product* form writes :math:`\log \pi_k N(z; \mu_k, \Sigma_k)` as one product of
+    coefficients with the features :math:`(z_i z_j)_{i \le j}, z, 1`, which also are what the M-step sums: two matrix
+    products a chunk and half the arithmetic. The *centred* form computes :math:`\|L_k^\top (z - \mu_k)\|^2` and
+    moments about :math:`\mu_k`: for precisions so large that the expanded square would lose digits.
 
-    Shape: ``means`` ``[S, K, D]``, ``log_constant`` ``[S, K]``, ``factors`` (Cholesky factors of the precisions) ``[S, K, D, D]``
-    (full), ``[S, D, D]`` (tied), ``[S, K, D]`` (diag, spherical), ``coefficients`` ``[S·K, F]`` (product form).
+    Shape: ``means`` ``[S, K, D]``, ``log_constant`` ``[S, K]``, ``factors`` (Cholesky factors of the precisions) ``[S,
+    K, D, D]`` (full), ``[S, D, D]`` (tied), ``[S, K, D]`` (diag, spherical), ``coefficients`` ``[S·K, F]`` (product
+    form).
     """
 
     covariance_type: CovarianceType
@@ -105,7 +112,9 @@ class GaussianComponents:
         return chunk_rows(width, self.means.device)
 
     def encode(self, z: Tensor) -> Tensor:
-        """What densities and moments need of a chunk ``z`` ``[N, D]``; valid until the next call. Features ``[F, N]``, or differences."""
+        """What densities and moments need of a chunk ``z`` ``[N, D]``; valid until the next call. Features ``[F, N]``,
+        or differences.
+        """
         if self.coefficients is None:
             starts, num_components, num_features = self.means.shape
             return z[None] - self.means.reshape(starts * num_components, 1, num_features)
@@ -190,7 +199,9 @@ class GaussianComponents:
 
 
 def precision_factors(covariance_type: CovarianceType, covariances: Tensor, num_features: int) -> Tensor:
-    r"""Cholesky factors :math:`L` of the precisions, :math:`L L^\top = \Sigma^{-1}`; for diagonals the inverse deviations."""
+    r"""Cholesky factors :math:`L` of the precisions, :math:`L L^\top = \Sigma^{-1}`; for diagonals the inverse
+    deviations.
+    """
     if covariance_type in ("diag", "spherical"):
         bad = ~(covariances > 0)
         if bool(bad.any()):
@@ -251,7 +262,9 @@ def _coefficients(covariance_type: CovarianceType, means: Tensor, factors: Tenso
 
 
 def _features(covariance_type: CovarianceType, z: Tensor, features: Tensor) -> Tensor:
-    """Fill ``features`` ``[F, N]`` of rows ``z`` ``[N, D]``: quadratic ones of the covariance type, then ``z``, then 1."""
+    """Fill ``features`` ``[F, N]`` of rows ``z`` ``[N, D]``: quadratic ones of the covariance type, then ``z``, then
+    1.
+    """
     columns = z.T.contiguous()
     num_features, rows = columns.shape
     if covariance_type == "full":

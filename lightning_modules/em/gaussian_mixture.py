@@ -16,7 +16,8 @@ from lightning_modules.em.gaussian_density import (
 
 # scikit-learn's floor: a component without points keeps a weight and divides by no zero.
 EMPTY_COUNT = 10 * torch.finfo(torch.float64).eps
-# Moments about the frame's origin carry rounding of about 1e-16 of the data's variance; below this floor they say nothing.
+# Moments about the frame's origin carry rounding of about 1e-16 of the data's variance; below this floor they say
+# nothing.
 UNCENTRED_VARIANCE_FLOOR = 1e-9
 SUMS = ("weight", "first", "second", "log_likelihood", "entropy", "count")
 
@@ -25,8 +26,8 @@ SUMS = ("weight", "first", "second", "log_likelihood", "entropy", "count")
 class MixtureParameters:
     """Parameters of one mixture, or of S mixtures that are fitted side by side.
 
-    Shape: ``weights`` ``[(S,) K]``, ``means`` ``[(S,) K, D]``, ``covariances`` ``[(S,) K, D, D]`` (full), ``[(S,) K, D]``
-    (diag), ``[(S,) D, D]`` (tied) or ``[(S,) K]`` (spherical).
+    Shape: ``weights`` ``[(S,) K]``, ``means`` ``[(S,) K, D]``, ``covariances`` ``[(S,) K, D, D]`` (full), ``[(S,) K,
+    D]`` (diag), ``[(S,) D, D]`` (tied) or ``[(S,) K]`` (spherical).
     """
 
     covariance_type: CovarianceType
@@ -58,9 +59,9 @@ class MixtureStatistics:
     .. math:: N_k = \sum_n r_{nk}, \quad F_k = \sum_n r_{nk} u_{nk}, \quad S_k = \sum_n r_{nk} u_{nk} u_{nk}^\top
 
     Shape: ``weight`` ``[S, K]``, ``first`` ``[S, K, D]``, ``second`` ``[S, K, D, D]`` (full), ``[S, D, D]`` (tied) or
-    ``[S, K, D]`` (diag, spherical); ``log_likelihood`` and ``entropy`` ``[S]`` and ``count`` ``[]`` are sums over the rows.
-    ``center`` ``[S, K, D]`` comes from the parameters, is the same on every process, and is never summed; ``centred`` says whether
-    it is the means, or the frame's origin.
+    ``[S, K, D]`` (diag, spherical); ``log_likelihood`` and ``entropy`` ``[S]`` and ``count`` ``[]`` are sums over the
+    rows. ``center`` ``[S, K, D]`` comes from the parameters, is the same on every process, and is never summed;
+    ``centred`` says whether it is the means, or the frame's origin.
     """
 
     covariance_type: CovarianceType
@@ -112,10 +113,12 @@ class MixtureStatistics:
             like: Tensor = getattr(self, name)
             parts[name] = vector[position : position + like.numel()].view_as(like)
             position += like.numel()
-        return replace(self, **parts)
+        return replace(self, **parts)  # type: ignore[arg-type]
 
     def about_origin(self) -> MixtureStatistics:
-        """The same sums with the frame's origin as the centre of all, which makes passes under different parameters addable."""
+        """The same sums with the frame's origin as the centre of all, which makes passes under different parameters
+        addable.
+        """
         c, first = self.center, self.first + self.weight[..., None] * self.center
         if self.covariance_type in ("diag", "spherical"):
             second = self.second + 2 * c * self.first + self.weight[..., None] * c.square()
@@ -129,7 +132,8 @@ class MixtureStatistics:
 def expectation(
     components: GaussianComponents, z: Tensor, mask: Tensor | None = None, into: MixtureStatistics | None = None
 ) -> MixtureStatistics:
-    r"""E-step: :math:`r_{nk} = \pi_k N(z_n; \mu_k, \Sigma_k) / \sum_j \pi_j N(z_n; \mu_j, \Sigma_j)`, kept as sums only.
+    r"""E-step: :math:`r_{nk} = \pi_k N(z_n; \mu_k, \Sigma_k) / \sum_j \pi_j N(z_n; \mu_j, \Sigma_j)`, kept as sums
+    only.
 
     Args:
         components: the densities of this pass.
@@ -171,7 +175,7 @@ def hard_statistics(
 
     Shape: ``centers`` ``[S, K, D]``, ``labels`` ``[S, N]``, ``z`` ``[N, D]``.
     """
-    starts, num_components, num_features = centers.shape
+    num_components = centers.shape[1]
     components = GaussianComponents(
         covariance_type, centers, centers.new_empty(0), centers.new_empty(0), centred=True, coefficients=None
     )
@@ -191,11 +195,12 @@ def hard_statistics(
 def maximisation(
     statistics: MixtureStatistics, reg_covar: Tensor, previous: MixtureParameters | None = None
 ) -> MixtureParameters:
-    r"""M-step: :math:`\pi_k = N_k / N`, :math:`\mu_k = c_k + F_k / N_k`, :math:`\Sigma_k = S_k / N_k - \delta_k \delta_k^\top + \varepsilon I`.
+    r"""M-step: :math:`\pi_k = N_k / N`, :math:`\mu_k = c_k + F_k / N_k`,
+    :math:`\Sigma_k = S_k / N_k - \delta_k \delta_k^\top + \varepsilon I`.
 
-    The regularised covariance is not the maximum of the bound, so by itself it could lower the likelihood. Where it would lower the
-    bound against the ``previous`` covariance, that one stays (a generalised M-step), and the likelihood never falls. Components
-    without points keep their mean and covariance.
+    The regularised covariance is not the maximum of the bound, so by itself it could lower the likelihood. Where it
+    would lower the bound against the ``previous`` covariance, that one stays (a generalised M-step), and the
+    likelihood never falls. Components without points keep their mean and covariance.
 
     Args:
         statistics: sums over all rows and all processes.
@@ -248,7 +253,9 @@ def _regularised(covariance_type: CovarianceType, scatter: Tensor, reg_covar: Te
 
 
 def _bound_would_fall(covariance_type: CovarianceType, scatter: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    r"""Where :math:`\log\det\Sigma + \operatorname{tr}(\Sigma^{-1} S)` of the new covariance exceeds that of the old one."""
+    r"""Where :math:`\log\det\Sigma + \operatorname{tr}(\Sigma^{-1} S)` of the new covariance exceeds that of the old
+    one.
+    """
     if covariance_type == "spherical":
         trace, num_features = scatter.sum(dim=-1), scatter.shape[-1]
         return num_features * new.log() + trace / new > num_features * old.log() + trace / old
@@ -279,7 +286,8 @@ def check_positive_definite(parameters: MixtureParameters, reg_covar: float) -> 
 
 
 def expected_log_joint(statistics: MixtureStatistics, parameters: MixtureParameters) -> Tensor:
-    r""":math:`\sum_n \sum_k r_{nk} \log \pi_k N(z_n; \mu_k, \Sigma_k)` in closed form from the statistics; plus their entropy it is the bound.
+    r""":math:`\sum_n \sum_k r_{nk} \log \pi_k N(z_n; \mu_k, \Sigma_k)` in closed form from the statistics; plus their
+    entropy it is the bound.
 
     Shape: result ``[S]``.
     """
@@ -295,7 +303,9 @@ def expected_log_joint(statistics: MixtureStatistics, parameters: MixtureParamet
 
 
 def statistics_of(parameters: MixtureParameters, count: float = 1.0) -> MixtureStatistics:
-    """The expected statistics of ``count`` rows drawn from the mixture itself: where stepwise EM's running average begins."""
+    """The expected statistics of ``count`` rows drawn from the mixture itself: where stepwise EM's running average
+    begins.
+    """
     theta = parameters.batched()
     kind, covariances = theta.covariance_type, theta.covariances
     weight = theta.weights * count

@@ -16,10 +16,12 @@ SUMS = ("weight", "first", "inertia", "count")
 
 @dataclass
 class KMeansStatistics:
-    """What the assignment hands to the update, summed over the rows; the sums are about the centres, so no digits are lost.
+    """What the assignment hands to the update, summed over the rows; the sums are about the centres, so no digits are
+    lost.
 
-    Shape: ``weight`` ``[S, K]``, ``first`` ``[S, K, D]``, ``inertia`` ``[S]``, ``count`` ``[]``; not summed but kept: the
-    farthest rows of each start, ``far_rows`` ``[S, M, D]`` at squared distance ``far_squares`` ``[S, M]``, farthest first.
+    Shape: ``weight`` ``[S, K]``, ``first`` ``[S, K, D]``, ``inertia`` ``[S]``, ``count`` ``[]``; not summed but kept:
+    the farthest rows of each start, ``far_rows`` ``[S, M, D]`` at squared distance ``far_squares`` ``[S, M]``,
+    farthest first.
     """
 
     weight: Tensor
@@ -135,7 +137,8 @@ def accumulate(
 
 
 def update(statistics: KMeansStatistics, centers: Tensor) -> Tensor:
-    r"""M-step: :math:`c_k + F_k / N_k`; centres without rows restart at the rows farthest from theirs, which lowers the inertia.
+    r"""M-step: :math:`c_k + F_k / N_k`; centres without rows restart at the rows farthest from theirs, which lowers
+    the inertia.
 
     Shape: ``centers`` and result ``[S, K, D]``.
     """
@@ -158,7 +161,9 @@ def update(statistics: KMeansStatistics, centers: Tensor) -> Tensor:
 
 @dataclass
 class LloydResult:
-    """Centres ``[K, D]``, labels ``[N]``, the sum of squared distances, passes used, and whether the labels came to rest."""
+    """Centres ``[K, D]``, labels ``[N]``, the sum of squared distances, passes used, and whether the labels came to
+    rest.
+    """
 
     centers: Tensor
     labels: Tensor
@@ -168,10 +173,11 @@ class LloydResult:
 
 
 def lloyd(z: Tensor, centers: Tensor, max_iter: int = 300, tol: float = 0.0) -> LloydResult:
-    r"""Lloyd's algorithm on rows in memory, exact, with Hamerly's bounds (2010): rows that cannot change their centre are not compared.
+    r"""Lloyd's algorithm on rows in memory, exact, with Hamerly's bounds (2010): rows that cannot change their centre
+    are not compared.
 
-    Each row keeps an upper bound on the distance to its centre and a lower bound on the distance to any other; sums change only by
-    the rows that moved. The result is that of the plain algorithm.
+    Each row keeps an upper bound on the distance to its centre and a lower bound on the distance to any other; sums
+    change only by the rows that moved. The result is that of the plain algorithm.
 
     Args:
         z: rows.
@@ -215,7 +221,9 @@ class _Bounds:
             self.sums += sign * (one_hot @ rows[first : first + step]).double()
 
     def _nearest_two(self, index: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Label, distance to the nearest and to the second nearest centre of the rows ``index`` (all where ``None``)."""
+        """Label, distance to the nearest and to the second nearest centre of the rows ``index`` (all where
+        ``None``).
+        """
         count = self.z.shape[0] if index is None else index.shape[0]
         labels = torch.empty(count, dtype=torch.long, device=self.z.device)
         nearest, second = self.z.new_empty(count), self.z.new_empty(count)

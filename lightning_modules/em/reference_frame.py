@@ -1,4 +1,6 @@
-"""The frame in which clustering computes: data shifted by a reference mean and scaled, so that squares keep their digits."""
+"""The frame in which clustering computes: data shifted by a reference mean and scaled, so that squares keep their
+digits.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,9 @@ class StreamMoments:
         return cls(vector[0], mean, squares, vector[1])
 
     def frame(self, scaling: Scaling) -> ReferenceFrame:
-        """The frame that gives these moments mean 0 and variance 1: feature by feature, or on average over the features."""
+        """The frame that gives these moments mean 0 and variance 1: feature by feature, or on average over the
+        features.
+        """
         deviation = (self.squares / self.count.clamp(min=1.0)).sqrt()
         rounding = CONSTANT_FEATURE_ULPS * torch.finfo(torch.float64).eps * self.mean.abs()
         deviation = torch.where(deviation > rounding, deviation, torch.zeros_like(deviation))
