@@ -77,7 +77,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         sampler = FixedBatches if overfit else EpochBatches
         return self._loader("train", EpochLoader, sampler, shuffle=not overfit, accumulation=self._accumulation)
 
-    def val_dataloader(self) -> DataLoader[Any]:
+    def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Returns the validation batches, in order, with the same keys in every epoch."""
         return self._loader("val", DataLoader, FixedBatches)
 

@@ -3,6 +3,7 @@
 import os
 import pickle
 import tempfile
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def _read(root: Path, train: bool, verify_checksum: bool) -> tuple[Tensor, Tenso
             raise ValueError("no images, or labels outside 0 to 9")
     except _READ_ERRORS as error:
         reason = _what_is_wrong(folder, verify_checksum) or f"{folder}: {error}"
-        raise RuntimeError(f"CIFAR-10: {reason}. {_how_to_place(root)}") from error
+        raise ValueError(f"CIFAR-10: {reason}. {_how_to_place(root)}") from error
     return images.permute(0, 3, 1, 2).contiguous(), labels
 
 
@@ -154,7 +155,7 @@ def _download(root: Path, url: str, verify_checksum: bool) -> None:
             folder.mkdir(exist_ok=True)
             for name in _file_names():  # whole files only: an interrupted extraction leaves nothing behind
                 os.replace(Path(scratch) / CIFAR10.base_folder / name, folder / name)
-    except (OSError, RuntimeError, EOFError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, HTTPException) as error:
         raise RuntimeError(
             f"CIFAR-10 could not be downloaded from {url} to {root / CIFAR10.filename}: {error}. {_how_to_place(root)}"
         ) from error
@@ -204,8 +205,8 @@ def _how_to_place(root: Path) -> str:
     if root.name == CIFAR10.base_folder or (root / CIFAR10.train_list[0][0]).is_file():
         hint = f"It looks as if root should be {root.parent}, one folder up. "
     return (
-        f"{hint}Expected layout: {root / CIFAR10.base_folder}/ with {', '.join(_file_names())}. To place the data "
-        f"by hand, fetch {CIFAR10.url} on any machine and unpack it with `tar -xzf {CIFAR10.filename} -C {root}`; or set "
-        "download=True. To start without any download, run `lightning-em fit -c configs/demo.yaml`, whose photographs "
-        "come with the installation."
+        f"{hint}Expected layout: {root / CIFAR10.base_folder}/ with {', '.join(_file_names())}. "
+        f"To place the data by hand, fetch {CIFAR10.url} on any machine and unpack it with "
+        f"`tar -xzf {CIFAR10.filename} -C {root}`; or set download=True. To start without any download, run "
+        "`lightning-em fit -c configs/demo.yaml`, whose photographs come with the installation."
     )

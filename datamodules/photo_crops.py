@@ -33,10 +33,10 @@ _SHORTER_SIDE = 256  # pixels, about
 class PhotoCropsDataModule(ImageDataModule):
     """Crops of ten colour photographs, one class each, that need no download.
 
-    Each photograph is first reduced by the whole number that brings its shorter side closest to 256 pixels, by averaging
-    blocks: that removes most of the JPEG artefacts that five of them have, and a small crop then shows structure rather
-    than a patch of sky (the retina is 1411 pixels wide, and two thirds of its 32×32 crops would be flat). Then it is cut
-    in two along its longer side. Training crops come from one part, validation and test crops from the other.
+    Each photograph is first reduced by the whole number that brings its shorter side closest to 256 pixels, by
+    averaging blocks. That removes most of the compression artefacts of those that are JPEG files, and a small crop then
+    shows structure: two thirds of the 32×32 crops of the retina, 1411 pixels wide, would be flat without it. Then it is
+    cut in two across its longer side: training crops come from one part, validation and test crops from the other.
 
     Args:
         crop_size: Side of a crop, in pixels.

@@ -8,12 +8,16 @@ from torch_geometric.data import Data
 
 from lightning_modules.graph.image_operator import diffuse_image, mean_similarity
 from lightning_modules.graph.laplacian import Laplacian
-from lightning_modules.graph.message_passing import diffuse_graph, diffuse_image_reference, patch_graph
+from lightning_modules.graph.message_passing import (
+    diffuse_graph,
+    diffuse_image_reference,
+    mean_patch_similarity,
+    patch_graph,
+)
 from lightning_modules.graph.parameters import DiffusionParameters
-from lightning_modules.graph.patch_operator import MAX_DENSE_NODES, diffuse_patches_dense
+from lightning_modules.graph.patch_operator import MAX_DENSE_NODES, diffuse_patches_dense, mean_similarity_dense
 from lightning_modules.graph.patches import PatchGrid, check_patch_geometry
 from lightning_modules.graph.smoothness import Smoothness
-from lightning_modules.graph.weights import gaussian
 
 
 class GraphDiffusion(nn.Module):
@@ -112,15 +116,20 @@ class GraphDiffusion(nn.Module):
         if isinstance(images, Data):
             _check_graph(images)
             return diffuse_graph(images, parameters, noise_std, self.laplacian, reach)
+        # Distances of near-equal patches and sums of many small weights need the digits of float32, autocast or not.
+        with torch.autocast(images.device.type, enabled=False):
+            images = _full_precision(images)
+            guide = images if features is None else self._scaled(_full_precision(features))
+            return self._diffuse(images, guide, parameters, noise_std if features is None else 0.0, reach)
+
+    def _diffuse(
+        self, images: Tensor, guide: Tensor, parameters: DiffusionParameters, noise_std: Tensor | float, reach: float
+    ) -> Tensor:
         grid = self._grid(images)
-        if features is None:
-            guide = images
-        else:
-            guide, noise_std = self._scaled(features), 0.0
         if self.signal == "image":
             operator = diffuse_image_reference if self.reference else diffuse_image
             return operator(images, guide, parameters, noise_std, self.patch_size, reach)
-        if grid.num_patches <= MAX_DENSE_NODES and not self.reference:
+        if self._is_dense(grid):
             patches = diffuse_patches_dense(images, guide, parameters, noise_std, grid, self.laplacian, reach)
         else:
             graph = patch_graph(images, guide, grid, reach)
@@ -141,16 +150,21 @@ class GraphDiffusion(nn.Module):
             - output: two tensors `[B]`
         """
         grid = self._grid(images)
+        with torch.autocast(images.device.type, enabled=False):
+            similarity, num_edges = self._mean_similarity(_full_precision(images), sigma, grid, max_radius)
+        num_nodes = images.shape[-2] * images.shape[-1] if self.signal == "image" else grid.num_patches
+        return Smoothness.from_similarity(similarity, num_edges, num_nodes)
+
+    def _mean_similarity(
+        self, images: Tensor, sigma: Tensor | float, grid: PatchGrid, max_radius: float
+    ) -> tuple[Tensor, int]:
         if self.signal == "image":
-            similarity, num_edges = mean_similarity(images, sigma, self.patch_size, max_radius)
-            return Smoothness.from_similarity(similarity, num_edges, images.shape[-2] * images.shape[-1])
-        graph = patch_graph(images, images, grid, max_radius)
-        source, target = graph.edge_index
-        distance = (graph.x[source] - graph.x[target]).square().sum(1).view(len(images), -1)
-        width = sigma[:, None] if torch.is_tensor(sigma) else sigma
-        num_edges = distance.shape[1]
-        similarity = gaussian(distance, width).sum(1) / max(num_edges, 1)
-        return Smoothness.from_similarity(similarity, num_edges, grid.num_patches)
+            return mean_similarity(images, sigma, self.patch_size, max_radius)
+        measure = mean_similarity_dense if self._is_dense(grid) else mean_patch_similarity
+        return measure(images, sigma, grid, max_radius)
+
+    def _is_dense(self, grid: PatchGrid) -> bool:
+        return grid.num_patches <= MAX_DENSE_NODES and not self.reference
 
     def _grid(self, images: Tensor) -> PatchGrid:
         if images.ndim != 4:
@@ -170,6 +184,10 @@ class GraphDiffusion(nn.Module):
         return (
             f"patch_size={self.patch_size}, stride={self.stride}, signal={self.signal!r}, laplacian={self.laplacian!r}"
         )
+
+
+def _full_precision(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def _check_graph(data: Data) -> None:

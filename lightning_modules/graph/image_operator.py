@@ -225,6 +225,7 @@ def _both_signs(offsets: Offsets) -> Offsets:
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)  # made in a validation and cached, it must still serve a training step
 def _geometry(
     height: int, width: int, patch_size: int, max_radius: float, device: torch.device, dtype: torch.dtype
 ) -> StencilGeometry:

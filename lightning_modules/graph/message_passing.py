@@ -122,6 +122,23 @@ def patch_graph(images: Tensor, guide: Tensor, grid: PatchGrid, max_radius: floa
     )
 
 
+def mean_patch_similarity(
+    images: Tensor, sigma: Tensor | float, grid: PatchGrid, max_radius: float
+) -> tuple[Tensor, int]:
+    """Mean similarity over the edges of each image's patch graph, and the number of edges (both directions counted).
+
+    Shape:
+        - images: `[B, C, H, W]`
+        - output: `[B]`
+    """
+    graph = patch_graph(images, images, grid, max_radius)
+    source, target = graph.edge_index
+    distance = (graph.x[source] - graph.x[target]).square().sum(1).view(len(images), -1)
+    similarity = gaussian(distance, sigma[:, None] if torch.is_tensor(sigma) else sigma)
+    num_edges = distance.shape[1]
+    return similarity.sum(1) / max(num_edges, 1), num_edges
+
+
 def diffuse_image_reference(
     images: Tensor,
     guide: Tensor,

@@ -40,7 +40,7 @@ def diffuse_patches_dense(
     """
     per_image = parameters.map(lambda value: value.view(-1, 1, 1))
     noise = noise_std.view(-1, 1, 1) if torch.is_tensor(noise_std) else noise_std
-    length, adjacency = _topology(grid, max_radius, guide.device, guide.dtype)
+    length, adjacency, _ = _topology(grid, max_radius, guide.device, guide.dtype)
     features = grid.extract(guide)
     distance = debias_distance(pairwise_squared_distance(features), noise, features.shape[2])
     # A node's similarity to itself is 1 whatever the noise: distance 0 sits on the diagonal already.
@@ -81,9 +81,27 @@ def pairwise_squared_distance(features: Tensor) -> Tensor:
     return distance.clamp_min(0) * off_diagonal
 
 
+def mean_similarity_dense(
+    images: Tensor, sigma: Tensor | float, grid: PatchGrid, max_radius: float
+) -> tuple[Tensor, int]:
+    """Mean similarity over the edges of each image, and the number of edges (both directions counted).
+
+    Shape:
+        - images: `[B, C, H, W]`
+        - output: `[B]`
+    """
+    _, adjacency, num_edges = _topology(grid, max_radius, images.device, images.dtype)
+    width = sigma.view(-1, 1, 1) if torch.is_tensor(sigma) else sigma
+    similarity = gaussian(pairwise_squared_distance(grid.extract(images)), width) * adjacency
+    return similarity.sum((1, 2)) / max(num_edges, 1), num_edges
+
+
 @lru_cache(maxsize=32)
-def _topology(grid: PatchGrid, max_radius: float, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Distances of the patch centres and which of them are edges, `[N, N]` each."""
+@torch.inference_mode(False)  # made in a validation and cached, it must still serve a training step
+def _topology(
+    grid: PatchGrid, max_radius: float, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, int]:
+    """Distances of the patch centres and which of them are edges, `[N, N]` each; the number of edges."""
     length = torch.cdist(grid.centers, grid.centers, compute_mode="donot_use_mm_for_euclid_dist")
     adjacency = (length > 0) & (length <= max_radius)
-    return length.to(device, dtype), adjacency.to(device, dtype)
+    return length.to(device, dtype), adjacency.to(device, dtype), int(adjacency.sum())

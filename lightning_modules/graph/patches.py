@@ -1,7 +1,7 @@
 """Patches of an image on a regular grid, and their folding back."""
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -48,7 +48,8 @@ class PatchGrid:
     def _origins(self) -> Tensor:
         rows = _axis_origins(self.height, self.patch_size, self.stride)
         columns = _axis_origins(self.width, self.patch_size, self.stride)
-        return torch.cartesian_prod(torch.tensor(rows), torch.tensor(columns)).view(-1, 2)
+        with torch.inference_mode(False):  # cached: see `_pixels`
+            return torch.cartesian_prod(torch.tensor(rows), torch.tensor(columns)).view(-1, 2)
 
     @property
     def num_patches(self) -> int:
@@ -62,12 +63,7 @@ class PatchGrid:
 
     def _pixels(self, device: torch.device) -> Tensor:
         """Index of each patch entry in the flattened image plane, `[N, p²]`."""
-        cache = self.__dict__.setdefault("_pixels_on", {})
-        if device not in cache:
-            offsets = torch.cartesian_prod(torch.arange(self.patch_size), torch.arange(self.patch_size)).view(-1, 2)
-            position = self._origins[:, None] + offsets
-            cache[device] = (position[..., 0] * self.width + position[..., 1]).to(device)
-        return cache[device]
+        return _pixel_indices(self, device)
 
     def extract(self, images: Tensor) -> Tensor:
         """Patch vectors of the images.
@@ -116,6 +112,14 @@ class PatchGrid:
         """Number of patches that cover each pixel, `[1, 1, H, W]`."""
         ones = torch.ones(1, self.num_patches, self.patch_size**2, device=device, dtype=dtype)
         return self.fold(ones)
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)  # made in a validation and cached, it must still serve a training step
+def _pixel_indices(grid: PatchGrid, device: torch.device) -> Tensor:
+    offsets = torch.cartesian_prod(torch.arange(grid.patch_size), torch.arange(grid.patch_size)).view(-1, 2)
+    position = grid._origins[:, None] + offsets
+    return (position[..., 0] * grid.width + position[..., 1]).to(device)
 
 
 def check_patch_geometry(patch_size: int, stride: int) -> None:

@@ -19,6 +19,7 @@ class ConvAutoencoder(nn.Module):
         downsamplings: How many times the resolution is halved, at least 1.
 
     Example:
+        >>> import torch
         >>> ConvAutoencoder(width=8)(torch.rand(2, 3, 37, 31)).shape
         torch.Size([2, 3, 37, 31])
     """

@@ -33,6 +33,7 @@ class PerceptualLoss(nn.Module):
             None: random features, the same in every run; for trying things out where nothing can be downloaded.
 
     Example:
+        >>> import torch
         >>> loss = PerceptualLoss("squeezenet1_0", weights=None)
         >>> clean = torch.rand(2, 3, 37, 31)
         >>> loss(clean, clean)
@@ -97,9 +98,8 @@ class _Features(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
-        with torch.device(
-            "meta"
-        ):  # no memory and no time for the layers that are cut off: VGG16 has 138 million weights
+        # neither memory nor time for the layers that are cut off: VGG16 has 138 million weights
+        with torch.device("meta"):
             whole = torchvision.models.get_model(network, weights=None).features
         names = _layer_names(whole)
         if layer not in names:

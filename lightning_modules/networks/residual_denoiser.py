@@ -32,6 +32,7 @@ class ResidualDenoiser(nn.Module):
         graph: Diffuse the noisy image over the graph of the features. False: the same network without its graph.
 
     Example:
+        >>> import torch
         >>> network = ResidualDenoiser(width=8, depth=3)
         >>> noisy = torch.rand(2, 3, 37, 31)
         >>> network(noisy, lambda signal, features: signal).shape
@@ -66,17 +67,11 @@ class ResidualDenoiser(nn.Module):
             nn.ReLU(),
             nn.Conv2d(width, in_channels, 3, padding=1),
         )
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Initialises for ReLU layers, and both output layers at zero: training starts from the identity."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        # The other layers keep PyTorch's small weights: with larger ones (Kaiming's for ReLU) the first steps of Adam
+        # throw the output off by more than the noise, and 300 steps at a rate of 2e-3 end at 22 dB instead of 27.
         for output in (self.noise, cast(nn.Conv2d, self.head[-1])):
             nn.init.zeros_(output.weight)
+            nn.init.zeros_(cast(nn.Parameter, output.bias))
 
     def forward(self, noisy: Tensor, diffuse: Diffuse | None = None) -> Tensor:
         """Restores a batch of images.

@@ -1,0 +1,147 @@
+"""Does the gradient rule reach the best parameters from every start?
+
+CIFAR-10 images with noise of 25/255, restored by diffusion alone (`signal="image"`, patch 3, radius 3, five steps). σ, τ,
+σ_s and σ_f are learned in 50 batches of 16, from the defaults and from the eight corners of (σ, τ, σ_f) with σ_s at 10.
+The oracle searches the same bounds on the test images themselves, then refines the best points with exact gradients.
+
+    python benchmarks/recovery.py --json recovery.json
+"""
+
+import itertools
+import logging
+import warnings
+
+import lightning as L
+import numpy as np
+import torch
+from _common import arguments, write_json
+from scipy.optimize import minimize
+from scipy.stats import qmc
+from torch import Tensor
+
+from callbacks import EMParameterCallback, GradientRule
+from datamodules import CIFAR10DataModule
+from lightning_modules import GraphDiffusion, GraphDiffusionReconstruction, ParameterTable
+
+NOISE_STD = 25 / 255
+BOUNDS = {"sigma": (0.1, 0.5), "tau": (0.05, 0.3), "sigma_s": (1.0, 20.0), "sigma_f": (0.1, 0.5)}
+DEFAULT = {"sigma": 0.3, "tau": 0.1, "sigma_s": 10.0, "sigma_f": 0.3}
+FIXED = {"radius": 3.0, "smooth_steps": 5}
+
+
+def starts() -> list[dict[str, float]]:
+    corners = itertools.product(*(BOUNDS[name] for name in ("sigma", "tau", "sigma_f")))
+    return [DEFAULT, *({"sigma": s, "tau": t, "sigma_s": 10.0, "sigma_f": f} for s, t, f in corners)]
+
+
+def psnr(restored: Tensor, clean: Tensor) -> Tensor:
+    return -10 * torch.log10((restored.clamp(0, 1) - clean).square().mean((1, 2, 3))).mean()
+
+
+class TestImages:
+    """Noisy test images and the quality of the diffusion on them."""
+
+    def __init__(self, data: CIFAR10DataModule, count: int) -> None:
+        data.setup("test")
+        batches = [data.on_after_batch_transfer(batch, 0)["image"] for batch in data.test_dataloader()]
+        self.clean = torch.cat(batches)[:count]
+        noise = torch.randn(self.clean.shape, generator=torch.Generator().manual_seed(1))
+        self.noisy = self.clean + NOISE_STD * noise
+        self.diffusion = GraphDiffusion(patch_size=3, signal="image")
+
+    def quality(self, parameters: dict[str, Tensor | float]) -> Tensor:
+        """Mean PSNR in dB."""
+        restored = self.diffusion(self.noisy, **FIXED, **parameters, noise_std=NOISE_STD)
+        return psnr(restored, self.clean)
+
+    def oracle(self, points: int, refined: int) -> tuple[float, dict[str, float]]:
+        """Best mean PSNR within the bounds, by Sobol search and L-BFGS-B on log θ from the best points."""
+        names = list(BOUNDS)
+        low, high = np.log(np.array([BOUNDS[name] for name in names])).T
+        search = qmc.scale(qmc.Sobol(len(names), seed=0).random(points), low, high)
+
+        def objective(log_theta: np.ndarray) -> tuple[float, np.ndarray]:
+            leaf = torch.tensor(log_theta, dtype=torch.float32, requires_grad=True)
+            loss = -self.quality(dict(zip(names, leaf.exp().unbind(), strict=True)))
+            (gradient,) = torch.autograd.grad(loss, leaf)
+            return float(loss), gradient.double().numpy()
+
+        with torch.no_grad():
+            scores = [float(self.quality(dict(zip(names, np.exp(point).tolist(), strict=True)))) for point in search]
+        best = [search[index] for index in np.argsort(scores)[::-1][:refined]]
+        box = list(zip(low, high, strict=True))
+        found = [minimize(objective, point, jac=True, bounds=box, method="L-BFGS-B") for point in best]
+        top = min(found, key=lambda result: result.fun)
+        return -float(top.fun), dict(zip(names, np.exp(top.x).tolist(), strict=True))
+
+
+class Snapshots(L.Callback):
+    """Parameters after a given number of steps."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.parameters: dict[str, float] = {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step == self.step:
+            self.parameters = pl_module.em_parameters.get_parameters()
+
+
+def learn(start: dict[str, float], data: CIFAR10DataModule, steps: int, lr: float) -> list[dict[str, float]]:
+    """Parameters after 15 steps and at the end."""
+    table = ParameterTable(
+        initial={**start, **FIXED},
+        bounds={**BOUNDS, "radius": (3.0, 3.0)},
+        learned=list(BOUNDS),
+    )
+    module = GraphDiffusionReconstruction(GraphDiffusion(patch_size=3, signal="image"), table, noise_std=NOISE_STD)
+    snapshots = Snapshots(15)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        callbacks=[EMParameterCallback(GradientRule(lr=lr)), snapshots],
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, data)
+    return [{name: values[name] for name in BOUNDS} for values in (snapshots.parameters, table.get_parameters())]
+
+
+def main() -> None:
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--images", type=int, default=200, help="test images")
+    parser.add_argument("--lr", type=float, default=0.1, help="step of the rule on log θ")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+
+    def data() -> CIFAR10DataModule:
+        return CIFAR10DataModule(root=str(options.data), batch_size=16, val_size=100, augment=False)
+
+    images = TestImages(data(), options.images)
+    best, best_parameters = images.oracle(points=128, refined=3)
+    print(f"oracle {best:.3f} dB at", {name: round(value, 3) for name, value in best_parameters.items()})
+    records = []
+    for start in starts():
+        after_15, final = learn(start, data(), options.steps, options.lr)
+        with torch.no_grad():
+            quality = [float(images.quality(parameters)) for parameters in (start, after_15, final)]
+        record = dict(zip(("psnr_start", "psnr_15", "psnr_50"), quality, strict=True))
+        records.append({"start": start, **record, "psnr_oracle": best, "parameters": final})
+        print(
+            f"from {tuple(start.values())}: {quality[0]:.2f} → {quality[1]:.3f} → {quality[2]:.3f} dB "
+            f"({quality[2] - best:+.3f} to the oracle) at {({name: round(value, 3) for name, value in final.items()})}",
+            flush=True,
+        )
+        write_json(options.json, records)
+    gap_15, gap_50 = (max(best - record[name] for record in records) for name in ("psnr_15", "psnr_50"))
+    print(f"largest distance to the oracle: {gap_15:.3f} dB after 15 batches, {gap_50:.3f} dB after {options.steps}")
+
+
+if __name__ == "__main__":
+    main()

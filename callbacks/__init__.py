@@ -1,0 +1,19 @@
+"""Lightning callbacks: the M-step and its rules, and what shows a run to its user."""
+
+from callbacks.em_dashboard import EMDashboard
+from callbacks.em_parameter import EMParameterCallback
+from callbacks.em_report import EMReport
+from callbacks.image_grid import ImageGrid
+from callbacks.restored_image_writer import RestoredImageWriter
+from callbacks.rules import GradientRule, Rule, SignRule
+
+__all__ = [
+    "EMDashboard",
+    "EMParameterCallback",
+    "EMReport",
+    "GradientRule",
+    "ImageGrid",
+    "RestoredImageWriter",
+    "Rule",
+    "SignRule",
+]

@@ -1,0 +1,41 @@
+"""What the callbacks that show results share."""
+
+from typing import TYPE_CHECKING
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+if TYPE_CHECKING:
+    from lightning_modules.em import ParameterTable
+
+
+def em_table(pl_module: LightningModule) -> "ParameterTable | None":
+    """Returns the parameters that the M-step learns, where the module declares any."""
+    return getattr(pl_module, "em_parameters", None)
+
+
+def rests_on_bound(value: float, bound: float) -> bool:
+    """Tells whether a value has been stopped by a bound, but for the rounding in exp(log(bound))."""
+    return abs(value - bound) <= 1e-6 * abs(bound)
+
+
+def tensorboard_loggers(trainer: Trainer) -> list[TensorBoardLogger]:
+    """Returns the TensorBoard loggers of a run; other loggers take no images from here."""
+    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+
+def run_directory(trainer: Trainer) -> str | None:
+    """Returns the directory of the run's logs, or None where the run keeps none (`logger: false`, `fast_dev_run`).
+
+    It is a collective: call it on every rank.
+    """
+    directory = trainer.log_dir
+    # the stand-in logger of `fast_dev_run` answers every attribute with a function
+    return directory if trainer.loggers and isinstance(directory, str) else None
+
+
+def require_positive(owner: object, **arguments: int) -> None:
+    """Raises a `ValueError` that names the argument, the rule and the value."""
+    for name, value in arguments.items():
+        if value < 1:
+            raise ValueError(f"{type(owner).__name__}: {name} must be at least 1, got {value}.")

@@ -1,0 +1,163 @@
+"""What the M-step does, on one page of TensorBoard."""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from callbacks._display import em_table, require_positive, rests_on_bound, tensorboard_loggers
+
+if TYPE_CHECKING:
+    from lightning_modules.em import ParameterTable
+
+_METRICS = ("val/psnr", "val/gain")
+_LEAST_RANGE = math.log2(1.1)  # of the colours: rows that differ by less than a tenth stay pale
+
+
+class EMDashboard(Callback):
+    """Draws the M-step: a page of curves, a heat map of the rows, and the run's line among the hyperparameters.
+
+    - *Custom scalars*: one chart for each learned parameter with the global value and every row; the loss proxy with
+      its parts; the smoothness; the validation metric.
+    - *Images*, `em/table`: rows by parameters, coloured by their ratio to the global value.
+    - *HParams*, at the end: start values against final values and validation metric, to compare runs. Give the logger
+      `default_hp_metric: false`, or its placeholder stands in the way.
+
+    Args:
+        every_n_epochs: Draw the heat map after every n-th epoch, beginning with the first, and after the last.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[EMDashboard()], logger=False)
+    """
+
+    def __init__(self, every_n_epochs: int = 1) -> None:
+        require_positive(self, every_n_epochs=every_n_epochs)
+        self.every_n_epochs = every_n_epochs
+        self._drawn_at = -1
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Warns where there is nothing to draw."""
+        if stage == "fit" and em_table(pl_module) is None:
+            rank_zero_warn(f"EMDashboard draws nothing: {type(pl_module).__name__} has no em_parameters.")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lays out the page."""
+        table = em_table(pl_module)
+        self._drawn_at = -1
+        if table is not None and trainer.is_global_zero:
+            for logger in tensorboard_loggers(trainer):
+                logger.experiment.add_custom_scalars(custom_scalars_layout(table))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draws the heat map."""
+        if trainer.current_epoch % self.every_n_epochs == 0:
+            self._draw(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draws the last heat map and enters the run among the hyperparameters."""
+        table = em_table(pl_module)
+        if table is None or not trainer.is_global_zero:
+            return
+        self._draw(trainer, pl_module)
+        for logger in tensorboard_loggers(trainer):
+            start, metrics = hyperparameters(table, trainer.callback_metrics)
+            known = dict(logger.hparams)
+            # The metrics are tags that exist already: they are written once more at the last step, not at step 0.
+            logger.log_hyperparams({**known, **start}, metrics, step=trainer.global_step)
+            logger.hparams = known  # hparams.yaml keeps to the arguments that build the module
+
+    def _draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        table = em_table(pl_module)
+        loggers = tensorboard_loggers(trainer)
+        if table is None or not loggers or not trainer.is_global_zero or trainer.global_step == self._drawn_at:
+            return
+        self._drawn_at = trainer.global_step
+        picture = render(heat_map(table))
+        for logger in loggers:
+            logger.experiment.add_image("em/table", picture, trainer.global_step, dataformats="HWC")
+
+
+def custom_scalars_layout(table: "ParameterTable") -> dict[str, dict[str, list[Any]]]:
+    """Returns the page of curves in the form of `SummaryWriter.add_custom_scalars`.
+
+    Tags are regular expressions that match from the left: `$` keeps `em/sigma` from matching `em/sigma_s`.
+    """
+    parameters = {
+        name: ["Multiline", [f"em/{name}$", f"em/{name}/.+"] if name in table.per_row else [f"em/{name}$"]]
+        for name in table.learned
+    }
+    objective = {
+        "loss proxy and its parts": ["Multiline", ["em/loss_proxy$", "em/reconstruction$", "em/perceptual$"]],
+        "smoothness": ["Multiline", ["em/smoothness$"]],
+        "validation PSNR": ["Multiline", ["val/psnr$", "val/psnr_noisy$"]],
+        "skipped steps": ["Multiline", ["em/skipped_steps$"]],
+    }
+    return {"learned parameters": parameters, "objective": objective}
+
+
+def hyperparameters(
+    table: "ParameterTable", callback_metrics: dict[str, Any]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Returns the start values as hyperparameters, and the validation metrics and final values as their outcome."""
+    start, final = table.initial_parameters(), table.get_parameters()
+    metrics = {name: float(callback_metrics[name]) for name in _METRICS if name in callback_metrics}
+    return (
+        {f"em_start/{name}": start[name] for name in table.learned},
+        metrics | {f"em/{name}": float(final[name]) for name in table.learned},
+    )
+
+
+def heat_map(table: "ParameterTable") -> Figure:
+    """Draws rows by parameters: numbers in natural units, colours by the ratio to the global value.
+
+    Parameters without rows show their one value at the top alone. An arrow marks a value that rests on a bound.
+    """
+    values = table.values().cpu().numpy()
+    has_rows = np.array([name in table.per_row for name in table.names])
+    ratio = np.log2(values / values[0])
+    ratio[1:, ~has_rows] = np.nan
+    rows = ["global", *table.row_names]
+    limit = max(_LEAST_RANGE, float(np.nanmax(np.abs(ratio))))
+    font_size = 9 if len(rows) <= 30 else 6
+    line = 0.32 if len(rows) <= 30 else 0.16
+
+    figure = Figure(figsize=(2.2 + 1.05 * len(table.names), 1.1 + line * len(rows)), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    picture = axes.imshow(ratio, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+    axes.set_facecolor("0.93")
+    axes.set_xticks(range(len(table.names)), [n if n in table.learned else f"{n}\n(fixed)" for n in table.names])
+    axes.set_yticks(range(len(rows)), rows)
+    axes.tick_params(length=0, labelsize=font_size, top=True, labeltop=True, bottom=False, labelbottom=False)
+    axes.axhline(0.5, color="0.3", linewidth=1.0)
+    for column, name in enumerate(table.names):
+        for row in range(len(rows) if has_rows[column] else 1):
+            dark = abs(ratio[row, column]) > 0.6 * limit
+            text = f"{values[row, column]:.3g}{_arrow(values[row, column], table.bounds[name])}"
+            axes.text(column, row, text, ha="center", va="center", fontsize=font_size, color="w" if dark else "k")
+    bar = figure.colorbar(picture, ax=axes, fraction=0.04, pad=0.02, ticks=[-limit, 0, limit])
+    bar.ax.set_yticklabels([f"×{2**-limit:.2f}", "global", f"×{2**limit:.2f}"], fontsize=font_size)
+    return figure
+
+
+def render(figure: Figure) -> np.ndarray:
+    """Renders a figure to pixels, without the global state of pyplot.
+
+    Shape:
+        - output: `[H, W, 3]`, uint8
+    """
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _arrow(value: float, bounds: tuple[float, float]) -> str:
+    if bounds[0] == bounds[1]:
+        return ""
+    if rests_on_bound(value, bounds[0]):
+        return "↓"
+    return "↑" if rests_on_bound(value, bounds[1]) else ""

@@ -1,0 +1,316 @@
+"""The M-step of expectation-maximisation, once for each optimiser step of the network."""
+
+from collections import deque
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from callbacks.rules import GradientRule, Rule, RuleState
+from lightning_modules.em import EStep, ParameterTable, Statistics, TableValues
+
+_PARTS = ("reconstruction", "perceptual", "smoothness")
+
+
+class EMParameterCallback(Callback):
+    """Learns a module's `em_parameters` while the module's network trains.
+
+    The module's `training_step` is the E-step: it asks its `ParameterTable` for the parameters of each image and returns
+    `{"loss": ..., "em": EStep(...)}`, where the loss is the mean over the batch of each image's (weighted) loss. This
+    callback is the M-step: it adds the statistics of the micro-batches of an optimiser step, sums them over the
+    processes in one reduction, applies the rule, clamps, writes and logs. Every process computes the same numbers, so
+    nothing is sent back. It does not wait for an accelerator on steps that do not log.
+
+    Args:
+        rule: The M-step proper; `GradientRule()` by default.
+        update_rows: Whether the rows of the table (its classes, say) learn too, or the global set alone.
+        history_size: Number of past steps whose proxy and parameters are kept.
+        max_skipped_steps: Number of consecutive steps with a non-finite proxy or gradient that stops the run.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+
+    Example:
+        >>> callback = EMParameterCallback(rule=GradientRule(lr=0.05))
+        >>> callback.skipped_steps
+        0
+    """
+
+    def __init__(
+        self,
+        rule: Rule | None = None,
+        update_rows: bool = True,
+        history_size: int = 1000,
+        max_skipped_steps: int = 20,
+    ) -> None:
+        if history_size < 1:
+            raise ValueError(f"history_size must be at least 1 step, got {history_size}")
+        if max_skipped_steps < 1:
+            raise ValueError(f"max_skipped_steps must be at least 1, got {max_skipped_steps}")
+        self.rule = GradientRule() if rule is None else rule
+        self.update_rows = update_rows
+        self.max_skipped_steps = max_skipped_steps
+        self._table: ParameterTable | None = None
+        self._rule_state: RuleState = {}
+        self._proxies: deque[Tensor] = deque(maxlen=history_size)
+        self._states: deque[TableValues] = deque(maxlen=history_size)
+        # Skipped steps: in all, in a row, and the longest row; counted on the device.
+        self._skipped = torch.zeros(3, dtype=torch.long)
+        self._warned = False
+        self._statistics = Statistics(0, 0)
+        self._last_step = 0
+        self._scale: Tensor | None = None
+
+    # For whoever prefers numbers to TensorBoard ------------------------------------------------------------------
+
+    def get_parameters(self, class_idx: int | None = None) -> dict[str, float]:
+        """Current parameters by name, of the global set or of a class.
+
+        Args:
+            class_idx: Row of the table; None for the global set.
+
+        Raises:
+            RuntimeError: Before the callback has met a module.
+            ValueError: If there is no such row.
+        """
+        return self._require_table().get_parameters(class_idx)
+
+    def get_status(self) -> dict[str, str]:
+        """Current state as strings: `global_<parameter>` for each parameter, and `avg_loss`, the mean recent proxy."""
+        status = {f"global_{name}": f"{value:.6g}" for name, value in self.get_parameters().items()}
+        recent = [loss for loss in self.loss_history if loss == loss]  # NaN marks a skipped step
+        status["avg_loss"] = f"{sum(recent) / len(recent):.6g}" if recent else "nan"
+        return status
+
+    @property
+    def loss_history(self) -> list[float]:
+        """Loss proxy of the last steps, oldest first; NaN where the M-step was skipped."""
+        return torch.stack(list(self._proxies)).tolist() if self._proxies else []
+
+    @property
+    def parameter_history(self) -> list[dict[str, float]]:
+        """Global parameters after each of the last steps, oldest first."""
+        table = self._require_table()
+        return [table.describe(state) for state in self._states]
+
+    @property
+    def skipped_steps(self) -> int:
+        """Number of optimiser steps whose M-step was left out for a non-finite proxy or gradient."""
+        return int(self._skipped[0])
+
+    # Lightning's side --------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check, before anything is trained, that the M-step will be right in this setup."""
+        table = getattr(pl_module, "em_parameters", None)
+        self._table = table if isinstance(table, ParameterTable) else None
+        if stage != "fit":
+            return
+        _check_module(pl_module)
+        _check_trainer(trainer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the state to the module's device."""
+        table = self._require_table()
+        device = table.shared.device
+        initial = self.rule.initial_state(table)
+        shapes = {name: tensor.shape for name, tensor in initial.items()}
+        if {name: tensor.shape for name, tensor in self._rule_state.items()} == shapes:
+            self._rule_state = {name: tensor.to(device) for name, tensor in self._rule_state.items()}
+        else:
+            self._rule_state = initial
+        self._skipped = self._skipped.to(device)
+        self._statistics = Statistics(len(table.row_names), len(table.names), device)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Continue after the step at which a checkpoint was taken."""
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, torch.optim.LBFGS):
+                raise MisconfigurationException(
+                    "EMParameterCallback does not work with LBFGS, which evaluates the loss several times for one step, "
+                    "so that an image would be counted more than once: choose another optimiser, such as Adam"
+                )
+        self._last_step = trainer.global_step
+        self._require_table().take_gradient()
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the scale of this backward pass: the optimiser step that follows may change it."""
+        self._scale = _loss_scale(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add the batch's statistics; after an optimiser step, take the M-step."""
+        self._add(trainer, _e_step(outputs))
+        if trainer.global_step == self._last_step:
+            return  # a micro-batch of an accumulation
+        self._last_step = trainer.global_step
+        table = self._require_table()
+        statistics = Statistics(len(table.row_names), len(table.names), table.shared.device)
+        # One sum over the processes, on every process, at every optimiser step.
+        statistics.sums = trainer.strategy.reduce(self._statistics.sums.clone(), reduce_op="sum")
+        self._statistics.sums.zero_()
+        scale = _loss_scale(trainer, pl_module)
+        rejected = scale < self._scale if scale is not None and self._scale is not None else None
+        self._m_step(table, statistics, rejected)
+        logs = trainer.global_step % trainer.log_every_n_steps == 0 if trainer.log_every_n_steps else False
+        if logs or table.shared.device.type == "cpu":
+            self._check_skipped()
+        if logs:
+            self._log(trainer, table, statistics)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so if steps were skipped after the last step that logged."""
+        self._check_skipped()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Rule state, counts and history as plain numbers and tensors on the CPU."""
+        return {
+            "rule": type(self.rule).__name__,
+            "rule_state": {name: tensor.cpu() for name, tensor in self._rule_state.items()},
+            "skipped": self._skipped.cpu(),
+            "proxies": [float(proxy) for proxy in self._proxies],
+            "states": [(state.shared.cpu(), state.offsets.cpu()) for state in self._states],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave; another rule starts afresh from the parameters reached."""
+        if state_dict.get("rule") == type(self.rule).__name__:
+            self._rule_state = dict(state_dict.get("rule_state", {}))
+        else:
+            rank_zero_warn(
+                f"the checkpoint was written under {state_dict.get('rule')}, this run uses {type(self.rule).__name__}: the "
+                "parameters go on from where they were, the rule starts afresh"
+            )
+        self._skipped = state_dict.get("skipped", self._skipped)
+        self._proxies.extend(torch.tensor(proxy, dtype=torch.float64) for proxy in state_dict.get("proxies", []))
+        self._states.extend(TableValues(*state) for state in state_dict.get("states", []))
+
+    # Inside ------------------------------------------------------------------------------------------------------
+
+    def _require_table(self) -> ParameterTable:
+        if self._table is None:
+            raise RuntimeError("the callback has not met a module with em_parameters yet: run trainer.fit first")
+        return self._table
+
+    @torch.no_grad()
+    def _add(self, trainer: Trainer, step: EStep) -> None:
+        gradient = self._require_table().take_gradient()
+        if gradient is not None:
+            # The loss is the mean over the batch of weighted losses, divided by the number of accumulated batches and,
+            # under mixed precision, scaled: undo all of it, and what remains is the gradient of each image's own loss.
+            factor = torch.full_like(gradient[:, :1], len(gradient) * trainer.accumulate_grad_batches)
+            if step.weight is not None:
+                factor = factor / step.weight.double()[:, None]
+            if self._scale is not None:
+                factor = factor / self._scale
+            gradient = gradient * factor
+        self._statistics.add(step, gradient)
+
+    @torch.no_grad()
+    def _m_step(self, table: ParameterTable, statistics: Statistics, rejected: Tensor | None) -> None:
+        proposed, rule_state = self.rule.step(table, statistics, self._rule_state)
+        if not self.update_rows:
+            proposed = proposed._replace(offsets=table.offsets)
+        proposed = table.project(proposed)
+        finite = statistics.finite & proposed.shared.isfinite().all() & proposed.offsets.isfinite().all()
+        if rejected is None:
+            accepted, counted = finite, ~finite
+        else:  # the gradient scaler has thrown the network's step away: neither an M-step nor a fault
+            accepted, counted = finite & ~rejected, ~finite & ~rejected
+        # Selection instead of a branch: the host need not know whether the step was taken.
+        table.write(
+            TableValues(*(torch.where(accepted, new, old) for new, old in zip(proposed, table.state, strict=True)))
+        )
+        self._rule_state = {
+            name: torch.where(accepted, rule_state[name], old) for name, old in self._rule_state.items()
+        }
+        total, row, longest = self._skipped.unbind()
+        row = torch.where(counted, row + 1, torch.where(accepted, 0, row))
+        self._skipped = torch.stack([total + counted, row, torch.maximum(longest, row)])
+        self._proxies.append(torch.where(accepted, statistics.mean("proxy")[0], torch.nan))
+        self._states.append(TableValues(table.shared.clone(), table.offsets.clone()))
+
+    def _check_skipped(self) -> None:
+        total, _, longest = self._skipped.tolist()
+        if longest >= self.max_skipped_steps:
+            raise RuntimeError(
+                f"{longest} M-steps in a row had a non-finite loss proxy or gradient, so the run was stopped; the "
+                "parameters are those of the last good step. Look at the loss (does it diverge: lower the learning rate), "
+                "at the data (NaN or infinite pixels), at the precision (try 32-true), and at bounds near zero"
+            )
+        if total and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                "an M-step was skipped because its loss proxy or gradient was not finite; the parameters keep their values. "
+                "em/skipped_steps counts such steps from here on"
+            )
+
+    def _log(self, trainer: Trainer, table: ParameterTable, statistics: Statistics) -> None:
+        # One transfer for everything that is logged.
+        parts = torch.stack([statistics.mean(name) for name in ("proxy", *_PARTS)], dim=1)
+        count = statistics.count[:, None]
+        rows = torch.cat([table.values(), parts, count], dim=1).tolist()
+        metrics: dict[str, float] = {"em/skipped_steps": float(self._skipped[0])}
+        names = [*table.names, "loss_proxy", *_PARTS]
+        metrics.update({f"em/{name}": value for name, value in zip(names, rows[0], strict=False)})
+        for row_name, values in zip(table.row_names, rows[1:], strict=True):
+            named = dict(zip(names, values, strict=False))
+            metrics.update({f"em/{name}/{row_name}": named[name] for name in table.per_row})
+            if values[-1] > 0:
+                metrics[f"em/loss_proxy/{row_name}"] = named["loss_proxy"]
+        metrics = {name: value for name, value in metrics.items() if value == value}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+
+
+def _loss_scale(trainer: Trainer, pl_module: LightningModule) -> Tensor | None:
+    """Current factor of the gradient scaler, on the device; None without one."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    # `scale` gives the factor without waiting for the device, which `get_scale` would.
+    return None if scaler is None else scaler.scale(torch.ones((), device=pl_module.device)).clone()
+
+
+def _e_step(outputs: Any) -> EStep:
+    step = outputs.get("em") if isinstance(outputs, dict) else None
+    if not isinstance(step, EStep):
+        got = sorted(outputs) if isinstance(outputs, dict) else type(outputs).__name__
+        raise MisconfigurationException(
+            'EMParameterCallback needs `training_step` to return {"loss": loss, "em": EStep(...)}, but it returned '
+            f"{got}: add the statistics of the batch (lightning_modules.EStep)"
+        )
+    return step
+
+
+def _check_module(pl_module: LightningModule) -> None:
+    table = getattr(pl_module, "em_parameters", None)
+    if not isinstance(table, ParameterTable):
+        what = "has no attribute" if table is None else f"has a {type(table).__name__} as"
+        raise MisconfigurationException(
+            f"EMParameterCallback learns the parameters of a lightning_modules.ParameterTable, but {type(pl_module).__name__} "
+            f"{what} `em_parameters`: create the table in the module's __init__"
+        )
+    if not pl_module.automatic_optimization:
+        raise MisconfigurationException(
+            "EMParameterCallback needs automatic optimisation: under manual optimisation Lightning does not say which "
+            "batches belong to an optimiser step"
+        )
+
+
+def _check_trainer(trainer: Trainer) -> None:
+    strategy = trainer.strategy
+    supported = isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)
+    if not supported:
+        raise MisconfigurationException(
+            f"EMParameterCallback does not work with {type(strategy).__name__}, under which a module's buffers or gradients "
+            "are not whole on every process: use one device or strategy='ddp'"
+        )
+    twins = [callback for callback in trainer.callbacks if isinstance(callback, EMParameterCallback)]
+    if len(twins) > 1:
+        raise MisconfigurationException(
+            f"{len(twins)} EMParameterCallbacks would each move the same parameter table: keep one of them"
+        )

@@ -1,0 +1,153 @@
+"""What a run has learned: a table on the screen, and a file that starts the next run."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml  # type: ignore[import-untyped]
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from callbacks._display import em_table, rests_on_bound, run_directory
+
+if TYPE_CHECKING:
+    from lightning_modules.em import ParameterTable
+
+FILE_NAME = "em_parameters.yaml"
+
+
+class EMReport(Callback):
+    """Prints every learned parameter at the end of `fit`, and writes them to `em_parameters.yaml` beside the logs.
+
+    The file is a config: `lightning-em fit -c configs/demo.yaml -c logs/.../em_parameters.yaml` starts where this run
+    ended.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[EMReport()], logger=False)
+    """
+
+    def __init__(self) -> None:
+        self._directory: str | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Warns where there is nothing to report."""
+        if stage == "fit" and em_table(pl_module) is None:
+            rank_zero_warn(f"EMReport prints no parameters: {type(pl_module).__name__} has no em_parameters.")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Asks for the directory, on every rank."""
+        self._directory = run_directory(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints and writes."""
+        if not trainer.is_global_zero:
+            return
+        console = Console()
+        table = em_table(pl_module)
+        exported = None
+        if table is not None:
+            console.print(parameter_report(table))
+            if self._directory is not None:
+                exported = Path(self._directory) / FILE_NAME
+                exported.parent.mkdir(parents=True, exist_ok=True)
+                exported.write_text(yaml.safe_dump(overlay(pl_module, table), sort_keys=False, allow_unicode=True))
+        for line in summary(trainer.callback_metrics, self._directory, _checkpoint(trainer), exported):
+            # A path is printed in one piece, so that it can be copied; brackets in it are no markup.
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def parameter_report(table: "ParameterTable") -> Table:
+    """Builds the table of the learned parameters, one column each: bounds, start, now, and the rows.
+
+    `*` marks a value that rests on a bound.
+    """
+    report = Table(title="Learned parameters", caption=_caption(table), caption_justify="left")
+    report.add_column("", no_wrap=True)
+    for name in table.learned:
+        report.add_column(escape(name), justify="right")
+    start, now = table.initial_parameters(), table.get_parameters()
+    for side, label in enumerate(("lower bound", "upper bound")):
+        report.add_row(label, *(f"{table.bounds[name][side]:.4g}" for name in table.learned), style="dim")
+    report.add_row("start", *(f"{start[name]:.4g}" for name in table.learned))
+    report.add_row("now", *(_cell(table, name, now[name]) for name in table.learned), style="bold")
+    if any(name in table.per_row for name in table.learned):
+        report.add_section()
+        for row, label in enumerate(table.row_names):
+            values = table.get_parameters(row)
+            cells = (_cell(table, name, values[name]) if name in table.per_row else "" for name in table.learned)
+            report.add_row(f"  {escape(label)}", *cells)
+    return report
+
+
+def overlay(pl_module: LightningModule, table: "ParameterTable") -> dict[str, Any]:
+    """Returns the learned parameters as a config that goes on top of the one of this run."""
+    initial_rows = {
+        label: {name: _inside(table, name, table.get_parameters(row)[name]) for name in table.per_row}
+        for row, label in enumerate(table.row_names)
+        if table.per_row
+    }
+    init_args: dict[str, Any] = {
+        "initial": {name: _inside(table, name, value) for name, value in table.get_parameters().items()}
+    }
+    if initial_rows:
+        init_args["initial_rows"] = initial_rows
+    em_parameters = {"class_path": class_path(type(table)), "init_args": init_args}
+    return {"model": {"class_path": class_path(type(pl_module)), "init_args": {"em_parameters": em_parameters}}}
+
+
+def summary(
+    metrics: Mapping[str, Any], directory: str | None, checkpoint: str | None, exported: Path | None
+) -> list[str]:
+    """Returns the lines below the table: the metric before and after, and where things are."""
+    lines = []
+    if "val/psnr" in metrics and "val/psnr_noisy" in metrics:
+        before, after = float(metrics["val/psnr_noisy"]), float(metrics["val/psnr"])
+        gain = float(metrics.get("val/gain", after - before))
+        lines.append(f"validation PSNR: {before:.2f} dB before restoration, {after:.2f} dB after: {gain:+.2f} dB")
+    if exported is not None:
+        lines.append(f"parameters: {exported} (the next run starts from them with -c CONFIG -c {exported})")
+    if directory is not None:
+        lines.append(f"logs:       {directory}")
+    if checkpoint is not None:
+        lines.append(f"checkpoint: {checkpoint}")
+    return lines
+
+
+def class_path(cls: type) -> str:
+    """Returns the shortest path that imports a class: the package's public name where there is one."""
+    parts = cls.__module__.split(".")
+    for length in range(1, len(parts)):
+        package = ".".join(parts[:length])
+        if getattr(sys.modules.get(package), cls.__qualname__, None) is cls:
+            return f"{package}.{cls.__qualname__}"
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _caption(table: "ParameterTable") -> str:
+    now = table.get_parameters()
+    fixed = ", ".join(f"{name} {now[name]:.4g}" for name in table.names if name not in table.learned)
+    return escape("* rests on a bound" + (f"; fixed: {fixed}" if fixed else ""))
+
+
+def _cell(table: "ParameterTable", name: str, value: float) -> str:
+    on_bound = any(rests_on_bound(value, bound) for bound in table.bounds[name])
+    return f"{value:.4g}*" if on_bound else f"{value:.4g}"
+
+
+def _inside(table: "ParameterTable", name: str, value: float) -> float:
+    """Undoes the last digit's rounding in exp(log(bound)), which the next run would refuse."""
+    lower, upper = table.bounds[name]
+    return value if isinstance(value, int) else min(max(value, lower), upper)
+
+
+def _checkpoint(trainer: Trainer) -> str | None:
+    callback = trainer.checkpoint_callback
+    for name in ("best_model_path", "last_model_path"):
+        if path := getattr(callback, name, ""):
+            return str(path)
+    return None

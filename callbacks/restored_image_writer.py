@@ -1,0 +1,194 @@
+"""Writes what `predict` restores: one PNG for each image, and one CSV for all."""
+
+import csv
+from collections import Counter
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from PIL import Image
+from torch import Tensor
+
+from callbacks._display import run_directory
+
+TABLE_NAME = "restored.csv"
+
+
+class RestoredImageWriter(BasePredictionWriter):
+    """Writes each restored image as a PNG of the same name and size, and `restored.csv` about all of them.
+
+    It takes what `predict_step` returns: `{"restored", "noisy": [B, C, H, W], "name": list[str], "noise_std": [B],
+    "parameters": {name: [B]}}`, and `"clean"` where it is known. Images that differ in their suffix alone (`a.jpg`,
+    `a.png`) keep it: `a.jpg.png`, `a.png.png`. A file that no earlier run has written is never overwritten.
+
+    While it runs, files are called `NAME.part.png`: which names collide is known at the end. Every process writes its
+    own images; the first writes the CSV, in the order of the input.
+
+    Args:
+        output_dir: Where to write; by default `restored` in the directory of the run.
+        keep_predictions: Let `Trainer.predict` return the images too. Without, it returns None: it would otherwise
+            collect all of them in memory.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[RestoredImageWriter("restored")], logger=False)
+    """
+
+    def __init__(self, output_dir: str | None = None, keep_predictions: bool = False) -> None:
+        super().__init__(write_interval="batch")
+        if output_dir is not None and not output_dir.strip():
+            raise ValueError(f"RestoredImageWriter: output_dir must name a directory, got {output_dir!r}.")
+        if output_dir is not None and Path(output_dir).exists() and not Path(output_dir).is_dir():
+            raise ValueError(f"RestoredImageWriter: output_dir must be a directory, but {output_dir} is a file.")
+        self.output_dir = output_dir
+        self.keep_predictions = keep_predictions
+        self._directory = Path()
+        self._earlier: set[str] = set()
+        self._rows: list[dict[str, Any]] = []
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finds the directory, and what an earlier run has left in it."""
+        default = Path(run_directory(trainer) or trainer.default_root_dir) / "restored"
+        self._directory = default if self.output_dir is None else Path(self.output_dir)
+        self._rows = []
+        self._earlier = _outputs_of(self._directory / TABLE_NAME)
+        if not self.keep_predictions:
+            trainer.predict_loop.return_predictions = False
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Any,
+        batch_indices: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Writes one batch."""
+        wanted = ("restored", "noisy", "name", "noise_std", "parameters")
+        missing = [name for name in wanted if name not in prediction]
+        if missing:
+            raise TypeError(
+                f"RestoredImageWriter needs {', '.join(wanted)} from {type(pl_module).__name__}.predict_step; "
+                f"{', '.join(missing)} is missing."
+            )
+        weight = batch.get("weight") if isinstance(batch, dict) else None
+        index = batch.get("index") if isinstance(batch, dict) else None
+        columns = _columns(prediction)
+        for i, name in enumerate(prediction["name"]):
+            if weight is not None and weight[i] == 0:
+                continue  # the padded repeat of an uneven distributed epoch
+            self._refuse_foreign(self._directory / _short(name))
+            image = prediction["restored"][i]
+            write_png(image, self._directory / _provisional(name))
+            order = (dataloader_idx, int(index[i]) if index is not None else len(self._rows))
+            size = {"width": image.shape[-1], "height": image.shape[-2]}
+            values = {column: value[i] for column, value in columns.items()}
+            self._rows.append({"order": order, "name": name, "output": "", **size, **values})
+
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gives every file its name, and writes the CSV."""
+        rows = sorted(_gather(self._rows), key=lambda row: row["order"])
+        count = Counter(row["name"] for row in rows)
+        if repeated := [name for name in count if count[name] > 1]:
+            raise ValueError(f"RestoredImageWriter: two images are called {repeated[0]!r}; names must be unique.")
+        names = output_names(list(count))
+        for row in rows:
+            row["output"] = names[row["name"]]
+        # The table comes first: it is what permits the next run to replace these files.
+        if trainer.is_global_zero and rows:
+            _write_table(rows, self._directory / TABLE_NAME)
+        for row in self._rows:
+            target = self._directory / names[row["name"]]
+            self._refuse_foreign(target)
+            (self._directory / _provisional(row["name"])).replace(target)
+        self._rows = []
+
+    def _refuse_foreign(self, path: Path) -> None:
+        if path.exists() and path.relative_to(self._directory).as_posix() not in self._earlier:
+            raise FileExistsError(
+                f"{path} exists and is no earlier result of RestoredImageWriter (it is not in "
+                f"{self._directory / TABLE_NAME}): set output_dir to another directory, or move the file away."
+            )
+
+
+def output_names(names: list[str]) -> dict[str, str]:
+    """Returns the file for each image: its name with the suffix `.png`, which is appended where two would collide.
+
+    Names count as equal where they differ in case alone: some file systems cannot tell them apart.
+
+    Example:
+        >>> output_names(["a.jpg", "a.png", "b/c.tif"])
+        {'a.jpg': 'a.jpg.png', 'a.png': 'a.png.png', 'b/c.tif': 'b/c.png'}
+    """
+    outputs = {name: _short(name) for name in names}
+    while True:
+        count = Counter(output.casefold() for output in outputs.values())
+        colliding = [n for n, output in outputs.items() if count[output.casefold()] > 1 and output != f"{n}.png"]
+        if not colliding:
+            return outputs
+        outputs.update({name: f"{name}.png" for name in colliding})
+
+
+def write_png(image: Tensor, path: Path) -> None:
+    """Writes an image as an 8-bit PNG.
+
+    Shape:
+        - image: `[C, H, W]` in [0, 1], C 1 (grey) or 3 (colour)
+    """
+    if image.ndim != 3 or image.shape[0] not in (1, 3):
+        raise ValueError(f"{path}: an image of shape [1 or 3, H, W] can be written as PNG, got {list(image.shape)}.")
+    pixels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+    array = pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array.contiguous().numpy()).save(path)
+
+
+def _columns(prediction: dict[str, Any]) -> dict[str, list[float]]:
+    """Returns what the CSV says about a batch beside names and sizes."""
+    columns = {"noise_std": prediction["noise_std"], **prediction["parameters"]}
+    if "clean" in prediction:
+        for column, image in (("psnr_noisy", prediction["noisy"]), ("psnr", prediction["restored"])):
+            error = (image.float().clamp(0, 1) - prediction["clean"].float()).square().mean((1, 2, 3))
+            columns[column] = -10 * torch.log10(error)
+    return {column: value.tolist() for column, value in columns.items()}
+
+
+def _short(name: str) -> str:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.name:
+        raise ValueError(f"RestoredImageWriter: name must be a path below the input's root, got {name!r}.")
+    return str(path.with_suffix(".png"))
+
+
+def _provisional(name: str) -> str:
+    return f"{name}.part.png"
+
+
+def _gather(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Collects the rows of all processes, on all of them."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return list(rows)
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, rows)
+    return [row for part in gathered for row in part]
+
+
+def _write_table(rows: list[dict[str, Any]], path: Path) -> None:
+    columns = list(dict.fromkeys(column for row in rows for column in row if column != "order"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _outputs_of(path: Path) -> set[str]:
+    """Returns the files that an earlier run has written, by its table."""
+    if not path.is_file():
+        return set()
+    with path.open(newline="", encoding="utf-8") as file:
+        return {row.get("output") or "" for row in csv.DictReader(file)}

@@ -1,0 +1,41 @@
+"""The interface of an M-step."""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+from lightning_modules.em import ParameterTable, Statistics, TableValues
+
+RuleState = dict[str, Tensor]
+
+
+class Rule(ABC):
+    """Proposes new parameters from the statistics of one optimiser step.
+
+    A rule is a pure function of what it is given: it reads the table, and returns what it proposes and its own next
+    state. The callback projects the proposal into the bounds, leaves alone what is not learned, and takes proposal and
+    state, or neither. So a rule needs no regard for bounds, ranks, precision, checkpoints or steps gone wrong.
+    """
+
+    @abstractmethod
+    def initial_state(self, table: ParameterTable) -> RuleState:
+        """Tensors to carry from step to step, on the table's device.
+
+        Raises:
+            ValueError: If the rule cannot move what the table learns.
+        """
+
+    @abstractmethod
+    def step(self, table: ParameterTable, statistics: Statistics, state: RuleState) -> tuple[TableValues, RuleState]:
+        """Proposed coordinates of the table, and the next state.
+
+        Must neither write to its arguments nor wait for the device (`.item()`, `if tensor`).
+
+        Args:
+            table: The table as it is.
+            statistics: Sums over all images of the optimiser step, all processes included.
+            state: State that the previous step returned.
+
+        Shape:
+            - output: `shared` `[P]` and `offsets` `[K, P]`, float64
+        """

@@ -1,0 +1,123 @@
+"""The command `lightning-em fit|validate|test|predict`."""
+
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_info
+
+# Importing the packages is what makes their classes known by their short names on the command line.
+import callbacks
+import datamodules
+import lightning_modules.networks
+import lightning_modules.reconstruction  # noqa: F401
+
+
+class EMCommand(LightningCLI):
+    """Lightning's command line for modules trained by expectation-maximisation.
+
+    Class names travel from the data to the rows of the parameter table, where the module has one; and `fit` ends by
+    saying what to run next.
+    """
+
+    def before_instantiate_classes(self) -> None:
+        """Give the table one row for each class of the data, unless the configuration names the rows itself."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        table = config.get("model.init_args.em_parameters.init_args")
+        if table is None or table.get("row_names") is not None:
+            return
+        self._parser(self.subcommand).link_arguments(
+            "data.class_names", "model.init_args.em_parameters.init_args.row_names", apply_on="instantiate"
+        )
+
+    def after_fit(self) -> None:
+        """Say what to run next."""
+        checkpoint = getattr(self.trainer.checkpoint_callback, "best_model_path", "") or getattr(
+            self.trainer.checkpoint_callback, "last_model_path", ""
+        )
+        if not checkpoint or self.trainer.fast_dev_run:
+            return
+        configs = " ".join(f"-c {path}" for path in _config_paths(self._arguments))
+        checkpoint = _relative(checkpoint)
+        root = _relative(self.trainer.log_dir or self.trainer.default_root_dir)
+        lines = [f"  lightning-em {verb} {configs} --ckpt_path {checkpoint}" for verb in ("validate", "test", "predict")]
+        lines.append(f"  tensorboard --logdir {root}")
+        rank_zero_info("\nNext:\n" + "\n".join(lines))
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and keep the words for the hints at the end."""
+        self._arguments: Sequence[str] = args if args is not None else sys.argv[1:]
+        super().parse_arguments(parser, args)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command.
+
+    Args:
+        args: Words after the command's name; those of the process by default.
+    """
+    if args is None and sys.argv[1:2] == ["--version"]:
+        print(_version())
+        return
+    build(args, run=True)
+
+
+def build(args: list[str] | None, run: bool = False) -> EMCommand:
+    """Data, module and trainer of a configuration, for scripts that drive them by themselves.
+
+    Args:
+        args: Words of the command line without the verb, such as `["-c", "configs/demo.yaml"]`.
+        run: Take the verb (`fit`, `validate`, `test` or `predict`) from the words and run it.
+    """
+    _check_packages()
+    return EMCommand(
+        L.LightningModule,
+        L.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+        run=run,
+        args=args,
+    )
+
+
+def _check_packages() -> None:
+    """Refuse a folder of the user's own that shadows one of our packages."""
+    ours = Path(lightning_modules.networks.__file__).resolve().parents[2]
+    for package in (callbacks, datamodules):
+        home = Path(str(package.__file__)).resolve().parents[1]
+        if home != ours:
+            raise SystemExit(
+                f"{package.__name__}/ in {home} shadows the package of that name that lightning-em brings ({ours}): "
+                "rename your folder, or start the command elsewhere"
+            )
+
+
+def _config_paths(words: Sequence[str]) -> list[str]:
+    flags = ("-c", "--config")
+    joined = [word.split("=", 1)[1] for word in words if word.startswith("--config=")]
+    return [path for flag, path in zip(words, words[1:], strict=False) if flag in flags] + joined
+
+
+def _relative(path: str) -> str:
+    try:
+        return str(Path(path).resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return path
+
+
+def _version() -> str:
+    try:
+        return version("lightning-em")
+    except PackageNotFoundError:  # a checkout on the path, not installed
+        return "0+unknown"
+
+
+if __name__ == "__main__":
+    main()

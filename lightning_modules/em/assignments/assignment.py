@@ -1,0 +1,44 @@
+"""The interface of an assignment, and the one that needs no rows."""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+
+class Assignment(nn.Module, ABC):
+    """Gives every image its responsibilities over the rows of a parameter table: the E-step's posterior.
+
+    A new way to decide is a new subclass in a file of its own, named by `class_path` in a configuration.
+    """
+
+    @abstractmethod
+    def forward(self, images: Tensor, labels: Tensor, noise_std: Tensor, num_rows: int) -> Tensor:
+        """Responsibilities of the rows for each image; a row of zeros is the global parameter set.
+
+        Args:
+            images: The images as they come in, noisy.
+            labels: Class labels; −1 where there is none.
+            noise_std: Noise standard deviation of each image, known or estimated.
+            num_rows: Number K of rows.
+
+        Shape:
+            - images: `[B, C, H, W]`
+            - labels: int64 `[B]`
+            - noise_std: `[B]`
+            - output: float64 `[B, K]`, each row's sum in [0, 1]
+        """
+
+
+class GlobalAssignment(Assignment):
+    """Every image uses the global parameter set.
+
+    Example:
+        >>> import torch
+        >>> images, labels = torch.rand(2, 3, 8, 8), torch.tensor([0, 1])
+        >>> GlobalAssignment()(images, labels, torch.zeros(2), num_rows=3).sum().item()
+        0.0
+    """
+
+    def forward(self, images: Tensor, labels: Tensor, noise_std: Tensor, num_rows: int) -> Tensor:
+        """Zeros; see `Assignment.forward`."""
+        return noise_std.new_zeros(len(images), num_rows).double()

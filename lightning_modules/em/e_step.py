@@ -1,0 +1,126 @@
+"""What an E-step tells the M-step: values for each image, and their sums for each row of the table."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Columns of `Statistics.sums` after the gradient's.
+_COLUMNS = ("count", "reconstruction", "perceptual", "smoothness", "similarity", "proxy")
+
+
+class EStep(NamedTuple):
+    r"""Statistics of one batch, for each image, which a `training_step` returns under the key `"em"`.
+
+    The loss proxy is :math:`\ell = L_{recon} + L_{percep} - \alpha \cdot \mathrm{smoothness}`.
+
+    Attributes:
+        responsibilities: Responsibility of each row for each image, `[B, K]`; zeros use the global set alone.
+        weight: Weight of each image in the batch's loss, `[B]`; 0 leaves the image out (a padded repeat). None: all 1.
+        reconstruction: Reconstruction loss of each image, `[B]`.
+        perceptual: Perceptual loss of each image, `[B]`; None where there is none.
+        smoothness: Smoothness score of each restored image, `[B]`; None where it is not measured.
+        similarity: Mean similarity over the edges of each image, `[B]`; None takes `smoothness`.
+        smoothness_weight: α.
+
+    Example:
+        >>> step = EStep(torch.zeros(2, 0), None, torch.tensor([0.5, 0.25]))
+        >>> step.proxy.tolist()
+        [0.5, 0.25]
+    """
+
+    responsibilities: Tensor
+    weight: Tensor | None
+    reconstruction: Tensor
+    perceptual: Tensor | None = None
+    smoothness: Tensor | None = None
+    similarity: Tensor | None = None
+    smoothness_weight: float = 0.0
+
+    @property
+    def proxy(self) -> Tensor:
+        """Loss proxy ℓ of each image, float64 `[B]`."""
+        proxy = self.reconstruction.double()
+        if self.perceptual is not None:
+            proxy = proxy + self.perceptual.double()
+        if self.smoothness is not None and self.smoothness_weight:
+            proxy = proxy - self.smoothness_weight * self.smoothness.double()
+        return proxy
+
+
+class Statistics:
+    """Sums over images: row 0 over all of them, row k weighted by the responsibility of table row k.
+
+    Sums and counts add up over micro-batches and processes, and only then become means: never means of means.
+
+    Args:
+        num_rows: Number K of the table's rows.
+        num_parameters: Number P of the table's parameters.
+        device: Where the sums live.
+
+    Attributes:
+        sums: One float64 tensor `[K + 1, P + 6]`: the gradient of the proxy with respect to the table's coordinates, then
+            count, reconstruction, perceptual, smoothness, similarity and proxy.
+
+    Example:
+        >>> statistics = Statistics(num_rows=1, num_parameters=2)
+        >>> statistics.add(EStep(torch.ones(4, 1), None, torch.tensor([1.0, 2.0, 3.0, 4.0])), gradient=torch.ones(4, 2))
+        >>> statistics.mean("reconstruction").tolist(), statistics.mean_gradient[1].tolist()
+        ([2.5, 2.5], [1.0, 1.0])
+    """
+
+    def __init__(self, num_rows: int, num_parameters: int, device: torch.device | str = "cpu") -> None:
+        self.num_parameters = num_parameters
+        self.sums = torch.zeros(num_rows + 1, num_parameters + len(_COLUMNS), dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def add(self, step: EStep, gradient: Tensor | None) -> None:
+        """Add the images of a batch.
+
+        Args:
+            step: Values for each image.
+            gradient: Gradient of each image's proxy with respect to its parameters' coordinates; None adds zeros.
+
+        Shape:
+            - gradient: `[B, P]`
+        """
+        rows = step.responsibilities.double()
+        # Shape-preserving zeros would keep a NaN of an image that is left out: select, do not multiply.
+        used = rows.new_ones(len(rows), dtype=torch.bool) if step.weight is None else step.weight > 0
+        share = torch.cat([rows.new_ones(len(rows), 1), rows], dim=1)
+        zero = rows.new_zeros(len(rows))
+        smoothness = zero if step.smoothness is None else step.smoothness.double()
+        values = [
+            rows.new_zeros(len(rows), self.num_parameters) if gradient is None else gradient.double(),
+            torch.ones_like(zero)[:, None],
+            step.reconstruction.double()[:, None],
+            (zero if step.perceptual is None else step.perceptual.double())[:, None],
+            smoothness[:, None],
+            (smoothness if step.similarity is None else step.similarity.double())[:, None],
+            step.proxy[:, None],
+        ]
+        share, images = (torch.where(used[:, None], part, 0.0) for part in (share, torch.cat(values, dim=1)))
+        self.sums += share.T @ images
+
+    def sum(self, name: str) -> Tensor:
+        """Sum of one quantity by its name, `[K + 1]`, row 0 over all images."""
+        return self.sums[:, self.num_parameters + _COLUMNS.index(name)]
+
+    def mean(self, name: str) -> Tensor:
+        """Mean of one quantity by its name, `[K + 1]`; 0 for rows without images."""
+        return self.sum(name) / self.count.clamp_min(torch.finfo(torch.float64).tiny)
+
+    @property
+    def count(self) -> Tensor:
+        """Number of images, weighted by the responsibilities, `[K + 1]`."""
+        return self.sum("count")
+
+    @property
+    def mean_gradient(self) -> Tensor:
+        """Mean gradient of the proxy with respect to the table's coordinates, `[K + 1, P]`; 0 for rows without images."""
+        return self.sums[:, : self.num_parameters] / self.count[:, None].clamp_min(torch.finfo(torch.float64).tiny)
+
+    @property
+    def finite(self) -> Tensor:
+        """Whether every sum is finite, a boolean on the device."""
+        return self.sums.isfinite().all()

@@ -1,0 +1,157 @@
+"""EMReport: the table on the screen, and the file that starts the next run."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from callbacks.em_report import EMReport, class_path, overlay, parameter_report, summary
+from lightning_modules.em import ParameterTable
+
+
+class Duck(LightningModule):
+    def __init__(self, table: ParameterTable | None) -> None:
+        super().__init__()
+        self.em_parameters = table
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return (self.weight * batch).mean()
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        for name, value in (("psnr", 28.0), ("psnr_noisy", 20.5), ("gain", 7.5)):
+            self.log(f"val/{name}", value, batch_size=len(batch))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.fixture
+def table() -> ParameterTable:
+    table = ParameterTable(
+        learned=["sigma", "tau", "smooth_steps"],
+        per_row=["tau", "smooth_steps"],
+        row_names=["cat", "dog", "[bird]"],
+        initial_rows={"dog": {"tau": 0.3, "smooth_steps": 7}},
+    )
+    column = table.names.index("sigma")
+    with torch.no_grad():
+        table.shared[column] = table.lower[column]  # the M-step has carried it to its bound
+    return table
+
+
+def render(value: Any, width: int = 80) -> str:
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(value)
+    return console.export_text()
+
+
+def fit(tmp_path: Path, module: LightningModule, **arguments: Any) -> Trainer:
+    logger = TensorBoardLogger(str(tmp_path), name="", version="run [1]", default_hp_metric=False)
+    settings = {"logger": logger, "callbacks": [EMReport(), ModelCheckpoint()], "max_epochs": 1} | arguments
+    trainer = Trainer(accelerator="cpu", enable_progress_bar=False, enable_model_summary=False, **settings)
+    trainer.fit(module, DataLoader(torch.rand(4, 2), 2), DataLoader(torch.rand(4, 2), 2))
+    return trainer
+
+
+def test_the_table_has_a_column_for_each_learned_parameter(table: ParameterTable) -> None:
+    lines = [line for line in render(parameter_report(table)).splitlines() if line.strip()]
+    rows = {
+        line.split("│")[1].strip(): [cell.strip() for cell in line.split("│")[2:-1]] for line in lines if "│" in line
+    }
+    assert rows == {
+        "lower bound": ["0.1", "0.05", "2"],
+        "upper bound": ["0.5", "0.3", "10"],
+        "start": ["0.3", "0.1", "5"],
+        "now": ["0.1*", "0.1", "5"],
+        "cat": ["", "0.1", "5"],
+        "dog": ["", "0.3*", "7"],
+        "[bird]": ["", "0.1", "5"],
+    }
+    assert "* rests on a bound; fixed: radius 10, sigma_s 10, sigma_f 0.3" in " ".join(" ".join(lines).split())
+
+
+def test_without_rows_the_table_ends_with_the_global_set() -> None:
+    assert render(parameter_report(ParameterTable())).count("│") == 8 * 4
+
+
+def test_six_parameters_and_ten_classes_fit_eighty_columns() -> None:
+    names = [f"class number {k}" for k in range(10)]
+    table = ParameterTable(per_row=["sigma", "tau", "radius", "sigma_s", "sigma_f", "smooth_steps"], row_names=names)
+    text = render(parameter_report(table))
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_the_overlay_starts_the_next_table_where_this_one_ended(table: ParameterTable) -> None:
+    config = yaml.safe_load(yaml.safe_dump(overlay(Duck(table), table)))
+    assert config["model"]["class_path"] == f"{__name__}.Duck"
+    written = config["model"]["init_args"]["em_parameters"]
+    assert written["class_path"] == "lightning_modules.ParameterTable"
+    assert set(written["init_args"]) == {"initial", "initial_rows"}
+    following = ParameterTable(
+        learned=["sigma", "tau", "smooth_steps"],
+        per_row=["tau", "smooth_steps"],
+        row_names=["cat", "dog", "[bird]"],
+        **written["init_args"],
+    )
+    torch.testing.assert_close(following.values(), table.values(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_values_on_a_bound_are_accepted_by_the_next_run(side: int) -> None:
+    bounds = {"sigma": (0.07, 0.7), "tau": (0.03, 0.29), "sigma_s": (0.3, 11.3), "sigma_f": (0.11, 0.77)}
+    table = ParameterTable(bounds=bounds)
+    with torch.no_grad():
+        table.shared.copy_((table.lower, table.upper)[side])
+    initial = overlay(Duck(table), table)["model"]["init_args"]["em_parameters"]["init_args"]["initial"]
+    assert initial["sigma"] == bounds["sigma"][side]
+    assert isinstance(initial["smooth_steps"], int)
+    ParameterTable(initial=initial, bounds=bounds)
+
+
+def test_class_paths_are_the_public_ones() -> None:
+    assert class_path(ParameterTable) == "lightning_modules.ParameterTable"
+    assert class_path(Trainer) == "lightning.Trainer"
+    assert class_path(Path) in ("pathlib.Path", "pathlib._local.Path")
+
+
+def test_fit_prints_the_report_and_writes_the_file(
+    tmp_path: Path, table: ParameterTable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = fit(tmp_path, Duck(table))
+    printed = capsys.readouterr().out
+    exported = tmp_path / "run [1]" / "em_parameters.yaml"
+    assert yaml.safe_load(exported.read_text()) == overlay(Duck(table), table)
+    assert "Learned parameters" in printed
+    assert "validation PSNR: 20.50 dB before restoration, 28.00 dB after: +7.50 dB" in printed
+    for path in (exported, tmp_path / "run [1]", trainer.checkpoint_callback.best_model_path):
+        assert str(path) in printed, "in one piece, so that it can be copied"
+
+
+@pytest.mark.parametrize("arguments", [{"logger": False}, {"fast_dev_run": True}])
+def test_a_run_without_logs_writes_nothing(
+    tmp_path: Path, table: ParameterTable, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fit(tmp_path, Duck(table), callbacks=[EMReport()], enable_checkpointing=False, **arguments)
+    assert not list(tmp_path.rglob("em_parameters.yaml"))
+
+
+def test_the_summary_tells_what_there_is() -> None:
+    assert summary({}, None, None, None) == []
+    lines = summary({"val/psnr": 28.0, "val/psnr_noisy": 20.5}, "logs", "last.ckpt", Path("logs/em_parameters.yaml"))
+    assert [line.split(":")[0] for line in lines] == ["validation PSNR", "parameters", "logs", "checkpoint"]
+
+
+def test_a_module_without_parameters_is_told_so(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="Duck has no em_parameters"):
+        fit(tmp_path, Duck(None))

@@ -1,0 +1,218 @@
+"""ImageGrid and EMDashboard: what TensorBoard finds in the event files."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import plugin_data_pb2
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from callbacks.em_dashboard import EMDashboard, custom_scalars_layout, heat_map, hyperparameters, render
+from callbacks.image_grid import ImageGrid, image_grid
+from lightning_modules.em import ParameterTable, TableValues
+
+
+class Duck(LightningModule):
+    """Hands out images and drifting parameters; restores nothing."""
+
+    def __init__(self, table: ParameterTable | None = None) -> None:
+        super().__init__()
+        self.save_hyperparameters({"width": 3})
+        if table is not None:
+            self.em_parameters = table
+        self.weight = torch.nn.Parameter(torch.ones(()))
+        self.seen: list[Tensor] = []
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return (self.weight * batch["image"]).mean()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        if hasattr(self, "em_parameters"):
+            state = self.em_parameters.state
+            self.em_parameters.write(TableValues(state.shared + 0.01, state.offsets))
+            for name, value in self.em_parameters.get_parameters().items():
+                self.log(f"em/{name}", float(value))
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        for name, value in (("psnr", 28.0), ("psnr_noisy", 20.5), ("gain", 7.5)):
+            self.log(f"val/{name}", value, batch_size=len(batch["image"]))
+        clean = batch["image"]
+        return {"clean": clean, "noisy": clean + 0.5, "restored": clean * self.weight, "index": batch["index"]}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def table(rows: int = 2) -> ParameterTable:
+    names = [f"class {k}" for k in range(rows)]
+    return ParameterTable(
+        initial={"sigma": 0.5, "radius": 10},
+        learned=["sigma", "tau", "sigma_s", "smooth_steps"],
+        per_row=["sigma", "tau", "smooth_steps"],
+        row_names=names,
+        initial_rows={names[k]: {"tau": 0.05 + 0.25 * k / rows} for k in range(rows)},
+    )
+
+
+def loader(size: int = 7) -> DataLoader:
+    images = torch.rand(size, 3, 13, 11, generator=torch.Generator().manual_seed(0))
+    return DataLoader([{"image": image, "index": i} for i, image in enumerate(images)], batch_size=3)
+
+
+def fit(
+    tmp_path: Path, module: LightningModule, callback: Callback, **arguments: Any
+) -> tuple[Trainer, EventAccumulator]:
+    logger = TensorBoardLogger(str(tmp_path), name="", version="run", default_hp_metric=False)
+    trainer = Trainer(
+        max_epochs=3,
+        accelerator="cpu",
+        logger=[CSVLogger(str(tmp_path), name="csv"), logger],
+        callbacks=[callback],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        **arguments,
+    )
+    trainer.fit(module, loader(), loader())
+    events = EventAccumulator(logger.log_dir, size_guidance={"images": 0})
+    events.Reload()
+    return trainer, events
+
+
+def test_the_grid_shows_the_same_samples_every_time(tmp_path: Path) -> None:
+    _, events = fit(tmp_path, Duck(), ImageGrid(num_images=5, every_n_epochs=2), num_sanity_val_steps=2)
+    drawn = events.Images("val/clean_noisy_restored")
+    assert [event.step for event in drawn] == [3, 9], "epochs 0 and 2, and nothing from the sanity check"
+    factor = 96 // 13
+    assert (drawn[0].width, drawn[0].height) == (5 * (11 * factor + 2) + 2, 3 * (13 * factor + 2) + 2)
+
+
+def test_the_grid_holds_the_first_images_in_rows(tmp_path: Path) -> None:
+    samples = [tuple(torch.full((1, 4, 6), value) for value in (k / 10, 0.5, 2.0)) for k in range(3)]
+    grid = image_grid(samples)
+    assert grid.shape == (3, 3 * (64 + 2) + 2, 3 * (96 + 2) + 2)
+    centres = grid[0, 34::66, 50::98]
+    expected = torch.tensor([[0.0, 0.1, 0.2], [0.5, 0.5, 0.5], [1.0, 1.0, 1.0]])
+    torch.testing.assert_close(centres, expected)
+
+
+def test_images_of_several_sizes_fit_one_grid() -> None:
+    samples = [tuple(torch.ones(3, *size) for _ in range(3)) for size in ((100, 150), (150, 100))]
+    assert image_grid(samples).shape == (3, 3 * 152 + 2, 2 * 152 + 2)
+
+
+def test_the_grid_is_drawn_by_validate_as_well(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(str(tmp_path), name="", version="run", default_hp_metric=False)
+    trainer = Trainer(logger=logger, callbacks=[ImageGrid(4)], accelerator="cpu", enable_progress_bar=False)
+    trainer.validate(Duck(), loader(), verbose=False)
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    assert len(events.Images("val/clean_noisy_restored")) == 1
+
+
+def test_the_grid_names_what_a_module_does_not_return(tmp_path: Path) -> None:
+    class Silent(Duck):
+        def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+            return {"clean": batch["image"]}
+
+    with pytest.raises(TypeError, match=r"clean, noisy, restored; Silent\.validation_step returned \['clean'\]"):
+        fit(tmp_path, Silent(), ImageGrid(), num_sanity_val_steps=0)
+
+
+def test_the_page_of_curves_names_tags_that_exist(tmp_path: Path) -> None:
+    layout = custom_scalars_layout(table())
+    assert layout["learned parameters"]["sigma"] == ["Multiline", ["em/sigma$", "em/sigma/.+"]]
+    assert layout["learned parameters"]["sigma_s"] == ["Multiline", ["em/sigma_s$"]]
+    assert "radius" not in layout["learned parameters"], "it is not learned"
+    _, events = fit(tmp_path, Duck(table()), EMDashboard())
+    ((event),) = events.Tensors("custom_scalars__config__")
+    written = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    assert [category.title for category in written.category] == ["learned parameters", "objective"]
+    assert [chart.title for chart in written.category[0].chart] == ["sigma", "tau", "sigma_s", "smooth_steps"]
+
+
+def test_the_heat_map_is_drawn_each_epoch_once(tmp_path: Path) -> None:
+    _, events = fit(tmp_path, Duck(table()), EMDashboard(every_n_epochs=2))
+    assert [event.step for event in events.Images("em/table")] == [3, 9]
+
+
+def test_the_run_is_entered_among_the_hyperparameters(tmp_path: Path) -> None:
+    duck = Duck(table())
+    trainer, events = fit(tmp_path, duck, EMDashboard())
+    data = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    hparams = plugin_data_pb2.HParamsPluginData.FromString(data).session_start_info.hparams
+    assert hparams["em_start/sigma"].number_value == pytest.approx(0.5)
+    assert hparams["width"].number_value == 3
+    for name, value in {
+        "val/psnr": 28.0,
+        "val/gain": 7.5,
+        "em/tau": duck.em_parameters.get_parameters()["tau"],
+    }.items():
+        last = events.Scalars(name)[-1]
+        assert last.step == trainer.global_step
+        assert last.value == pytest.approx(value, rel=1e-6)
+    assert all(event.step > 0 for event in events.Scalars("val/psnr")), "no stray point at step 0"
+    assert "em_start" not in (Path(trainer.loggers[1].log_dir) / "hparams.yaml").read_text()
+
+
+def test_metrics_are_left_out_where_there_was_no_validation() -> None:
+    start, metrics = hyperparameters(table(), {})
+    assert set(start) == {f"em_start/{name}" for name in ("sigma", "tau", "sigma_s", "smooth_steps")}
+    assert set(metrics) == {f"em/{name}" for name in ("sigma", "tau", "sigma_s", "smooth_steps")}
+
+
+@pytest.mark.parametrize("rows", [0, 10, 100])
+def test_the_heat_map_shows_every_number(rows: int) -> None:
+    figure = heat_map(table(rows))
+    axes, _ = figure.axes
+    texts = [text.get_text() for text in axes.texts]
+    assert len(texts) == 6 + 3 * rows
+    assert texts[0] == "0.5↑", "the global sigma rests on its upper bound"
+    if rows:
+        assert [label.get_text() for label in axes.get_yticklabels()][:2] == ["global", "class 0"]
+    pixels = render(figure)
+    assert pixels.dtype == np.uint8
+    assert pixels.shape[2] == 3
+    assert min(pixels.shape[:2]) > 150
+    assert max(pixels.shape[:2]) < 2200
+
+
+def test_a_module_without_parameters_is_told_so(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="Duck has no em_parameters"):
+        _, events = fit(tmp_path, Duck(), EMDashboard())
+    assert not events.Tags()["images"]
+
+
+def test_other_loggers_are_skipped(tmp_path: Path) -> None:
+    callbacks = [ImageGrid(), EMDashboard()]
+    trainer = Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=CSVLogger(str(tmp_path)),
+        callbacks=callbacks,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(Duck(table()), loader(), loader())
+    assert not list(tmp_path.rglob("events.out*"))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: ImageGrid(num_images=0), "ImageGrid: num_images must be at least 1, got 0"),
+        (lambda: ImageGrid(every_n_epochs=-1), "ImageGrid: every_n_epochs must be at least 1, got -1"),
+        (lambda: EMDashboard(every_n_epochs=0), "EMDashboard: every_n_epochs must be at least 1, got 0"),
+    ],
+)
+def test_bad_arguments_are_named(build: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()

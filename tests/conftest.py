@@ -1,0 +1,60 @@
+"""Fixtures that every test may use."""
+
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+PROJECT = Path(__file__).parents[1]
+
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.load_profile("ci")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with real data beside the project, or wherever LIGHTNING_EM_DATA says."""
+    folder = Path(os.environ.get("LIGHTNING_EM_DATA", PROJECT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}; set LIGHTNING_EM_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cifar_root(shared_data: Path) -> Path:
+    """A folder that holds a real, partial copy of CIFAR-10."""
+    if not (shared_data / "cifar-10-batches-py").is_dir():
+        pytest.skip(f"no cifar-10-batches-py in {shared_data}")
+    return shared_data
+
+
+@pytest.fixture
+def fake_cifar(tmp_path: Path) -> Callable[..., Path]:
+    """Writes CIFAR-10's official layout with a few random rows and returns its root.
+
+    ``fake_cifar(rows=4, test_rows=6)``: rows in each of the five training batches and in the test batch.
+    """
+
+    def write(rows: int = 4, test_rows: int = 6, seed: int = 0) -> Path:
+        root = tmp_path / "fake_cifar"
+        folder = root / "cifar-10-batches-py"
+        folder.mkdir(parents=True, exist_ok=True)
+        generator = np.random.default_rng(seed)
+        for name, count in [*((f"data_batch_{i}", rows) for i in range(1, 6)), ("test_batch", test_rows)]:
+            entry = {
+                "batch_label": name,
+                "labels": [i % 10 for i in range(count)],
+                "data": generator.integers(0, 256, (count, 3072), dtype=np.uint8),
+                "filenames": [f"{name}_{i}.png" for i in range(count)],
+            }
+            (folder / name).write_bytes(pickle.dumps(entry))
+        names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+        meta = {"num_cases_per_batch": 10000, "label_names": names, "num_vis": 3072}
+        (folder / "batches.meta").write_bytes(pickle.dumps(meta))
+        return root
+
+    return write
