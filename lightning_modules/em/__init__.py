@@ -1,4 +1,6 @@
-"""Expectation-maximisation: parameters with bounds and rows, responsibilities, statistics. Knows nothing of Lightning."""
+"""Expectation-maximisation: parameters with bounds and rows, responsibilities, statistics. Knows nothing of
+Lightning.
+"""
 
 from lightning_modules.em.assignments import Assignment, GlobalAssignment, LabelAssignment
 from lightning_modules.em.brute_force import best_clustering, enumerated_log_likelihood

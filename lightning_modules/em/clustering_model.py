@@ -265,13 +265,14 @@ class ClusteringModel(nn.Module):
     def _check_count(self, count: int, invalid: int) -> None:
         if invalid:
             raise ValueError(
-                f"Input X contains NaN or infinity in {invalid} row(s). Remove those rows, impute the values, or look at the "
-                "preprocessing that made them."
+                f"Input X contains NaN or infinity in {invalid} row(s). Remove those rows, impute the values, or "
+                "look at the preprocessing that made them."
             )
         if count < self.num_components:
             raise ValueError(
-                f"Expected n_samples >= n_components but got n_components = {self.num_components}, n_samples = {count}: "
-                f"n_samples={count} should be >= n_clusters={self.num_components}. Give more rows or ask for fewer components."
+                f"Expected n_samples >= n_components but got n_components = {self.num_components}, "
+                f"n_samples = {count}: n_samples={count} should be >= n_clusters={self.num_components}. "
+                "Give more rows or ask for fewer components."
             )
 
     def _set_frame(self, frame: ReferenceFrame) -> None:

@@ -48,8 +48,8 @@ def ill_defined_message(bad: Tensor, reg_covar: float | None) -> str:
     named = sorted({int(k) for k in bad.reshape(-1, bad.shape[-1] if bad.ndim else 1).nonzero()[:, 1]})
     given = "" if reg_covar is None else f" at reg_covar={reg_covar:g}"
     return (
-        f"Fitting the mixture model failed because the covariance of component(s) {named} is not positive definite{given} "
-        "(for instance caused by singleton or collapsed samples, or constant features). "
+        f"Fitting the mixture model failed because the covariance of component(s) {named} is not positive "
+        f"definite{given} (for instance caused by singleton or collapsed samples, or constant features). "
         "Try to decrease the number of components, increase reg_covar, or scale the input data."
     )
 

@@ -18,7 +18,7 @@ from lightning_modules.em.gaussian_density import (
 EMPTY_COUNT = 10 * torch.finfo(torch.float64).eps
 # Moments about the frame's origin carry rounding of about 1e-16 of the data's variance; below this floor they say
 # nothing.
-UNCENTRED_VARIANCE_FLOOR = 1e-9
+UNCENTRED_VARIANCE_FLOOR = 1e-12
 SUMS = ("weight", "first", "second", "log_likelihood", "entropy", "count")
 
 

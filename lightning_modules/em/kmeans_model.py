@@ -39,8 +39,8 @@ class KMeansModel(ClusteringModel):
             width = num_features or given.shape[-1]
             if given.shape != (num_components, width):
                 raise ValueError(
-                    f"The shape of the initial centers {tuple(given.shape)} does not match the number of clusters and "
-                    f"features {(num_components, width)}."
+                    f"The shape of the initial centers {tuple(given.shape)} does not match the number of clusters "
+                    f"and features {(num_components, width)}."
                 )
             if not bool(torch.isfinite(given).all()):
                 raise ValueError("centers_init must be finite")
@@ -69,8 +69,8 @@ class KMeansModel(ClusteringModel):
             return None
         if self._given.shape[1] != self.num_features:
             raise ValueError(
-                f"The shape of the initial centers {tuple(self._given.shape)} does not match the number of features of the "
-                f"data {self.num_features}."
+                f"The shape of the initial centers {tuple(self._given.shape)} does not match the number of features "
+                f"of the data {self.num_features}."
             )
         return self.frame.enter(self._given.to(self.offset.device))[None]
 

@@ -41,7 +41,8 @@ class ParameterTable(nn.Module):
 
     Args:
         initial: Start values by name. Names of graph diffusion (`sigma`, `tau`, `radius`, `sigma_s`, `sigma_f`,
-            `smooth_steps`) replace the default start; with any other name among them, the table holds exactly the names given.
+            `smooth_steps`) replace the default start; with any other name among them, the table holds exactly the
+            names given.
         bounds: Lower and upper bound by name.
         learned: Names that the M-step moves; all of them by default.
         per_row: Names that have a value for each row.
@@ -169,7 +170,9 @@ class ParameterTable(nn.Module):
         return self._natural(TableValues(self.shared, self.offsets))
 
     def largest(self, name: str) -> float:
-        """Largest value that a parameter can have during a run: its bound, or the value itself where nothing moves it."""
+        """Largest value that a parameter can have during a run: its bound, or the value itself where nothing moves
+        it.
+        """
         return float(self._constants.get(name, self.bounds[name][1]))
 
     def smallest(self, name: str) -> float:
