@@ -1,7 +1,7 @@
 """What does the graph add to a network that has it?
 
-`configs/cifar10_denoise.yaml` on CIFAR-10, 1,200 steps of 32, against the same backbone with its graph switched off and as
-many parameters: the noisy image takes the place of the diffused one. Three seeds each; PSNR on the test images.
+`configs/cifar10_denoise.yaml` on CIFAR-10, 1,200 steps of 32, against the same backbone with its graph switched off
+and as many parameters: the noisy image takes the place of the diffused one. Three seeds each; PSNR on the test images.
 
     python benchmarks/graph_gain.py --json graph_gain.json
 """
@@ -85,8 +85,8 @@ def main() -> None:
             records.append(record)
             values = {name: round(value, 3) for name, value in record["parameters"].items()} if graph else ""
             print(
-                f"seed {seed}, graph {'on ' if graph else 'off'}: {record['psnr']:.3f} dB, {record['weights']} weights, "
-                f"{record['seconds']:.0f} s {values}",
+                f"seed {seed}, graph {'on ' if graph else 'off'}: {record['psnr']:.3f} dB, {record['weights']} "
+                f"weights, {record['seconds']:.0f} s {values}",
                 flush=True,
             )
             write_json(options.json, records)

@@ -1,7 +1,8 @@
 """Does the gradient rule reach the best parameters from every start?
 
-CIFAR-10 images with noise of 25/255, restored by diffusion alone (`signal="image"`, patch 3, radius 3, five steps). σ, τ,
-σ_s and σ_f are learned in 50 batches of 16, from the defaults and from the eight corners of (σ, τ, σ_f) with σ_s at 10.
+CIFAR-10 images with noise of 25/255, restored by diffusion alone (`signal="image"`, patch 3, radius 3, five steps).
+σ, τ, σ_s and σ_f are learned in 50 batches of 16, from the defaults and from the eight corners of (σ, τ, σ_f) with σ_s
+at 10.
 The oracle searches the same bounds on the test images themselves, then refines the best points with exact gradients.
 
     python benchmarks/recovery.py --json recovery.json
@@ -133,9 +134,10 @@ def main() -> None:
             quality = [float(images.quality(parameters)) for parameters in (start, after_15, final)]
         record = dict(zip(("psnr_start", "psnr_15", "psnr_50"), quality, strict=True))
         records.append({"start": start, **record, "psnr_oracle": best, "parameters": final})
+        named = {name: round(value, 3) for name, value in final.items()}
         print(
             f"from {tuple(start.values())}: {quality[0]:.2f} → {quality[1]:.3f} → {quality[2]:.3f} dB "
-            f"({quality[2] - best:+.3f} to the oracle) at {({name: round(value, 3) for name, value in final.items()})}",
+            f"({quality[2] - best:+.3f} to the oracle) at {named}",
             flush=True,
         )
         write_json(options.json, records)

@@ -19,11 +19,11 @@ _PARTS = ("reconstruction", "perceptual", "smoothness")
 class EMParameterCallback(Callback):
     """Learns a module's `em_parameters` while the module's network trains.
 
-    The module's `training_step` is the E-step: it asks its `ParameterTable` for the parameters of each image and returns
-    `{"loss": ..., "em": EStep(...)}`, where the loss is the mean over the batch of each image's (weighted) loss. This
-    callback is the M-step: it adds the statistics of the micro-batches of an optimiser step, sums them over the
-    processes in one reduction, applies the rule, clamps, writes and logs. Every process computes the same numbers, so
-    nothing is sent back. It does not wait for an accelerator on steps that do not log.
+    The module's `training_step` is the E-step: it asks its `ParameterTable` for the parameters of each image and
+    returns `{"loss": ..., "em": EStep(...)}`, where the loss is the mean over the batch of each image's (weighted)
+    loss. This callback is the M-step: it adds the statistics of the micro-batches of an optimiser step, sums them over
+    the processes in one reduction, applies the rule, clamps, writes and logs. Every process computes the same numbers,
+    so nothing is sent back. It does not wait for an accelerator on steps that do not log.
 
     Args:
         rule: The M-step proper; `GradientRule()` by default.
@@ -131,8 +131,8 @@ class EMParameterCallback(Callback):
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, torch.optim.LBFGS):
                 raise MisconfigurationException(
-                    "EMParameterCallback does not work with LBFGS, which evaluates the loss several times for one step, "
-                    "so that an image would be counted more than once: choose another optimiser, such as Adam"
+                    "EMParameterCallback does not work with LBFGS, which evaluates the loss several times for one "
+                    "step, so that an image would be counted more than once: choose another optimiser, such as Adam"
                 )
         self._last_step = trainer.global_step
         self._require_table().take_gradient()
@@ -157,7 +157,8 @@ class EMParameterCallback(Callback):
         scale = _loss_scale(trainer, pl_module)
         rejected = scale < self._scale if scale is not None and self._scale is not None else None
         self._m_step(table, statistics, rejected)
-        logs = trainer.global_step % trainer.log_every_n_steps == 0 if trainer.log_every_n_steps else False
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        logs = every > 0 and trainer.global_step % every == 0
         if logs or table.shared.device.type == "cpu":
             self._check_skipped()
         if logs:
@@ -183,8 +184,8 @@ class EMParameterCallback(Callback):
             self._rule_state = dict(state_dict.get("rule_state", {}))
         else:
             rank_zero_warn(
-                f"the checkpoint was written under {state_dict.get('rule')}, this run uses {type(self.rule).__name__}: the "
-                "parameters go on from where they were, the rule starts afresh"
+                f"the checkpoint was written under {state_dict.get('rule')}, this run uses {type(self.rule).__name__}: "
+                "the parameters go on from where they were, the rule starts afresh"
             )
         self._skipped = state_dict.get("skipped", self._skipped)
         self._proxies.extend(torch.tensor(proxy, dtype=torch.float64) for proxy in state_dict.get("proxies", []))
@@ -240,14 +241,14 @@ class EMParameterCallback(Callback):
         if longest >= self.max_skipped_steps:
             raise RuntimeError(
                 f"{longest} M-steps in a row had a non-finite loss proxy or gradient, so the run was stopped; the "
-                "parameters are those of the last good step. Look at the loss (does it diverge: lower the learning rate), "
-                "at the data (NaN or infinite pixels), at the precision (try 32-true), and at bounds near zero"
+                "parameters are those of the last good step. Look at the loss (does it diverge: lower the learning "
+                "rate), at the data (NaN or infinite pixels), at the precision (try 32-true), and at bounds near zero"
             )
         if total and not self._warned:
             self._warned = True
             rank_zero_warn(
-                "an M-step was skipped because its loss proxy or gradient was not finite; the parameters keep their values. "
-                "em/skipped_steps counts such steps from here on"
+                "an M-step was skipped because its loss proxy or gradient was not finite; the parameters keep their "
+                "values. em/skipped_steps counts such steps from here on"
             )
 
     def _log(self, trainer: Trainer, table: ParameterTable, statistics: Statistics) -> None:
@@ -291,8 +292,8 @@ def _check_module(pl_module: LightningModule) -> None:
     if not isinstance(table, ParameterTable):
         what = "has no attribute" if table is None else f"has a {type(table).__name__} as"
         raise MisconfigurationException(
-            f"EMParameterCallback learns the parameters of a lightning_modules.ParameterTable, but {type(pl_module).__name__} "
-            f"{what} `em_parameters`: create the table in the module's __init__"
+            "EMParameterCallback learns the parameters of a lightning_modules.ParameterTable, but "
+            f"{type(pl_module).__name__} {what} `em_parameters`: create the table in the module's __init__"
         )
     if not pl_module.automatic_optimization:
         raise MisconfigurationException(
@@ -306,10 +307,11 @@ def _check_trainer(trainer: Trainer) -> None:
     supported = isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)
     if not supported:
         raise MisconfigurationException(
-            f"EMParameterCallback does not work with {type(strategy).__name__}, under which a module's buffers or gradients "
-            "are not whole on every process: use one device or strategy='ddp'"
+            f"EMParameterCallback does not work with {type(strategy).__name__}, under which a module's buffers or "
+            "gradients are not whole on every process: use one device or strategy='ddp'"
         )
-    twins = [callback for callback in trainer.callbacks if isinstance(callback, EMParameterCallback)]
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    twins = [callback for callback in callbacks if isinstance(callback, EMParameterCallback)]
     if len(twins) > 1:
         raise MisconfigurationException(
             f"{len(twins)} EMParameterCallbacks would each move the same parameter table: keep one of them"

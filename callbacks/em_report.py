@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import yaml  # type: ignore[import-untyped]
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from rich.console import Console
+from rich import get_console
 from rich.markup import escape
 from rich.table import Table
 
@@ -47,7 +47,7 @@ class EMReport(Callback):
         """Prints and writes."""
         if not trainer.is_global_zero:
             return
-        console = Console()
+        console = get_console()  # that of the progress bar, which moves out of the way
         table = em_table(pl_module)
         exported = None
         if table is not None:

@@ -1,6 +1,7 @@
 """Writes what `predict` restores: one PNG for each image, and one CSV for all."""
 
 import csv
+import warnings
 from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -54,6 +55,8 @@ class RestoredImageWriter(BasePredictionWriter):
         self._directory = default if self.output_dir is None else Path(self.output_dir)
         self._rows = []
         self._earlier = _outputs_of(self._directory / TABLE_NAME)
+        # Lightning asks the sampler for the indices; here they come with the batch, from which repeats can be told.
+        warnings.filterwarnings("ignore", message="Couldn't infer the batch indices")
         if not self.keep_predictions:
             trainer.predict_loop.return_predictions = False
 

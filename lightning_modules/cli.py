@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import datamodules
 import lightning_modules.gaussian_mixture
 import lightning_modules.kmeans
 import lightning_modules.networks
-import lightning_modules.reconstruction  # noqa: F401
+import lightning_modules.reconstruction
 
 
 class EMCommand(LightningCLI):
@@ -41,12 +42,13 @@ class EMCommand(LightningCLI):
         checkpoint = getattr(self.trainer.checkpoint_callback, "best_model_path", "") or getattr(
             self.trainer.checkpoint_callback, "last_model_path", ""
         )
-        if not checkpoint or self.trainer.fast_dev_run:
+        if not checkpoint or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         configs = " ".join(f"-c {path}" for path in _config_paths(self._arguments))
         checkpoint = _relative(checkpoint)
         root = _relative(self.trainer.log_dir or self.trainer.default_root_dir)
-        lines = [f"  lightning-em {verb} {configs} --ckpt_path {checkpoint}" for verb in ("validate", "test", "predict")]
+        words = f"{configs} --ckpt_path {checkpoint}"
+        lines = [f"  lightning-em {verb} {words}" for verb in ("validate", "test", "predict")]
         lines.append(f"  tensorboard --logdir {root}")
         rank_zero_info("\nNext:\n" + "\n".join(lines))
 
@@ -104,7 +106,7 @@ def _check_packages() -> None:
 def _config_paths(words: Sequence[str]) -> list[str]:
     flags = ("-c", "--config")
     joined = [word.split("=", 1)[1] for word in words if word.startswith("--config=")]
-    return [path for flag, path in zip(words, words[1:], strict=False) if flag in flags] + joined
+    return [path for flag, path in pairwise(words) if flag in flags] + joined
 
 
 def _relative(path: str) -> str:

@@ -6,7 +6,7 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from lightning_modules.em import Assignment, EStep, GlobalAssignment, ParameterTable
@@ -39,8 +39,8 @@ class GraphDiffusionReconstruction(L.LightningModule):
             done in blind restoration.
         data_range: Width of the scale on which the loss is measured: 1 for [0, 1], 2 for [−1, 1].
         perceptual_weight: Factor of the perceptual loss.
-        smoothness_weight: α, the weight of the smoothness bonus in the loss proxy. It moves the table alone. 0.1 belongs
-            to losses of order 0.5; beside a squared error of 0.002 it drowns everything.
+        smoothness_weight: α, the weight of the smoothness bonus in the loss proxy. It moves the table alone. 0.1
+            belongs to losses of order 0.5; beside a squared error of 0.002 it drowns everything.
         optimizer: Makes the optimiser of the network.
         lr_scheduler: Makes the learning-rate schedule; None for a constant rate.
         lr_interval: Whether the schedule counts steps or epochs.
@@ -93,7 +93,9 @@ class GraphDiffusionReconstruction(L.LightningModule):
         self.lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
         # Groups would take metrics with equal states for the same one.
-        metrics = {name: MeanMetric() for name in ("loss", "psnr", "psnr_noisy", "gain", "ssim")}
+        metrics: dict[str, Metric | MetricCollection] = {
+            name: MeanMetric() for name in ("loss", "psnr", "psnr_noisy", "gain", "ssim")
+        }
         self.val_metrics = MetricCollection(metrics, prefix="val/", compute_groups=False)
         self.test_metrics = self.val_metrics.clone(prefix="test/")
 
@@ -150,7 +152,7 @@ class GraphDiffusionReconstruction(L.LightningModule):
         return self._evaluate(batch, self.test_metrics)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """Restore images as they are; those that come with a key (clean ones, as a demonstration) are made noisy first."""
+        """Restore images as they are; those that come with a key are clean and are made noisy first."""
         image = batch["image"]
         if not image.isfinite().all():
             raise ValueError(
@@ -262,8 +264,8 @@ def _check_arguments(
         raise ValueError(f"em_parameters lacks {', '.join(missing)}: graph diffusion needs all six of its parameters")
     if table.smallest("radius") < diffusion.stride:
         raise ValueError(
-            f"the lower bound of radius is {table.smallest('radius')}, under the stride of {diffusion.stride} pixels: such "
-            "a graph has no edge. Raise the bound or lower the stride"
+            f"the lower bound of radius is {table.smallest('radius')}, under the stride of {diffusion.stride} pixels: "
+            "such a graph has no edge. Raise the bound or lower the stride"
         )
     if len(levels) != 2 or not 0 <= levels[0] <= levels[1]:
         raise ValueError(f"noise_std must be a number ≥ 0 or a range (lower, upper), got {levels}")

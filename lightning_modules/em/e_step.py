@@ -60,8 +60,7 @@ class Statistics:
 
     Attributes:
         sums: One float64 tensor `[K + 1, P + 6]`: the gradient of the proxy with respect to the table's coordinates,
-        then
-            count, reconstruction, perceptual, smoothness, similarity and proxy.
+            then count, reconstruction, perceptual, smoothness, similarity and proxy.
 
     Example:
         >>> statistics = Statistics(num_rows=1, num_parameters=2)
@@ -118,9 +117,7 @@ class Statistics:
 
     @property
     def mean_gradient(self) -> Tensor:
-        """Mean gradient of the proxy with respect to the table's coordinates, `[K + 1, P]`; 0 for rows without
-        images.
-        """
+        """Mean gradient of the proxy with respect to the coordinates, `[K + 1, P]`; 0 for rows without images."""
         return self.sums[:, : self.num_parameters] / self.count[:, None].clamp_min(torch.finfo(torch.float64).tiny)
 
     @property

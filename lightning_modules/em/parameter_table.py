@@ -170,13 +170,11 @@ class ParameterTable(nn.Module):
         return self._natural(TableValues(self.shared, self.offsets))
 
     def largest(self, name: str) -> float:
-        """Largest value that a parameter can have during a run: its bound, or the value itself where nothing moves
-        it.
-        """
+        """Largest value that a parameter can have in a run: its bound, or the value itself where nothing moves it."""
         return float(self._constants.get(name, self.bounds[name][1]))
 
     def smallest(self, name: str) -> float:
-        """Smallest value that a parameter can have during a run; see `largest`."""
+        """Smallest value that a parameter can have in a run; see `largest`."""
         return float(self._constants.get(name, self.bounds[name][0]))
 
     # The M-step's side -------------------------------------------------------------------------------------------
@@ -279,7 +277,11 @@ class ParameterTable(nn.Module):
                 f"({', '.join(self.row_names) or 'none'}); leave it out for the global set"
             )
         numbers = self._natural(values)[0 if row is None else row + 1].tolist()
-        return {n: round(v) if n in self.integers else v for n, v in zip(self.names, numbers, strict=True)}
+        # Twelve digits: without what the way through the logarithm adds in the last ones.
+        return {
+            name: round(value) if name in self.integers else float(f"{value:.12g}")
+            for name, value in zip(self.names, numbers, strict=True)
+        }
 
     def _initial_offsets(self, shared: Tensor, initial_rows: dict[str, dict[str, float]]) -> Tensor:
         if len(set(self.row_names)) < len(self.row_names):

@@ -29,7 +29,8 @@ class GraphDiffusion(nn.Module):
     Args:
         patch_size: Side p of the patches in pixels; odd for `signal="image"`.
         stride: Distance of neighbouring patches in pixels; 1 for `signal="image"`.
-        signal: What is diffused: `"image"` folds the patches after every step (recommended), `"patches"` once at the end.
+        signal: What is diffused: `"image"` folds the patches after every step (recommended), `"patches"` once at the
+            end.
         laplacian: `"symmetric"`, `"random_walk"` or `"unnormalized"`; by default symmetric for patches. The image
             operator is a random walk by construction.
         reference: Compute images by message passing as well, slowly: the oracle of the fast paths.
@@ -100,7 +101,8 @@ class GraphDiffusion(nn.Module):
                 distances; 0 for clean ones.
             features: Learned features to build the graph on, instead of the images. They are centred and scaled so that
                 a patch vector has unit root-mean-square norm (a network could otherwise absorb σ), and not debiased.
-            max_radius: Radius of the topology: the largest `radius` of the run. Taken from `radius` where it is left out.
+            max_radius: Radius of the topology: the largest `radius` of the run. Taken from `radius` where it is left
+                out.
 
         Shape:
             - images: `[B, C, H, W]`, or data.x `[N, D]`

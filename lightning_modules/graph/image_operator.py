@@ -140,7 +140,7 @@ def box_sum(maps: Tensor, size: int) -> Tensor:
 def _averaging_weights(
     half: Tensor, self_weight: float, geometry: StencilGeometry, patch_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Weights of the neighbours at +δ and −δ `[B, 2M, H, W]`, and of the pixel itself `[B, 1, H, W]`; they sum to one."""
+    """Weights of the neighbours at ±δ `[B, 2M, H, W]` and of the pixel itself `[B, 1, H, W]`; they sum to one."""
     weight = torch.cat([half, _at_opposite(half, geometry.offsets)], dim=1)
     total = self_weight + weight.sum(1, keepdim=True)
     both = torch.cat([geometry.valid, _at_opposite(geometry.valid[None], geometry.offsets)[0]])

@@ -55,9 +55,9 @@ def stable_step(tau: Tensor | float, max_degree: Tensor) -> Tensor:
 
 
 _WARNING = (
-    "tau={tau:.4g} exceeds the stable step {step:.4g} of the unnormalised Laplacian (1 / largest degree) and was scaled "
-    "down to it, here and wherever it happens again: lower tau, or choose laplacian='random_walk' or 'symmetric', which "
-    "are stable for every tau ≤ 1"
+    "tau={tau:.4g} exceeds the stable step {step:.4g} of the unnormalised Laplacian (1 / largest degree) and was "
+    "scaled down to it, here and wherever it happens again: lower tau, or choose laplacian='random_walk' or "
+    "'symmetric', which are stable for every tau ≤ 1"
 )
 _warned = False
 

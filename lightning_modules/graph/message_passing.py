@@ -108,7 +108,8 @@ def patch_graph(images: Tensor, guide: Tensor, grid: PatchGrid, max_radius: floa
 
     Shape:
         - images: `[B, C, H, W]`; guide: `[B, F, H, W]`
-        - output: `x` `[B·N, C·p²]`, `features` `[B·N, F·p²]`, `pos` `[B·N, 2]`, `edge_index` `[2, B·E]`, `batch` `[B·N]`
+        - output: `x` `[B·N, C·p²]`, `features` `[B·N, F·p²]`, `pos` `[B·N, 2]`, `edge_index` `[2, B·E]`,
+          `batch` `[B·N]`
     """
     size, nodes = len(images), grid.num_patches
     edge_index = radius_graph(grid.centers, max_radius).to(images.device)

@@ -28,7 +28,7 @@ class DiffusionParameters(NamedTuple):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "DiffusionParameters":
         """The same parameters with `function` applied to those that are tensors."""
-        return DiffusionParameters(*(function(value) if torch.is_tensor(value) else value for value in self))
+        return DiffusionParameters._make(function(value) if torch.is_tensor(value) else value for value in self)
 
 
 def repeat_step(

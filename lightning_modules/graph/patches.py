@@ -40,8 +40,9 @@ class PatchGrid:
         check_patch_geometry(self.patch_size, self.stride)
         if min(self.height, self.width) < self.patch_size:
             raise ValueError(
-                f"the image is {self.height}×{self.width} pixels and smaller than a patch (patch_size={self.patch_size}): "
-                f"give images of at least {self.patch_size}×{self.patch_size} or a smaller patch_size"
+                f"the image is {self.height}×{self.width} pixels and smaller than a patch "
+                f"(patch_size={self.patch_size}): give images of at least {self.patch_size}×{self.patch_size} or a "
+                "smaller patch_size"
             )
 
     @cached_property

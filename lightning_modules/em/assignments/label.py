@@ -38,7 +38,7 @@ def _check_labels(labels: Tensor, num_rows: int) -> None:
     outside = (labels < -1) | (labels >= num_rows)
     if outside.any():
         raise ValueError(
-            f"label {int(labels[outside][0])} has no row: the parameter table has {num_rows} rows, so labels run from 0 to "
-            f"{num_rows - 1}, and −1 means 'no label'. Give the table one row name for each class (the command line takes "
-            "them from the data's class_names), or choose GlobalAssignment"
+            f"label {int(labels[outside][0])} has no row: the parameter table has {num_rows} rows, so labels run from "
+            f"0 to {num_rows - 1}, and −1 means 'no label'. Give the table one row name for each class (the command "
+            "line takes them from the data's class_names), or choose GlobalAssignment"
         )

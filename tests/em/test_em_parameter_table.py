@@ -1,0 +1,195 @@
+"""The table: bounds, rows, leaves, projection, precision, checkpoints."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_modules.em import EStep, LabelAssignment, ParameterTable, Statistics, TableValues
+
+CLASSES = ["cat", "dog", "owl"]
+
+
+def table(**options: Any) -> ParameterTable:
+    return ParameterTable(**{"per_row": ["sigma", "smooth_steps"], "row_names": CLASSES, **options})
+
+
+def test_responsibilities_blend_offsets_in_log_space_and_clamp_where_read() -> None:
+    t = table(initial_rows={"cat": {"sigma": 0.15}, "dog": {"sigma": 0.45}})
+    responsibilities = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0.5, 0.5, 0], [0, 2, 0]])
+    sigma = t(responsibilities)["sigma"]
+    expected = [0.3, 0.15, math.sqrt(0.15 * 0.45), 0.5]  # the last would be 0.675 and is clamped
+    torch.testing.assert_close(sigma, torch.tensor(expected))
+    assert t.get_parameters(0)["sigma"] == pytest.approx(0.15)
+    assert t.get_parameters()["sigma"] == pytest.approx(0.3)
+
+
+def test_gradient_of_each_image_arrives_with_the_backward_pass() -> None:
+    t = table()
+    theta = t(torch.eye(3)[:2])
+    weight = torch.tensor([2.0, 5.0])
+    (weight * theta["sigma"] ** 2 + theta["tau"]).sum().backward()
+    gradient = t.take_gradient()
+    assert gradient is not None
+    columns = dict(zip(t.names, gradient.unbind(1), strict=True))
+    torch.testing.assert_close(columns["sigma"], 2 * weight.double() * 0.09, rtol=1e-6, atol=0)  # dℓ/d log θ = θ ℓ'
+    torch.testing.assert_close(columns["tau"], torch.full((2,), 0.1, dtype=torch.float64), rtol=1e-6, atol=0)
+    assert not columns["radius"].any()
+    assert t.take_gradient() is None
+    assert t.anchor.grad is not None
+    assert t.anchor.grad.item() == 0
+
+
+def test_two_forwards_of_a_step_add_up_and_uncollected_leaves_do_not_pile_up() -> None:
+    t = table()
+    for _ in range(5):  # nobody collects
+        t(torch.zeros(2, 3))["sigma"].sum().backward()
+    (t(torch.zeros(2, 3))["sigma"].sum() + t(torch.zeros(2, 3))["sigma"].sum()).backward()
+    gradient = t.take_gradient()
+    assert gradient is not None
+    torch.testing.assert_close(gradient[:, 0], torch.full((2,), 0.6, dtype=torch.float64), rtol=1e-6, atol=0)
+    with torch.no_grad():
+        t(torch.zeros(2, 3))
+    assert not t._leaves
+
+
+def test_integers_round_half_up_stay_whole_and_are_plain_where_nobody_learns_them() -> None:
+    t = table(initial_rows={"cat": {"smooth_steps": 6}, "dog": {"smooth_steps": 9}})
+    steps = t(torch.tensor([[0.0, 0, 0], [1, 0, 0], [0.5, 0, 0], [0, 0.5, 0]]))["smooth_steps"]
+    assert steps.tolist() == [5, 6, 6, 7]  # 5.5 and 7.0
+    assert steps.dtype == torch.long
+    fixed = table(learned=["sigma"], per_row=["sigma"])
+    assert fixed(torch.zeros(1, 3))["smooth_steps"] == 5
+    assert (fixed.largest("radius"), fixed.smallest("radius"), fixed.largest("sigma")) == (10.0, 10.0, 0.5)
+
+
+@given(st.integers(0, 10**6), st.floats(0.1, 5))
+def test_projection_keeps_bounds_and_what_a_row_has_learned(seed: int, size: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    t = table(learned=["sigma", "smooth_steps"])
+    for _ in range(4):
+        before = TableValues(t.shared.clone(), t.offsets.clone())
+        proposal = TableValues(
+            t.shared + size * torch.randn(6, generator=generator, dtype=torch.float64),
+            t.offsets + size * torch.randn(3, 6, generator=generator, dtype=torch.float64),
+        )
+        after = t.project(proposal)
+        assert (after.shared >= t.lower).all()
+        assert (after.shared <= t.upper).all()
+        moved = t.mask(["sigma", "smooth_steps"])
+        assert torch.equal(after.shared[~moved], before.shared[~moved])
+        assert torch.equal(after.offsets[:, ~moved], before.offsets[:, ~moved])
+        # No row is carried further out of the bounds than it was by its own step.
+        excess = lambda offsets, shared: (
+            torch.relu((shared + offsets - t.upper)) + torch.relu(t.lower - shared - offsets)
+        )  # noqa: E731
+        assert (excess(after.offsets, after.shared) <= excess(before.offsets, after.shared) + 1e-12).all()
+        # A proposal that leaves the offsets alone leaves them alone, wherever the global set goes.
+        unchanged = t.project(TableValues(proposal.shared, before.offsets))
+        torch.testing.assert_close(unchanged.offsets, before.offsets, rtol=0, atol=0)
+        t.write(after)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_state_keeps_float64_whatever_the_module_is_cast_to(dtype: torch.dtype) -> None:
+    t = table().to(dtype)
+    assert {buffer.dtype for buffer in t.buffers()} == {torch.float64}
+    assert t.get_parameters()["sigma"] == pytest.approx(0.3, abs=1e-15)
+    assert t(torch.zeros(1, 3))["sigma"].dtype == dtype
+
+
+def test_state_dict_round_trip_and_a_table_of_another_size(tmp_path: Any) -> None:
+    t = table()
+    t.write(TableValues(t.shared + 0.1, t.offsets + 0.01))
+    torch.save(t.state_dict(), tmp_path / "table.pt")
+    other = table()
+    other.load_state_dict(torch.load(tmp_path / "table.pt", weights_only=True))
+    assert torch.equal(other.values(), t.values())
+    assert other.initial_parameters()["sigma"] == pytest.approx(0.3)
+    with pytest.raises(ValueError, match=r"has 3 rows and 6 parameters, this one has 2 rows \(cat, dog\)"):
+        table(row_names=["cat", "dog"]).load_state_dict(t.state_dict())
+
+
+def test_constants_follow_a_checkpoint() -> None:
+    source, target = (ParameterTable(initial={"smooth_steps": steps}, learned=["sigma"]) for steps in (7, 5))
+    target.load_state_dict(source.state_dict())
+    assert target(torch.zeros(1, 0))["smooth_steps"] == 7
+
+
+def test_parameters_of_ones_own() -> None:
+    t = ParameterTable(initial={"gain": 2.0}, bounds={"gain": (1.0, 4.0)})
+    assert t.names == ("gain",)
+    assert t(torch.zeros(3, 0))["gain"].tolist() == [2.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bounds": {"sigma": (0.5, 0.1)}}, r"bounds of 'sigma' must be finite with lower ≤ upper, got \(0.5, 0.1\)"),
+        ({"bounds": {"sigma": (0.0, 0.5)}}, "must be positive"),
+        ({"bounds": {"tau": (0.1, math.inf)}}, "must be finite"),
+        ({"initial": {"sigma": 0.9}}, r"sigma=0.9 lies outside its bounds \(0.1, 0.5\)"),
+        ({"initial": {"smooth_steps": 2.5}}, "smooth_steps must be a whole number, got 2.5"),
+        ({"initial": {"gain": 1.0}}, "gain stands in only one of initial and bounds"),
+        ({"learned": ["sgima"]}, "learned names 'sgima'"),
+        ({"per_row": ["sgima"]}, "per_row names 'sgima'"),
+        ({"row_names": ["cat", "cat"]}, "row_names must differ"),
+        ({"initial_rows": {"cow": {"sigma": 0.2}}}, "names 'cow', which is no row"),
+        ({"initial_rows": {"cat": {"tau": 0.2}}}, "add it to per_row"),
+        ({"initial_rows": {"cat": {"sigma": 0.9}}}, "outside its bounds"),
+    ],
+)
+def test_bad_arguments(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        table(**options)
+
+
+def test_bad_rows() -> None:
+    with pytest.raises(ValueError, match="row 3 is not in the table: it has 3 rows"):
+        table().get_parameters(3)
+    with pytest.raises(ValueError, match=r"must be \[B, 3\]"):
+        table()(torch.zeros(2, 4))
+
+
+def test_statistics_are_exact_sums_over_any_partition_and_leave_out_weight_zero() -> None:
+    generator = torch.Generator().manual_seed(0)
+    responsibilities = torch.softmax(torch.randn(11, 3, generator=generator), dim=1)
+    weight = torch.tensor([1.0] * 9 + [0.0, 0.0])
+    values = [torch.rand(11, generator=generator) for _ in range(4)]
+    values[0][10] = torch.nan  # a padded repeat must not spoil the sums
+    gradient = torch.randn(11, 2, generator=generator, dtype=torch.float64)
+    step = EStep(responsibilities, weight, *values, smoothness_weight=0.1)
+
+    def add(statistics: Statistics, rows: slice) -> None:
+        parts = (part[rows] if torch.is_tensor(part) else part for part in step)
+        statistics.add(EStep(*parts), gradient[rows])
+
+    whole, parts = Statistics(3, 2), Statistics(3, 2)
+    add(whole, slice(0, 11))
+    for begin in range(0, 11, 4):
+        add(parts, slice(begin, begin + 4))
+    torch.testing.assert_close(parts.sums, whole.sums)
+    assert whole.finite
+    share = responsibilities[:9].double()
+    torch.testing.assert_close(whole.count, torch.cat([torch.tensor([9.0]).double(), share.sum(0)]))
+    mean = (share * values[0][:9, None]).sum(0) / share.sum(0)
+    torch.testing.assert_close(whole.mean("reconstruction")[1:], mean)
+    proxy = values[0] + values[1] - 0.1 * values[2]
+    torch.testing.assert_close(whole.mean("proxy")[0], proxy[:9].double().mean(), rtol=1e-6, atol=0)
+    expected = (share.T @ gradient[:9]) / share.sum(0)[:, None]
+    torch.testing.assert_close(whole.mean_gradient[1:], expected)
+
+
+def test_labels() -> None:
+    assignment, images = LabelAssignment(), torch.rand(3, 3, 4, 4)
+    labels = torch.tensor([2, -1, 0])
+    expected = [[0, 0, 1], [0, 0, 0], [1, 0, 0]]
+    assert assignment(images, labels, torch.zeros(3), 3).tolist() == expected
+    assert not assignment.eval()(images, labels, torch.zeros(3), 3).any()  # a score does not peek
+    assert LabelAssignment(evaluate_with_labels=True).eval()(images, labels, torch.zeros(3), 3).tolist() == expected
+    for label in (3, -2):
+        with pytest.raises(ValueError, match=rf"label {label} has no row: the parameter table has 3 rows"):
+            assignment.train()(images[:1], torch.tensor([label]), torch.zeros(1), 3)
