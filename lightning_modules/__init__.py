@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from lightning_modules.graph import GraphDiffusion
     from lightning_modules.kmeans import KMeans
     from lightning_modules.kmeans_estimator import KMeansEstimator
-    from lightning_modules.networks import ConvAutoencoder, PerceptualLoss, ResidualDenoiser
+    from lightning_modules.networks import ConvAutoencoder, PatchPrior, PerceptualLoss, ResidualDenoiser
+    from lightning_modules.patch_mixture import PatchMixture
     from lightning_modules.reconstruction import GraphDiffusionReconstruction
 
 _HOME = {
@@ -26,6 +27,8 @@ _HOME = {
     "KMeans": "kmeans",
     "KMeansEstimator": "kmeans_estimator",
     "ParameterTable": "em",
+    "PatchMixture": "patch_mixture",
+    "PatchPrior": "networks",
     "PerceptualLoss": "networks",
     "ResidualDenoiser": "networks",
 }
@@ -40,6 +43,8 @@ __all__ = [
     "KMeans",
     "KMeansEstimator",
     "ParameterTable",
+    "PatchMixture",
+    "PatchPrior",
     "PerceptualLoss",
     "ResidualDenoiser",
 ]

@@ -17,6 +17,7 @@ import datamodules
 import lightning_modules.gaussian_mixture
 import lightning_modules.kmeans
 import lightning_modules.networks
+import lightning_modules.patch_mixture
 import lightning_modules.reconstruction
 
 

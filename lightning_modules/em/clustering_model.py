@@ -29,6 +29,8 @@ Stream = Callable[[], Iterable[Rows]]
 
 # Numbers that the sample for the initialisation may hold, where `init_size` is not given: 32 MiB of float64.
 SAMPLE_NUMBERS = 2**22
+# Relative difference below which the objectives of two starts are the same.
+TIE = 1e-9
 # Rows that become float64 at a time.
 BLOCK_ROWS = 2**15
 
@@ -95,6 +97,8 @@ class ClusteringModel(nn.Module):
     """
 
     scaling: Scaling = "feature"
+    #: 1 where a larger objective is better, −1 where a smaller one is
+    direction: float = 1.0
     #: data = offset + scale · frame, [D] each
     offset: Tensor
     scale: Tensor
@@ -372,13 +376,12 @@ class ClusteringModel(nn.Module):
         self.num_rows.fill_(count)
         rest = (change <= self.tol) & (self.iterations[active] > 1)
         self.running[active] = ~rest & (self.iterations[active] < self.max_iter)
-        self.best.copy_(self._best_of(self.objective))
+        score = self.direction * self.objective.nan_to_num(nan=-self.direction * torch.inf)
+        # starts that reached the same optimum differ by rounding: the first of them, on any number of processes
+        near = score >= score.max() - TIE * score.max().abs().clamp(min=1.0)
+        self.best.copy_(near.int().argmax())
         moved = (self.objective[self.best] - previous[self.best]).item()
         return not bool(self.running.any()), moved
-
-    @abstractmethod
-    def _best_of(self, objective: Tensor) -> Tensor:
-        """Index of the best start."""
 
     @abstractmethod
     def _given_centers(self) -> Tensor | None:

@@ -325,9 +325,6 @@ class GaussianMixtureModel(ClusteringModel):
         best = float(self.objective[self.best])
         return PassReport(int(self.iterations.max()), best, moved, converged, count, {"entropy": entropy})
 
-    def _best_of(self, objective: Tensor) -> Tensor:
-        return objective.nan_to_num(nan=-torch.inf).argmax()
-
     # --------------------------------------------------------- inference
 
     @torch.no_grad()

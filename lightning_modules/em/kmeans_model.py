@@ -18,6 +18,7 @@ class KMeansModel(ClusteringModel):
 
     # distances must stay distances: one scale for all features, unless they are to be standardised
     scaling: Scaling = "common"
+    direction: float = -1.0
     #: in the frame, [S, K, D]
     centers: Tensor
     #: rows that each centre has seen (stepwise), [S, K]
@@ -156,9 +157,6 @@ class KMeansModel(ClusteringModel):
         frame's.
         """
         return torch.ones_like(self.scale[0]) if self.standardize else self.scale[0].square()
-
-    def _best_of(self, objective: Tensor) -> Tensor:
-        return objective.nan_to_num(nan=torch.inf).argmin()
 
     @torch.no_grad()
     def assign(self, x: Tensor) -> tuple[Tensor, Tensor]:

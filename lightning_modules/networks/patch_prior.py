@@ -185,7 +185,7 @@ class PatchPrior(nn.Module):
         r"""Component with the largest :math:`\log \pi_k N(p; \mu_k, \Sigma_k + v I)` for each row, one matrix product
         a chunk.
         """
-        num_components, width = self.means.shape
+        width = self.means.shape[1]
         # the symmetric form needs half the products of the factors
         precision = whitening @ whitening.mT
         mean = self.means.to(rows.dtype)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture as Reference
 from torch import Tensor
 
@@ -43,7 +44,7 @@ def blobs(rows: int = 300, width: int = 5, groups: int = 3, seed: int = 0) -> Te
 
 def start(kind: CovarianceType, x: Tensor, components: int = 3) -> tuple[MixtureParameters, dict[str, Any]]:
     reference = Reference(components, covariance_type=kind, max_iter=1, tol=0, random_state=0, init_params="random")
-    with pytest.warns(Warning):
+    with pytest.warns(ConvergenceWarning):
         reference.fit(x.numpy())
     theta = MixtureParameters(
         kind, *(torch.from_numpy(v) for v in (reference.weights_, reference.means_, reference.covariances_))
@@ -66,7 +67,7 @@ def test_ten_iterations_equal_scikit_learn(kind: CovarianceType, centred: bool) 
         statistics = expectation(theta.components(centred), x)
         theta = maximisation(statistics, reg, theta)
     reference = Reference(3, covariance_type=kind, max_iter=10, tol=0, **given_start)
-    with pytest.warns(Warning):
+    with pytest.warns(ConvergenceWarning):
         reference.fit(x.numpy())
     np.testing.assert_allclose(theta.means[0], reference.means_, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(theta.covariances[0], reference.covariances_, rtol=1e-5, atol=1e-6)
@@ -80,7 +81,7 @@ def test_model_equals_scikit_learn_from_a_given_start_without_a_pass_to_initiali
     model = GaussianMixtureModel(3, covariance_type=kind, tol=0, max_iter=8, **given_start)
     reports = fit_in_memory(model, x, batch_size=71)
     reference = Reference(3, covariance_type=kind, max_iter=8, tol=0, **given_start)
-    with pytest.warns(Warning):
+    with pytest.warns(ConvergenceWarning):
         reference.fit(x.numpy())
     assert int(model.initialization_passes) == 0
     assert reports[-1].objective == pytest.approx(reference.lower_bound_, abs=1e-8)
@@ -258,7 +259,7 @@ def test_starts_run_side_by_side_and_the_best_is_kept() -> None:
     together = GaussianMixtureModel(5, n_init=4, init="random", max_iter=40)
     fit_in_memory(together, x)
     assert together.objective.shape == (4,)
-    assert int(together.best) == int(together.objective.argmax())
+    assert together.objective[together.best] >= together.objective.max() - 1e-6
     alone = GaussianMixtureModel(5, n_init=1, init="random", max_iter=40)
     fit_in_memory(alone, x)
     torch.testing.assert_close(together.objective[0], alone.objective[0], rtol=1e-9, atol=1e-9)
