@@ -16,10 +16,10 @@ from callbacks.em_dashboard import render
 class MixtureDashboard(Callback):
     """Draws a Gaussian mixture or K-means while it learns.
 
-    Scalars `mixture/effective_components` (the exponential of the weights' entropy), `mixture/responsibility_entropy` and
-    `mixture/bound_gain` (how far the M-step raised the bound); a histogram of the weights; and pictures: the components'
-    means with the leading eigenvectors of their covariances, where the rows are square patches, and the rows projected to
-    the two leading directions of the means, coloured by component.
+    Scalars `mixture/effective_components` (the exponential of the weights' entropy), `mixture/responsibility_entropy`
+    and `mixture/bound_gain` (how far the M-step raised the bound); a histogram of the weights; and pictures: the
+    components' means with the leading eigenvectors of their covariances, where the rows are square patches, and the
+    rows projected to the two leading directions of the means, coloured by component.
 
     Args:
         every_n_epochs: Draw the pictures after every n-th epoch and after the last.
@@ -105,7 +105,9 @@ class MixtureDashboard(Callback):
 
 
 def learned(module: Any) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """Weights `[K]`, means `[K, D]` and covariances `[K, D, D]` of a module, on the CPU; None for what it does not have."""
+    """Weights `[K]`, means `[K, D]` and covariances `[K, D, D]` of a module, on the CPU; None for what it does not
+    have.
+    """
     if hasattr(module, "centers"):
         return None, module.centers.cpu(), None
     theta = module.model.reported()

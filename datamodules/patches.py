@@ -237,5 +237,3 @@ class _FileRows(Dataset[Batch]):
 def _batch(image: Tensor, item: Draw) -> Batch:
     index, weight, key = item
     return {"image": image, "label": torch.full_like(index, -1), "index": index, "weight": weight, "key": key}
-
-

@@ -359,7 +359,8 @@ class ClusteringModel(nn.Module):
         for first in range(0, x.shape[0], BLOCK_ROWS):
             z = self.frame.enter(x[first : first + BLOCK_ROWS])
             part = None if mask is None else mask[first : first + BLOCK_ROWS]
-            finite = torch.isfinite(z).all(dim=1)
+            # a row's sum is finite where all of it is
+            finite = torch.isfinite(z.sum(dim=1))
             if part is not None:
                 finite |= ~part
             assert self._invalid is not None

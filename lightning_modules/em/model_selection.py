@@ -40,7 +40,8 @@ def choose_num_components(x: Tensor, candidates: Sequence[int] = range(1, 11), *
     Args:
         x: rows.
         candidates: numbers of components to try.
-        options: further arguments of :class:`lightning_modules.GaussianMixture`, such as ``covariance_type`` or ``n_init``.
+        options: further arguments of :class:`lightning_modules.GaussianMixture`, such as ``covariance_type`` or
+        ``n_init``.
 
     Shape: ``x`` ``[N, D]``.
 

@@ -32,10 +32,11 @@ class StreamMoments:
     def of(cls, x: Tensor, mask: Tensor | None = None) -> StreamMoments:
         """Moments of the rows ``x`` ``[N, D]`` for which ``mask`` ``[N]`` is set."""
         x = x.double()
-        finite = torch.isfinite(x).all(dim=1)
+        # a row's sum is finite where all of it is
+        finite = torch.isfinite(x.sum(dim=1))
         keep = finite if mask is None else finite & mask
         invalid = (~finite if mask is None else ~finite & mask).sum().double()
-        x = x[keep]
+        x = x if bool(keep.all()) else x[keep]
         count = x.new_tensor(float(x.shape[0]))
         if not x.shape[0]:
             return cls(count, x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1]), invalid)
