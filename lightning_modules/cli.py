@@ -1,11 +1,18 @@
 """The command `lightning-em fit|validate|test|predict`."""
 
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+if not sys.warnoptions:
+    # What our dependencies owe to newer versions of each other is no news for whoever runs the command.
+    warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated")  # torch-geometric, as it is imported
+    warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)")  # lightning
 
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -94,14 +101,21 @@ def build(args: list[str] | None, run: bool = False) -> EMCommand:
 
 def _check_packages() -> None:
     """Refuse a folder of the user's own that shadows one of our packages."""
-    ours = Path(lightning_modules.networks.__file__).resolve().parents[2]
+    ours = _home(lightning_modules)
     for package in (callbacks, datamodules):
-        home = Path(str(package.__file__)).resolve().parents[1]
+        home = _home(package)
         if home != ours:
             raise SystemExit(
-                f"{package.__name__}/ in {home} shadows the package of that name that lightning-em brings ({ours}): "
-                "rename your folder, or start the command elsewhere"
+                f"{package.__name__} in {home} shadows the package of that name that lightning-em brings ({ours}): "
+                "rename yours, or start the command elsewhere"
             )
+
+
+def _home(package: ModuleType) -> Path:
+    """Folder that holds a package, be it a folder with or without an `__init__.py`, or a single file."""
+    if hasattr(package, "__path__"):
+        return Path(next(iter(package.__path__))).resolve().parent
+    return Path(str(package.__file__)).resolve().parent
 
 
 def _config_paths(words: Sequence[str]) -> list[str]:

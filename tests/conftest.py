@@ -1,7 +1,9 @@
 """Fixtures that every test may use."""
 
+import contextlib
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,3 +60,16 @@ def fake_cifar(tmp_path: Path) -> Callable[..., Path]:
         return root
 
     return write
+
+
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which `lightning-em fit -c configs/demo.yaml` has run, on little data: configs/ and logs/demo/."""
+    from lightning_modules.cli import main
+
+    folder = tmp_path_factory.mktemp("demo")
+    shutil.copytree(PROJECT / "configs", folder / "configs")
+    words = ["--trainer.accelerator=cpu", "--trainer.max_epochs=1", "--trainer.log_every_n_steps=1"]
+    with contextlib.chdir(folder):
+        main(["fit", "-c", "configs/demo.yaml", *words, "--data.train_crops=40", "--data.val_crops=10"])
+    return folder

@@ -135,7 +135,6 @@ class ParameterTable(nn.Module):
             leaf = coordinates[:, self._moving].detach().requires_grad_()
             self._leaves.append(leaf)
             columns.update(zip([self.names[p] for p in self._moving], leaf.unbind(1), strict=True))
-        zero = 0 * self.anchor
         theta: dict[str, Tensor | int] = {}
         for name, column in columns.items():
             if name in self._constants and name in self.integers:
@@ -143,7 +142,7 @@ class ParameterTable(nn.Module):
             elif name in self.integers:
                 theta[name] = (column + 0.5).floor().long()
             else:
-                theta[name] = column.exp().to(self.anchor.dtype) + zero
+                theta[name] = _Anchored.apply(column.exp().to(self.anchor.dtype), self.anchor)
         return theta
 
     def get_parameters(self, row: int | None = None) -> dict[str, float]:
@@ -323,6 +322,22 @@ class ParameterTable(nn.Module):
     def extra_repr(self) -> str:
         """Names, for `print(module)`."""
         return f"{len(self.row_names)} rows, learned={list(self.learned)}, per_row={list(self.per_row)}"
+
+
+class _Anchored(torch.autograd.Function):
+    """The value as it is, with the anchor in its graph at weight 0.
+
+    A plain `value + 0 * anchor` would hand a NaN on for ever once a single bad batch had reached the anchor through its
+    optimiser. The anchor's gradient is 0, and NaN where the value's is not finite, by which a gradient scaler knows.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, anchor: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, (0 * grad).sum()
 
 
 def _resolve(

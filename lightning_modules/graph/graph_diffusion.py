@@ -73,6 +73,8 @@ class GraphDiffusion(nn.Module):
         self.laplacian: Laplacian = laplacian or ("random_walk" if signal == "image" else "symmetric")
         self.reference = reference
 
+    # Eager inside a compiled module: the paths are chosen by geometry, on the host, and are kernels of their own.
+    @torch.compiler.disable
     def forward(
         self,
         images: Tensor | Data,
@@ -139,6 +141,7 @@ class GraphDiffusion(nn.Module):
             patches = restored.view(len(images), grid.num_patches, -1)
         return grid.average(patches)
 
+    @torch.compiler.disable
     def smoothness(self, images: Tensor, sigma: Tensor | float, max_radius: float) -> Smoothness:
         """Smoothness of restored images on the graph of their own patches.
 

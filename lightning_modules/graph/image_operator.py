@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from lightning_modules.graph.message_passing import SELF_WEIGHT
 from lightning_modules.graph.parameters import DiffusionParameters, repeat_step
@@ -14,6 +13,10 @@ from lightning_modules.graph.topology import half_offsets
 from lightning_modules.graph.weights import debias_distance, edge_weight, gaussian
 
 Offsets = tuple[tuple[int, int], ...]
+
+# Squared distance of pairs that leave the image: no kernel of a width under 10⁵ lets any weight through, and unlike an
+# infinity it gives no NaN in the gradient.
+FAR = 1e12
 
 
 def diffuse_image(
@@ -51,17 +54,12 @@ def diffuse_image(
     geometry = _geometry(*guide.shape[-2:], patch_size, max_radius, guide.device, guide.dtype)
     distance = debias_distance(window_distances(guide, geometry), noise, guide.shape[1] * patch_size**2)
 
-    similarity = gaussian(distance, per_image.sigma) * geometry.valid
-    restored = _Stencil.apply(*_averaging_weights(similarity, 1.0, geometry, patch_size), images, geometry.offsets)
+    similarity = gaussian(distance, per_image.sigma)
+    restored = _diffuse(similarity, 1.0, images, 1.0, 1, geometry)
     if isinstance(parameters.smooth_steps, int) and parameters.smooth_steps == 0:
         return restored
     weight = edge_weight(distance, geometry.length, per_image.sigma_s, per_image.sigma_f, per_image.radius)
-    inner, own = _averaging_weights(weight * geometry.valid, SELF_WEIGHT, geometry, patch_size)
-
-    def step(image: Tensor) -> Tensor:
-        return (1 - per_image.tau) * image + per_image.tau * _Stencil.apply(inner, own, image, geometry.offsets)
-
-    return repeat_step(step, restored, per_image.smooth_steps)
+    return _diffuse(weight, SELF_WEIGHT, restored, per_image.tau, per_image.smooth_steps, geometry)
 
 
 def mean_similarity(images: Tensor, sigma: Tensor | float, patch_size: int, max_radius: float) -> tuple[Tensor, int]:
@@ -73,7 +71,7 @@ def mean_similarity(images: Tensor, sigma: Tensor | float, patch_size: int, max_
     """
     geometry = _geometry(*images.shape[-2:], patch_size, max_radius, images.device, images.dtype)
     width = sigma.view(-1, 1, 1, 1) if torch.is_tensor(sigma) else sigma
-    similarity = gaussian(window_distances(images, geometry), width) * geometry.valid
+    similarity = gaussian(window_distances(images, geometry), width)
     half_edges = geometry.num_half_edges
     return similarity.sum((1, 2, 3)) / max(half_edges, 1), 2 * half_edges
 
@@ -83,8 +81,9 @@ class StencilGeometry(NamedTuple):
 
     Attributes:
         offsets: Half offsets δ = (row, column).
-        valid: 1 where both a pixel and its neighbour at δ lie in the image, `[M, H, W]`.
-        scale: p² over the number of terms of the window that are valid for δ, `[M, H, W]`.
+        valid: 1 where both a pixel and its neighbour lie in the image, for +δ and then for −δ, `[2M, H, W]`.
+        scale: p² over the number of terms of the window that are valid for δ, 0 where the pair is not, `[M, H, W]`.
+        far: A distance without similarity where the pair is not valid, 0 elsewhere, `[M, H, W]`.
         length: ‖δ‖, `[M, 1, 1]`.
         num_half_edges: Number of valid pairs.
         patch_size: Side p of the windows.
@@ -93,6 +92,7 @@ class StencilGeometry(NamedTuple):
     offsets: Offsets
     valid: Tensor
     scale: Tensor
+    far: Tensor
     length: Tensor
     num_half_edges: int
     patch_size: int
@@ -104,7 +104,7 @@ def window_distances(guide: Tensor, geometry: StencilGeometry) -> Tensor:
     .. math:: D_\delta(q) = \frac{p^2}{n_\delta(q)} \sum_u \lVert y(q+u) - y(q+u+\delta) \rVert^2
 
     over the :math:`n_\delta(q)` positions u of the window for which both pixels lie in the image: a box filter of the
-    squared difference of two shifted images, once for each pair ±δ.
+    squared difference of two shifted images, once for each pair ±δ. Pairs that leave the image are infinitely far apart.
 
     Args:
         guide: Images or features y.
@@ -114,7 +114,8 @@ def window_distances(guide: Tensor, geometry: StencilGeometry) -> Tensor:
         - guide: `[B, F, H, W]`
         - output: `[B, M, H, W]`
     """
-    return box_sum(_SquaredDifferences.apply(guide, geometry.offsets), geometry.patch_size) * geometry.scale
+    squared = _SquaredDifferences.apply(guide, geometry.offsets)
+    return torch.addcmul(geometry.far, box_sum(squared, geometry.patch_size), geometry.scale)
 
 
 def box_sum(maps: Tensor, size: int) -> Tensor:
@@ -124,36 +125,105 @@ def box_sum(maps: Tensor, size: int) -> Tensor:
         - maps: `[..., H, W]`
         - output: as maps
     """
-    if size == 1:
-        return maps
-    height, width = maps.shape[-2:]
-    padded = F.pad(maps, (size // 2,) * 4)
-    rows = padded[..., :height, :]
-    for shift in range(1, size):
-        rows = rows + padded[..., shift : shift + height, :]
-    columns = rows[..., :width]
-    for shift in range(1, size):
-        columns = columns + rows[..., shift : shift + width]
-    return columns
+    return maps if size == 1 else _BoxSum.apply(maps, size)
 
 
-def _averaging_weights(
-    half: Tensor, self_weight: float, geometry: StencilGeometry, patch_size: int
-) -> tuple[Tensor, Tensor]:
-    """Weights of the neighbours at ±δ `[B, 2M, H, W]` and of the pixel itself `[B, 1, H, W]`; they sum to one."""
-    weight = torch.cat([half, _at_opposite(half, geometry.offsets)], dim=1)
-    total = self_weight + weight.sum(1, keepdim=True)
-    both = torch.cat([geometry.valid, _at_opposite(geometry.valid[None], geometry.offsets)[0]])
-    covered = box_sum(weight / total, patch_size) * both
-    own = box_sum(self_weight / total, patch_size)
-    norm = own + covered.sum(1, keepdim=True)
-    return covered / norm, own / norm
+def _diffuse(
+    half: Tensor,
+    self_weight: float,
+    image: Tensor,
+    tau: Tensor | float,
+    smooth_steps: Tensor | int,
+    geometry: StencilGeometry,
+) -> Tensor:
+    """`x ← (1−τ) x + τ A x`, `smooth_steps` times, for the averaging operator A of the half weights."""
+    weight, own = _AveragingWeights.apply(half, self_weight, geometry)
+
+    def step(image: Tensor) -> Tensor:
+        return torch.lerp(image, _Stencil.apply(weight, own, image, geometry.offsets), tau)
+
+    return repeat_step(step, image, smooth_steps)
 
 
-def _at_opposite(half: Tensor, offsets: Offsets) -> Tensor:
-    """Values at −δ: what the pixel q−δ has for its neighbour q, zero where q−δ lies outside."""
-    moved = [F.pad(half[:, m], (b, -b, a, -a)) for m, (a, b) in enumerate(offsets)]
-    return torch.stack(moved, dim=1) if moved else half
+class _BoxSum(torch.autograd.Function):
+    """Separable box filter; its own adjoint."""
+
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor, size: int) -> Tensor:
+        ctx.size = size
+        return _box(maps, size)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _box(grad, ctx.size), None
+
+
+def _box(maps: Tensor, size: int) -> Tensor:
+    for dim in (-2, -1):
+        length, total = maps.shape[dim], maps.clone(memory_format=torch.contiguous_format)
+        for shift in range(1, min(size // 2, length - 1) + 1):
+            total.narrow(dim, shift, length - shift).add_(maps.narrow(dim, 0, length - shift))
+            total.narrow(dim, 0, length - shift).add_(maps.narrow(dim, shift, length - shift))
+        maps = total
+    return maps
+
+
+class _AveragingWeights(torch.autograd.Function):
+    r"""Weights of the neighbours at +δ and −δ, `[B, 2M, H, W]`, and of the pixel itself, `[B, 1, H, W]`.
+
+    The weights w of a pixel and s of itself are normalised by :math:`t = s + \sum w`, averaged over the windows that
+    cover a pixel (box filter b), cut to valid pairs V and normalised again:
+
+    .. math:: c = V\, b(w / t), \quad o = b(s / t), \quad n = o + \sum c, \quad A = c / n, \quad a = o / n
+    """
+
+    @staticmethod
+    def forward(ctx: Any, half: Tensor, self_weight: float, geometry: StencilGeometry) -> tuple[Tensor, Tensor]:
+        weight = _both_directions(half, geometry.offsets)
+        inverse_total = (weight.sum(1, keepdim=True) + self_weight).reciprocal_()
+        covered = _box(weight * inverse_total, geometry.patch_size).mul_(geometry.valid)
+        own = _box(self_weight * inverse_total, geometry.patch_size)
+        inverse_norm = (own + covered.sum(1, keepdim=True)).reciprocal_()
+        covered.mul_(inverse_norm)
+        own.mul_(inverse_norm)
+        ctx.save_for_backward(weight, inverse_total, covered, own, inverse_norm)
+        ctx.self_weight, ctx.geometry = self_weight, geometry
+        return covered, own
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_own: Tensor) -> tuple[Tensor, None, None]:
+        weight, inverse_total, covered, own, inverse_norm = ctx.saved_tensors
+        geometry = ctx.geometry
+        through_norm = (grad * covered).sum(1, keepdim=True).addcmul_(grad_own, own)
+        grad = (grad - through_norm).mul_(inverse_norm).mul_(geometry.valid)
+        grad = _box(grad, geometry.patch_size)
+        grad_own = _box((grad_own - through_norm) * inverse_norm, geometry.patch_size)
+        through_total = (grad * weight).sum(1, keepdim=True).add_(grad_own, alpha=ctx.self_weight).mul_(inverse_total)
+        grad = grad.sub_(through_total).mul_(inverse_total)
+        return _fold_directions(grad, geometry.offsets), None, None
+
+
+def _both_directions(half: Tensor, offsets: Offsets) -> Tensor:
+    """Values at +δ, and at −δ what the pixel q−δ has for its neighbour q; zero where q−δ lies outside."""
+    count = len(offsets)
+    both = half.new_zeros(len(half), 2 * count, *half.shape[2:])
+    both[:, :count] = half
+    for m, offset in enumerate(offsets):
+        here, there = _region(offset, *half.shape[-2:])
+        both[:, count + m, *there] = half[:, m, *here]
+    return both
+
+
+def _fold_directions(both: Tensor, offsets: Offsets) -> Tensor:
+    """Adjoint of `_both_directions`."""
+    count = len(offsets)
+    half = both[:, :count].clone()
+    for m, offset in enumerate(offsets):
+        here, there = _region(offset, *both.shape[-2:])
+        half[:, m, *here] += both[:, count + m, *there]
+    return half
 
 
 def _region(offset: tuple[int, int], height: int, width: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
@@ -214,7 +284,8 @@ class _Stencil(torch.autograd.Function):
         for k, offset in enumerate(ctx.offsets):
             here, there = _region(offset, *image.shape[-2:])
             if grad_weight is not None:
-                grad_weight[:, k, *here] = (grad[..., *here] * image[..., *there]).sum(1)
+                for channel in range(image.shape[1]):
+                    grad_weight[:, k, *here].addcmul_(grad[:, channel, *here], image[:, channel, *there])
             if grad_image is not None:
                 grad_image[..., *there].addcmul_(weight[:, k : k + 1, *here], grad[..., *here])
         return grad_weight, grad_own, grad_image, None
@@ -230,12 +301,13 @@ def _geometry(
     height: int, width: int, patch_size: int, max_radius: float, device: torch.device, dtype: torch.dtype
 ) -> StencilGeometry:
     offsets = tuple((a, b) for a, b in half_offsets(max_radius) if a < height and abs(b) < width)
-    valid = torch.zeros(len(offsets), height, width, dtype=torch.float64)
+    half = torch.zeros(1, len(offsets), height, width, dtype=torch.float64)
     for m, offset in enumerate(offsets):
         here, _ = _region(offset, height, width)
-        valid[m, *here] = 1
-    terms = box_sum(valid, patch_size).clamp_min(1)
+        half[:, m, *here] = 1
+    terms = _box(half, patch_size)[0].clamp_min(1)
+    scale = half[0] * patch_size**2 / terms
     length = torch.tensor([(a * a + b * b) ** 0.5 for a, b in offsets], dtype=torch.float64).view(-1, 1, 1)
-    tensors = ((patch_size**2 / terms), length)
-    scale, length = (tensor.to(device, dtype) for tensor in tensors)
-    return StencilGeometry(offsets, valid.to(device, dtype), scale, length, int(valid.sum()), patch_size)
+    valid, far = _both_directions(half, offsets)[0], FAR * (1 - half[0])
+    valid, scale, far, length = (tensor.to(device, dtype) for tensor in (valid, scale, far, length))
+    return StencilGeometry(offsets, valid, scale, far, length, int(half.sum()), patch_size)

@@ -35,7 +35,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[L.Trainer, GraphDiffu
         row_names=data.class_names,
     )
     module = GraphDiffusionReconstruction(
-        GraphDiffusion(patch_size=3), table, backbone=ResidualDenoiser(width=4, depth=2), assignment=LabelAssignment()
+        GraphDiffusion(patch_size=3), table, backbone=ResidualDenoiser(width=4, depth=4), assignment=LabelAssignment()
     )
     trainer = L.Trainer(
         accelerator="cpu",
@@ -73,7 +73,7 @@ def test_the_exported_file_starts_the_next_run_from_the_command_line(run: tuple)
     exported = Path(trainer.log_dir) / FILE_NAME
     bounds = "--model.init_args.em_parameters.init_args.bounds.radius=[1.0, 4.0]"
     following = build(["-c", str(DEMO), "-c", str(exported), bounds, "--trainer.logger=false"]).model
-    torch.testing.assert_close(following.em_parameters.values(), module.em_parameters.values(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(following.em_parameters.values(), module.em_parameters.values(), rtol=1e-11, atol=0)
     assert isinstance(following, GraphDiffusionReconstruction)
     assert following.em_parameters.learned == ("sigma", "tau", "radius", "sigma_s", "sigma_f"), "the demo's own, kept"
     assert (

@@ -83,10 +83,11 @@ def test_projection_keeps_bounds_and_what_a_row_has_learned(seed: int, size: flo
         assert torch.equal(after.shared[~moved], before.shared[~moved])
         assert torch.equal(after.offsets[:, ~moved], before.offsets[:, ~moved])
         # No row is carried further out of the bounds than it was by its own step.
-        excess = lambda offsets, shared: (
-            torch.relu((shared + offsets - t.upper)) + torch.relu(t.lower - shared - offsets)
-        )  # noqa: E731
-        assert (excess(after.offsets, after.shared) <= excess(before.offsets, after.shared) + 1e-12).all()
+        excess_after, excess_before = (
+            torch.relu(row - t.upper) + torch.relu(t.lower - row)
+            for row in (after.shared + after.offsets, after.shared + before.offsets)
+        )
+        assert (excess_after <= excess_before + 1e-12).all()
         # A proposal that leaves the offsets alone leaves them alone, wherever the global set goes.
         unchanged = t.project(TableValues(proposal.shared, before.offsets))
         torch.testing.assert_close(unchanged.offsets, before.offsets, rtol=0, atol=0)

@@ -1,0 +1,283 @@
+"""The callback's manners: what it refuses, skips, logs, and lives together with."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from em_runs import SmoothImages, make_module, make_rule, make_trainer
+from lightning.pytorch.callbacks import LearningRateFinder, WeightAveraging
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from callbacks import EMParameterCallback, GradientRule
+from lightning_modules import EStep, ParameterTable
+
+
+class Toy(L.LightningModule):
+    """The smallest module of the protocol: scales its input by a learned gain; the best gain is 0.5."""
+
+    def __init__(self, poison: range = range(0), table: ParameterTable | None = None) -> None:
+        super().__init__()
+        self.em_parameters = table or ParameterTable(initial={"gain": 1.0}, bounds={"gain": (0.01, 10.0)})
+        self.poison = poison
+        self.batches = 0
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> dict[str, Any]:
+        gain = self.em_parameters(torch.zeros(len(batch), 0))["gain"]
+        loss = (gain[:, None] * batch - 0.5 * batch).square().mean(1)
+        if self.batches in self.poison:
+            loss = loss * torch.nan
+        self.batches += 1
+        return {"loss": loss.mean(), "em": EStep(torch.zeros(len(batch), 0), None, loss.detach())}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters())
+
+
+class Notebook(DummyLogger):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[dict[str, float]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        self.rows.append({**metrics, "step": step})
+
+
+def loader(batches: int = 10, size: int = 4) -> torch.utils.data.DataLoader[Any]:
+    data = torch.rand(batches * size, 3, generator=torch.Generator().manual_seed(0)) + 0.5
+    return torch.utils.data.DataLoader(data, batch_size=size)  # type: ignore[arg-type]
+
+
+def fit(
+    module: L.LightningModule, callback: EMParameterCallback, root: Path, batches: int = 10, **options: Any
+) -> L.Trainer:
+    trainer = make_trainer(root, callback, epochs=1, **options)
+    trainer.fit(module, loader(batches))
+    return trainer
+
+
+def test_learns_the_best_parameter(tmp_path: Path) -> None:
+    module, callback = Toy(), EMParameterCallback()
+    fit(module, callback, tmp_path, batches=60)
+    assert callback.get_parameters()["gain"] == pytest.approx(0.5, rel=0.05)
+    assert callback.loss_history[-1] < 0.01 * callback.loss_history[0]
+    assert len(callback.parameter_history) == len(callback.loss_history) == 60
+    status = callback.get_status()
+    assert set(status) == {"global_gain", "avg_loss"}
+    assert all(isinstance(value, str) for value in status.values())
+    assert float(status["global_gain"]) == pytest.approx(0.5, rel=0.05)
+
+
+def test_rows_rest_where_they_are_told_to(tmp_path: Path) -> None:
+    module, callback = make_module(), EMParameterCallback(make_rule("gradient"), update_rows=False)
+    make_trainer(tmp_path, callback, epochs=1).fit(module, SmoothImages(16))
+    assert not module.em_parameters.offsets.any()
+    assert callback.get_parameters(1) == callback.get_parameters()
+    assert callback.get_parameters()["tau"] != pytest.approx(0.1, rel=1e-3)
+    with pytest.raises(ValueError, match="row 3 is not in the table"):
+        callback.get_parameters(class_idx=3)
+
+
+def test_a_step_that_is_not_finite_is_skipped_counted_and_said_once(tmp_path: Path) -> None:
+    module, callback = Toy(poison=range(4, 7)), EMParameterCallback()
+    tables: list[float] = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            tables.append(module.em_parameters.get_parameters()["gain"])
+
+    with pytest.warns(UserWarning, match="an M-step was skipped") as warned:
+        fit(module, callback, tmp_path, callbacks=[Watch()])
+    assert len([w for w in warned if "M-step was skipped" in str(w.message)]) == 1
+    assert tables[3] == tables[4] == tables[6] != tables[7]
+    assert callback.skipped_steps == 3
+    assert callback.state_dict()["rule_state"]["steps"].item() == 7
+    assert [loss == loss for loss in callback.loss_history] == [True] * 4 + [False] * 3 + [True] * 3
+
+
+def test_twenty_in_a_row_stop_the_run_and_nineteen_do_not(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="skipped"):
+        fit(Toy(poison=range(2, 21)), EMParameterCallback(), tmp_path, batches=24)
+    with (
+        pytest.raises(RuntimeError, match=r"20 M-steps in a row .* Look at the loss"),
+        pytest.warns(UserWarning, match="skipped"),
+    ):
+        fit(Toy(poison=range(2, 22)), EMParameterCallback(), tmp_path, batches=24)
+
+
+def test_history_has_a_length(tmp_path: Path) -> None:
+    callback = EMParameterCallback(history_size=3)
+    fit(Toy(), callback, tmp_path)
+    assert len(callback.loss_history) == 3
+
+
+def test_logs_every_parameter_of_the_set_and_of_each_class_by_name(tmp_path: Path) -> None:
+    logger = Notebook()
+    callback = EMParameterCallback(make_rule("gradient"))
+    module = make_module()
+    make_trainer(tmp_path, callback, epochs=2, logger=logger, log_every_n_steps=2).fit(module, SmoothImages(16))
+    logged = logger.rows
+    steps = [row["step"] for row in logged if "em/sigma" in row]
+    assert steps == [2, 4, 6]
+    last = next(row for row in reversed(logged) if "em/sigma" in row)
+    for name, value in callback.get_parameters().items():
+        assert last[f"em/{name}"] == pytest.approx(value)
+    for name in ("sigma", "tau", "smooth_steps"):
+        assert last[f"em/{name}/owl"] == pytest.approx(callback.get_parameters(2)[name])
+    for name in ("loss_proxy", "reconstruction", "perceptual", "smoothness", "skipped_steps"):
+        assert f"em/{name}" in last
+    expected = last["em/reconstruction"] - 0.001 * last["em/smoothness"]
+    assert last["em/loss_proxy"] == pytest.approx(expected)
+
+
+def test_validation_repeats_exactly_and_needs_no_callback(tmp_path: Path) -> None:
+    module, callback = make_module(), EMParameterCallback(make_rule("gradient"))
+    trainer = make_trainer(tmp_path, callback, epochs=2, limit_val_batches=1.0)
+    trainer.fit(module, SmoothImages(16))
+    trained = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+    assert {"val/psnr", "val/psnr_noisy", "val/gain", "val/ssim", "val/loss"} <= set(trained)
+    plain = L.Trainer(logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu")
+    [found] = plain.validate(
+        make_module(), SmoothImages(5), ckpt_path=tmp_path / "epoch=1.ckpt", weights_only=True, verbose=False
+    )
+    for name, value in trained.items():
+        assert found[name] == pytest.approx(value, rel=1e-6), name
+
+
+def test_checkpoint_holds_plain_data_only(tmp_path: Path) -> None:
+    callback = EMParameterCallback(make_rule("sign"))
+    make_trainer(tmp_path, callback, epochs=1).fit(make_module(), SmoothImages(16))
+    checkpoint = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)
+    state = checkpoint["callbacks"]["EMParameterCallback"]
+    assert state["rule"] == "SignRule"
+    assert all(tensor.device.type == "cpu" for tensor in state["rule_state"].values())
+
+
+def test_another_rule_takes_over_from_the_parameters_reached(tmp_path: Path) -> None:
+    make_trainer(tmp_path, EMParameterCallback(make_rule("sign")), epochs=1).fit(make_module(), SmoothImages(16))
+    module, callback = make_module(), EMParameterCallback(make_rule("gradient"))
+    trainer = make_trainer(tmp_path, callback, epochs=2)
+    with pytest.warns(UserWarning, match="written under SignRule, this run uses GradientRule"):
+        trainer.fit(module, SmoothImages(16), ckpt_path=tmp_path / "epoch=0.ckpt", weights_only=True)
+    assert callback.state_dict()["rule_state"]["steps"][0].item() == 3
+
+
+def test_learning_rate_finder_leaves_the_table_alone(tmp_path: Path) -> None:
+    module = make_module()
+    module.lr = 1e-3
+    before = module.em_parameters.values().clone()
+    seen = []
+
+    class Watch(L.Callback):
+        def on_train_start(self, *args: Any) -> None:
+            seen.append(module.em_parameters.values().clone())
+
+    finder = LearningRateFinder(num_training_steps=4, update_attr=False)
+    callback = EMParameterCallback(make_rule("gradient"))
+    make_trainer(tmp_path, callback, epochs=1, callbacks=[finder, Watch()]).fit(module, SmoothImages(16))
+    assert torch.equal(seen[-1], before)
+    assert len(callback.loss_history) == 3  # the training's own steps
+
+
+def test_overfit_batches_learns_on_the_same_images(tmp_path: Path) -> None:
+    callback = EMParameterCallback(make_rule("gradient"))
+    make_trainer(tmp_path, callback, epochs=30, overfit_batches=1).fit(make_module(), SmoothImages(16))
+    assert len(callback.loss_history) == 30
+    assert callback.loss_history[-1] < 0.9 * callback.loss_history[0]
+
+
+def test_weight_averaging_works(tmp_path: Path) -> None:
+    module, callback = make_module(), EMParameterCallback(make_rule("gradient"))
+    averaging = WeightAveraging()
+    trainer = make_trainer(tmp_path, callback, epochs=2, limit_val_batches=1.0, callbacks=[averaging])
+    trainer.fit(module, SmoothImages(16))
+    assert len(callback.loss_history) == 6
+    assert trainer.callback_metrics["val/psnr"].isfinite()
+
+
+def test_two_forwards_in_a_user_module_and_gradient_clipping(tmp_path: Path) -> None:
+    callback = EMParameterCallback(GradientRule(lr=0.1))
+    fit(Toy(), callback, tmp_path, batches=60, gradient_clip_val=1e-6)
+    assert callback.get_parameters()["gain"] == pytest.approx(
+        0.5, rel=0.05
+    )  # the table's gradient is not the optimiser's
+
+
+class NoTable(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        del self.em_parameters
+
+
+class NoStatistics(Toy):
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx)["loss"]
+
+
+class Manual(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class Bfgs(Toy):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.LBFGS(self.parameters())
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (NoTable, "NoTable has no attribute `em_parameters`"),
+        (NoStatistics, r"needs `training_step` to return .* but it returned dict|\['loss'\]"),
+        (Manual, "needs automatic optimisation"),
+        (Bfgs, "does not work with LBFGS"),
+    ],
+)
+def test_refuses_modules_it_would_be_wrong_on(module: type[Toy], message: str, tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(module(), EMParameterCallback(), tmp_path)
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])
+def test_refuses_strategies_by_name(strategy: type, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, EMParameterCallback())
+    # Neither can be built on a machine without an accelerator; what `setup` sees is its type.
+    trainer.strategy.__class__ = type(strategy.__name__, (strategy,), {})
+    with pytest.raises(MisconfigurationException, match=f"does not work with {strategy.__name__}"):
+        EMParameterCallback().setup(trainer, Toy(), "fit")
+
+
+def test_refuses_a_second_callback_on_the_table(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `EMParameterCallback`"):
+        make_trainer(tmp_path, EMParameterCallback(), callbacks=[EMParameterCallback()])  # Lightning's own check
+
+    class Variant(EMParameterCallback):
+        """Passes Lightning's check, and must not pass ours."""
+
+    with pytest.raises(MisconfigurationException, match="2 EMParameterCallbacks would each move the same"):
+        fit(Toy(), EMParameterCallback(), tmp_path, callbacks=[Variant()])
+
+
+def test_refuses_a_checkpoint_with_other_classes(tmp_path: Path) -> None:
+    make_trainer(tmp_path, EMParameterCallback(), epochs=1).fit(make_module(), SmoothImages(16))
+    module = make_module()
+    module.em_parameters = ParameterTable(row_names=["cat"])
+    with pytest.raises(ValueError, match=r"has 3 rows .* this one has 1 rows \(cat\)"):
+        make_trainer(tmp_path, EMParameterCallback()).fit(
+            module, SmoothImages(16), ckpt_path=tmp_path / "epoch=0.ckpt", weights_only=True
+        )
+
+
+def test_bad_arguments_and_questions_before_time() -> None:
+    with pytest.raises(ValueError, match="history_size must be at least 1 step, got 0"):
+        EMParameterCallback(history_size=0)
+    with pytest.raises(ValueError, match="max_skipped_steps must be at least 1, got 0"):
+        EMParameterCallback(max_skipped_steps=0)
+    with pytest.raises(RuntimeError, match="has not met a module"):
+        EMParameterCallback().get_parameters()

@@ -1,0 +1,182 @@
+"""Every configuration runs, and so does every verb of the command on the demo."""
+
+import csv
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from lightning_modules import GraphDiffusionReconstruction
+from lightning_modules.cli import build, main
+
+PROJECT = Path(__file__).parents[1]
+CONFIGS = sorted((PROJECT / "configs").glob("*.yaml"))
+OVERLAYS = sorted((PROJECT / "configs" / "trainer").glob("*.yaml"))
+DEMO = str(PROJECT / "configs" / "demo.yaml")
+COMMAND = str(Path(sys.executable).parent / "lightning-em")
+QUICK = ["--trainer.accelerator=cpu", "--trainer.fast_dev_run=1"]
+FEW_CROPS = ["--data.train_crops=20", "--data.val_crops=10", "--data.batch_size=4"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a run writes, it writes into the test's own folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+def checkpoint(demo_run: Path) -> str:
+    (path,) = (demo_run / "logs" / "demo" / "version_0" / "checkpoints").glob("epoch=*.ckpt")
+    return str(path)
+
+
+def small(config: Path, fake_cifar: Callable[..., Path]) -> list[str]:
+    data = yaml.safe_load(config.read_text())["data"]["class_path"]
+    if data == "datamodules.CIFAR10DataModule":
+        return [f"--data.root={fake_cifar()}", "--data.val_size=4", "--data.batch_size=2"]
+    return FEW_CROPS
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_fits(config: Path, fake_cifar: Callable[..., Path]) -> None:
+    main(["fit", "-c", str(config), *small(config, fake_cifar), *QUICK])
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_names_its_run_and_learns_by_the_callback(config: Path) -> None:
+    content = yaml.safe_load(config.read_text())
+    assert content["trainer"]["logger"]["init_args"]["name"] == config.stem
+    assert "callbacks.EMParameterCallback" in [entry["class_path"] for entry in content["trainer"]["callbacks"]]
+
+
+@pytest.mark.parametrize("overlay", [path for path in OVERLAYS if path.stem != "ddp"], ids=lambda path: path.stem)
+def test_every_overlay_fits(overlay: Path) -> None:
+    main(["fit", "-c", DEMO, "-c", str(overlay), *FEW_CROPS, *QUICK])
+
+
+def test_the_command_runs_two_processes_under_the_ddp_overlay() -> None:
+    overlay = str(PROJECT / "configs" / "trainer" / "ddp.yaml")
+    words = ["fit", "-c", DEMO, "-c", overlay, *FEW_CROPS, *QUICK, "--trainer.devices=2"]
+    result = subprocess.run([COMMAND, *words], capture_output=True, text=True, env=environment())
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "2 processes" in result.stderr
+
+
+def test_there_is_no_overlay_that_is_not_run() -> None:
+    assert [path.stem for path in OVERLAYS] == ["cpu", "ddp", "debug"]
+
+
+def test_fit_leaves_checkpoints_parameters_and_the_config(demo_run: Path) -> None:
+    folder = demo_run / "logs" / "demo" / "version_0"
+    assert {"config.yaml", "em_parameters.yaml", "checkpoints"} <= {path.name for path in folder.iterdir()}
+    assert (folder / "checkpoints" / "last.ckpt").is_file()
+    assert any(path.name.startswith("events.out.tfevents") for path in folder.iterdir())
+
+
+@pytest.mark.parametrize(("verb", "prefix"), [("validate", "val"), ("test", "test")])
+def test_evaluation_of_a_checkpoint(demo_run: Path, verb: str, prefix: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main([verb, "-c", DEMO, "--ckpt_path", checkpoint(demo_run), *FEW_CROPS, "--trainer.accelerator=cpu"])
+    assert f"{prefix}/psnr_noisy" in capsys.readouterr().out
+
+
+def test_predict_without_images_of_ones_own_shows_the_effect(demo_run: Path) -> None:
+    main(["predict", "-c", DEMO, "--ckpt_path", checkpoint(demo_run), *FEW_CROPS, "--trainer.accelerator=cpu"])
+    (table,) = Path("logs").rglob("restored.csv")
+    rows = list(csv.DictReader(table.open()))
+    assert len(rows) == 10
+    assert all(float(row["psnr"]) > float(row["psnr_noisy"]) for row in rows)
+
+
+def test_predict_restores_a_folder_of_ones_own(demo_run: Path) -> None:
+    generator = np.random.default_rng(0)
+    sizes = {"a.png": (37, 31), "below/b.jpg": (24, 40)}
+    for name, (width, height) in sizes.items():
+        (Path("photos") / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(Path("photos") / name)
+    words = ["--data=datamodules.ImageFolderDataModule", "--data.root=photos", "--trainer.accelerator=cpu"]
+    main(["predict", "-c", DEMO, "--ckpt_path", checkpoint(demo_run), *words])
+    (table,) = Path("logs").rglob("restored.csv")
+    rows = {row["name"]: row for row in csv.DictReader(table.open())}
+    assert set(rows) == set(sizes)
+    for name, size in sizes.items():
+        written = table.parent / Path(name).with_suffix(".png")
+        assert written == table.parent / rows[name]["output"]
+        with Image.open(written) as image:
+            assert image.size == size
+        assert float(rows[name]["noise_std"]) > 0.1, "estimated: the pixels are pure noise"
+
+
+def test_the_parameters_of_a_run_start_the_next(demo_run: Path) -> None:
+    exported = demo_run / "logs" / "demo" / "version_0" / "em_parameters.yaml"
+    following = build(["-c", DEMO, "-c", str(exported), *FEW_CROPS, *QUICK]).model.em_parameters
+    reached = GraphDiffusionReconstruction.load_from_checkpoint(checkpoint(demo_run)).em_parameters
+    torch.testing.assert_close(following.values(), reached.values(), rtol=1e-11, atol=0)
+    assert following.get_parameters()["sigma"] != 0.3
+    main(["fit", "-c", DEMO, "-c", str(exported), *FEW_CROPS, *QUICK])
+
+
+def test_the_rows_are_named_by_the_data_unless_the_config_names_them(fake_cifar: Callable[..., Path]) -> None:
+    config = PROJECT / "configs" / "cifar10_textbook.yaml"
+    words = ["-c", str(config), *small(config, fake_cifar), *QUICK]
+    assert build(words).model.em_parameters.row_names[3:5] == ("cat", "deer")
+    names = [f"row {i}" for i in range(10)]
+    named = build([*words, f"--model.em_parameters.row_names={names}"])
+    assert named.model.em_parameters.row_names == tuple(names)
+
+
+@pytest.mark.parametrize(
+    ("words", "shows"),
+    [
+        (["--help"], "{fit,validate,test,predict}"),
+        (["fit", "--help"], "--trainer.max_epochs"),
+        (["fit", "-c", DEMO, "--print_config"], "PhotoCropsDataModule"),
+        (["fit", "--model.help", "GraphDiffusionReconstruction"], "--model.smoothness_weight"),
+        (["fit", "--data.help", "ImageFolderDataModule"], "--data.crop_size"),
+        (["fit", "-c", DEMO, "--model.backbone.help", "ResidualDenoiser"], "graph_features"),
+        (["fit", "--trainer.callbacks.help", "EMParameterCallback"], "--trainer.callbacks.update_rows"),
+    ],
+    ids=" ".join,
+)
+def test_help(words: list[str], shows: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(words)
+    assert exit_info.value.code in (0, None)
+    assert shows in capsys.readouterr().out
+
+
+def test_every_argument_of_the_public_classes_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--model.help", "GraphDiffusionReconstruction"])
+    text = " ".join(capsys.readouterr().out.split())
+    for argument, words in (("estimate_noise", "Estimate each image's noise level"), ("assignment", "Which row")):
+        assert f"--model.{argument}" in text
+        assert words in text
+
+
+def test_version() -> None:
+    result = subprocess.run([COMMAND, "--version"], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "0.1.0"
+    assert result.stderr == "", "nothing but the answer"
+
+
+@pytest.mark.parametrize("shadow", ["callbacks/__init__.py", "datamodules/mine.py"])
+def test_a_package_of_the_users_own_that_shadows_ours_is_named(shadow: str, tmp_path: Path) -> None:
+    (tmp_path / shadow).parent.mkdir(exist_ok=True)
+    (tmp_path / shadow).touch()
+    command = [sys.executable, "-m", "lightning_modules.cli", "fit", "-c", DEMO]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert result.returncode == 1
+    assert f"{Path(shadow).parent} in {tmp_path.resolve()} shadows" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def environment() -> dict[str, str]:
+    """That of a user's shell: without what pytest or an earlier distributed run has left."""
+    leftovers = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
+    return {**{name: value for name, value in os.environ.items() if name not in leftovers}, "OMP_NUM_THREADS": "1"}

@@ -1,0 +1,126 @@
+"""What is installed: the wheel's files and metadata, the public names, and what importing them loads."""
+
+import importlib
+import shutil
+import subprocess
+import sys
+import zipfile
+from email.message import Message
+from email.parser import Parser
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+PROJECT = Path(__file__).parents[1]
+PACKAGES = ("lightning_modules", "callbacks", "datamodules")
+PUBLIC = {
+    "lightning_modules": [
+        "GraphDiffusionReconstruction",
+        "GraphDiffusion",
+        "ParameterTable",
+        "EStep",
+        "ResidualDenoiser",
+        "ConvAutoencoder",
+        "PerceptualLoss",
+    ],
+    "datamodules": ["CIFAR10DataModule", "PhotoCropsDataModule", "ImageFolderDataModule"],
+    "callbacks": [
+        "EMParameterCallback",
+        "SignRule",
+        "GradientRule",
+        "EMDashboard",
+        "EMReport",
+        "ImageGrid",
+        "RestoredImageWriter",
+    ],
+}
+
+
+def tracked_files() -> list[str]:
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=PROJECT, capture_output=True, text=True
+    )
+    if listed.returncode:
+        pytest.skip(f"not a git checkout: {listed.stderr.strip()}")
+    return [name for name in listed.stdout.splitlines() if (PROJECT / name).is_file()]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from a copy of the tree without whatever earlier builds have left in it."""
+    tree = tmp_path_factory.mktemp("tree")
+    for name in tracked_files():
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(PROJECT / name, tree / name)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tree / "dist"), str(tree)]
+    built = subprocess.run(command, capture_output=True, text=True, cwd=tree.parent)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (path,) = (tree / "dist").glob("lightning_em-*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def metadata(wheel: Path) -> Message:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        return Parser().parsestr(archive.read(name).decode())
+
+
+def test_the_wheel_holds_every_file_of_the_packages_and_no_other(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if ".dist-info/" not in name}
+    tree = {name for name in tracked_files() if name.split("/")[0] in PACKAGES}
+    assert packed == tree
+    assert {f"{package}/py.typed" for package in PACKAGES} <= packed
+    assert "callbacks/rules/gradient.py" in packed, "sub-packages are there"
+
+
+def test_the_wheel_has_the_command_and_the_licence(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
+        assert "lightning-em = lightning_modules.cli:main" in archive.read(entry_points).decode()
+        assert any(name.endswith("LICENSE") for name in names)
+
+
+def test_the_malicious_releases_of_lightning_are_excluded(metadata: Message) -> None:
+    requirements = {r.name: r for r in map(Requirement, metadata.get_all("Requires-Dist", [])) if r.marker is None}
+    lightning = requirements["lightning"].specifier
+    assert "2.6.2" not in lightning
+    assert "2.6.3" not in lightning
+    assert "2.6.1" in lightning
+    assert "2.6.4" in lightning
+    assert requirements["jsonargparse"].extras == {"signatures"}
+
+
+def test_the_version_is_one(metadata: Message) -> None:
+    assert metadata["Version"] == version("lightning-em"), "reinstall the package: pip install -e ."
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_public_names(package: str) -> None:
+    module = importlib.import_module(package)
+    for name in PUBLIC[package]:
+        assert getattr(module, name).__name__ == name
+        assert name in module.__all__
+        assert name in dir(module)
+    assert all(hasattr(module, name) for name in module.__all__)
+    with pytest.raises(AttributeError, match="NoSuchName"):
+        module.NoSuchName  # noqa: B018
+
+
+def test_tensor_mathematics_does_not_load_lightning() -> None:
+    assert loaded_by("lightning_modules.graph, lightning_modules.em, lightning_modules.networks") == ""
+
+
+def test_the_look_at_loaded_modules_can_fail() -> None:
+    assert loaded_by("lightning_modules.reconstruction") == "lightning"
+
+
+def loaded_by(modules: str) -> str:
+    """Which of Lightning's two names are loaded in a fresh process after an import."""
+    code = f"import sys, {modules}; print(*sys.modules.keys() & {{'lightning', 'pytorch_lightning'}})"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,0 +1,67 @@
+"""The README's Python, executed as it stands, and its files and commands, looked up."""
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+from PIL import Image
+
+from datamodules import CIFAR10DataModule, ImageFolderDataModule
+from lightning_modules import GraphDiffusionReconstruction
+
+PROJECT = Path(__file__).parents[1]
+README = (PROJECT / "README.md").read_text(encoding="utf-8")
+
+
+def python_block(word: str) -> str:
+    (block,) = (text for text in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if word in text)
+    return block
+
+
+def test_restoring_one_image(demo_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(demo_run)
+    generator = np.random.default_rng(0)
+    noisy = np.clip(generator.normal(128, 25, (31, 37, 3)), 0, 255).astype(np.uint8)
+    Image.fromarray(noisy).save("photo.jpg", quality=100)
+    block = python_block("to_tensor")
+    exec(compile(block, "README.md", "exec"), {})
+    with Image.open("restored.png") as restored:
+        assert restored.size == (37, 31)
+        assert np.asarray(restored).std() < 0.5 * noisy.std()
+    imports, code = block.rsplit("\n\n", 1)
+    assert len(code.splitlines()) == 3
+    assert all(line.startswith(("import", "from")) or not line for line in imports.splitlines())
+
+
+def test_the_module_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    block = python_block("class Exposure")
+    names: dict[str, Any] = {"__name__": "readme"}
+    exec(compile(block, "README.md", "exec"), names)
+    table = names["module"].em_parameters
+    phone, scanner = (table.get_parameters(row)["gain"] for row in (0, 1))
+    assert 3 < phone / scanner < 5, "the true ratio of the exposures is 4"
+    body = block[block.index("class Exposure") : block.index("\n\n\nclean")]
+    assert len([line for line in body.splitlines() if line]) <= 20
+
+
+def test_every_file_that_it_names_exists() -> None:
+    linked = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
+    named = re.findall(
+        r"(?:configs|benchmarks|docs|callbacks|datamodules|lightning_modules)/[\w/]*\.(?:yaml|py|png)", README
+    )
+    assert linked
+    for name in {*linked, *named, "LICENSE", "CHANGELOG.md"}:
+        assert (PROJECT / name).is_file(), name
+
+
+def test_every_flag_that_it_names_exists() -> None:
+    owners = (L.Trainer, CIFAR10DataModule, ImageFolderDataModule, GraphDiffusionReconstruction)
+    options = {name for owner in owners for name in inspect.signature(owner).parameters}
+    flags = set(re.findall(r"--(?:data|model|trainer)\.(\w+)", README))
+    assert flags >= {"root", "devices", "noise_std"}
+    assert flags <= options | {"help"}

@@ -1,0 +1,178 @@
+"""The module between table, diffusion and network."""
+
+from typing import Any
+
+import pytest
+import torch
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch import Tensor, nn
+
+from lightning_modules import GraphDiffusion, GraphDiffusionReconstruction, ParameterTable, ResidualDenoiser
+from lightning_modules.em import LabelAssignment
+
+
+def make(**options: Any) -> GraphDiffusionReconstruction:
+    table = options.pop(
+        "em_parameters",
+        ParameterTable(
+            initial={"radius": 3.0, "smooth_steps": 2},
+            bounds={"radius": (1.5, 3.0)},
+            learned=["sigma"],
+            per_row=["sigma"],
+            row_names=["cat", "dog"],
+            initial_rows={"dog": {"sigma": 0.45}},
+        ),
+    )
+    return GraphDiffusionReconstruction(options.pop("diffusion", GraphDiffusion(3)), table, **options)
+
+
+def make_batch(size: int = 4, weight: list[float] | None = None) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    image = nn.functional.avg_pool2d(torch.rand(size, 3, 41, 35, generator=generator), 5, 1)
+    return {
+        "image": image,
+        "label": torch.arange(size) % 3 - 1,
+        "index": torch.arange(size),
+        "weight": torch.tensor(weight or [1.0] * size),
+        "key": torch.randint(2**62, (size,), generator=generator),
+    }
+
+
+@pytest.fixture(autouse=True)
+def no_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are called without a Trainer here; there is nobody to log to."""
+    for name in ("log", "log_dict"):
+        monkeypatch.setattr(GraphDiffusionReconstruction, name, lambda self, *args, **options: None)
+
+
+def test_training_step_is_the_e_step_of_each_image() -> None:
+    module, batch = make(assignment=LabelAssignment(), smoothness_weight=0.1), make_batch(weight=[1.0, 1.0, 1.0, 0.0])
+    output = module.train().training_step(batch, 0)
+    step = output["em"]
+    assert step.responsibilities.tolist() == [[0, 0], [1, 0], [0, 1], [0, 0]]
+    noisy, level = module._observe(batch)
+    sigma = torch.tensor([0.3, 0.3, 0.45, 0.3])
+    others = {"tau": 0.1, "radius": 3.0, "sigma_s": 10.0, "sigma_f": 0.3, "smooth_steps": 2}
+    restored = module.diffusion(noisy, sigma=sigma, **others, noise_std=level)
+    expected = (restored - batch["image"]).square().mean((1, 2, 3))
+    torch.testing.assert_close(step.reconstruction, expected)
+    smoothness = module.diffusion.smoothness(restored, sigma, 3.0)
+    torch.testing.assert_close(step.smoothness, smoothness.score)
+    torch.testing.assert_close(step.similarity, smoothness.similarity)
+    weight = batch["weight"]
+    loss = (weight * (expected - 0.1 * smoothness.score)).mean()
+    torch.testing.assert_close(output["loss"], loss)
+    output["loss"].backward()
+    gradient = module.em_parameters.take_gradient()
+    assert gradient is not None
+    assert gradient[:3, 0].all()
+    assert not gradient[3].any()
+
+
+def test_smoothness_bonus_moves_the_table_and_not_the_network() -> None:
+    gradients = []
+    for alpha in (0.0, 0.5):
+        torch.manual_seed(0)
+        module = make(backbone=ResidualDenoiser(width=4, depth=4, graph_on="features"), smoothness_weight=alpha)
+        module.train().training_step(make_batch(), 0)["loss"].backward()
+        assert module.backbone is not None
+        network = torch.cat([parameter.grad.flatten() for parameter in module.backbone.parameters()])
+        gradients.append((network, module.em_parameters.take_gradient()))
+    torch.testing.assert_close(gradients[0][0], gradients[1][0])
+    assert not torch.equal(gradients[0][1], gradients[1][1])
+
+
+def test_noise_is_a_function_of_the_key() -> None:
+    module, batch = make(noise_std=(0.02, 0.2)), make_batch()
+    noisy, level = module._observe(batch)
+    alone = {name: value[2:3] for name, value in batch.items()}
+    single, single_level = module._observe(alone)
+    assert torch.equal(single[0], noisy[2])
+    assert torch.equal(single_level[0], level[2])
+    assert ((level >= 0.02) & (level <= 0.2)).all()
+    assert len(set(level.tolist())) == 4
+    measured = (noisy - batch["image"]).flatten(1).std(1)
+    torch.testing.assert_close(measured, level, rtol=0.05, atol=0)
+
+
+def test_unknown_noise_is_estimated() -> None:
+    batch = make_batch()
+    noisy, told = make(noise_std=0.1, estimate_noise=True)._observe(batch)
+    assert not torch.equal(told, torch.full((4,), 0.1))
+    torch.testing.assert_close(told, torch.full((4,), 0.1), rtol=0.15, atol=0)
+    module = make(noise_std=0.1).eval()
+    torch.testing.assert_close(module(noisy), module(noisy, noise_std=told))
+
+
+def test_metrics_equal_scikit_image_and_leave_out_padded_repeats() -> None:
+    module, batch = make().eval(), make_batch(weight=[1.0, 2.0, 1.0, 0.0])
+    with torch.no_grad():
+        output = module.validation_step(batch, 0)
+    values = {name: float(value) for name, value in module.val_metrics.compute().items()}
+    clean, noisy, restored = (output[name][:3].double().clamp(0, 1).numpy() for name in ("clean", "noisy", "restored"))
+    psnr = [peak_signal_noise_ratio(*pair, data_range=1) for pair in zip(clean, restored, strict=True)]
+    before = [peak_signal_noise_ratio(*pair, data_range=1) for pair in zip(clean, noisy, strict=True)]
+    assert values["val/psnr"] == pytest.approx(sum(psnr) / 3, abs=1e-3)
+    assert values["val/psnr_noisy"] == pytest.approx(sum(before) / 3, abs=1e-3)
+    assert values["val/gain"] == pytest.approx((sum(psnr) - sum(before)) / 3, abs=1e-3)
+    gauss = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "channel_axis": 0, "data_range": 1}
+    ssim = [structural_similarity(*pair, **gauss) for pair in zip(clean, restored, strict=True)]
+    assert values["val/ssim"] == pytest.approx(sum(ssim) / 3, abs=0.01)  # scikit-image crops the border
+
+
+class Blur(nn.Module):
+    def forward(self, noisy: Tensor) -> Tensor:
+        return nn.functional.avg_pool2d(noisy, 3, 1, 1, count_include_pad=False)
+
+
+def test_a_plain_network_is_diffused_as_free_of_noise_and_the_perceptual_loss_is_added() -> None:
+    class Mean(nn.Module):
+        def forward(self, restored: Tensor, clean: Tensor) -> Tensor:
+            return (restored - clean).abs().mean((1, 2, 3))
+
+    module, batch = make(backbone=Blur(), perceptual=Mean(), perceptual_weight=0.5, data_range=2.0), make_batch()
+    output = module.train().training_step(batch, 0)
+    noisy, _ = module._observe(batch)
+    others = {"sigma": 0.3, "tau": 0.1, "radius": 3.0, "sigma_s": 10.0, "sigma_f": 0.3, "smooth_steps": 2}
+    restored = module.diffusion(Blur()(noisy), **others, noise_std=0.0)
+    torch.testing.assert_close(output["em"].reconstruction, 4 * (restored - batch["image"]).square().mean((1, 2, 3)))
+    torch.testing.assert_close(output["em"].perceptual, 0.5 * Mean()(restored, batch["image"]))
+
+
+def test_predict_restores_what_comes_without_a_key_as_it_is() -> None:
+    module, batch = make().eval(), {**make_batch(1), "name": ["a.png"]}
+    with torch.no_grad():
+        demonstration = module.predict_step(batch, 0)
+        own = {name: value for name, value in batch.items() if name != "key"}
+        restored = module.predict_step({**own, "noise_std": torch.tensor([0.07])}, 0)
+    assert torch.equal(demonstration["clean"], batch["image"])
+    assert not torch.equal(demonstration["noisy"], batch["image"])
+    assert "clean" not in restored
+    assert torch.equal(restored["noisy"], batch["image"])
+    assert restored["noise_std"].tolist() == [pytest.approx(0.07)]
+    assert set(restored["parameters"]) == {"sigma", "tau", "radius", "sigma_s", "sigma_f", "smooth_steps"}
+    bad = {**own, "image": batch["image"].clone()}
+    bad["image"][0, 0, 3, 3] = torch.nan
+    with pytest.raises(ValueError, match=r"a\.png: the image has NaN or infinite pixels"):
+        module.predict_step(bad, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"noise_std": -0.1}, "noise_std must be a number ≥ 0"),
+        ({"noise_std": (0.2, 0.1)}, "noise_std must be a number ≥ 0 or a range"),
+        ({"data_range": 0}, "data_range must be positive, got 0"),
+        ({"smoothness_weight": -1}, "smoothness_weight must not be negative"),
+        ({"diffusion": GraphDiffusion(8, 6, "patches"), "em_parameters": ParameterTable()}, "under the stride of 6"),
+        ({"em_parameters": ParameterTable(initial={"g": 1.0}, bounds={"g": (0.5, 2.0)})}, "em_parameters lacks sigma"),
+    ],
+)
+def test_bad_arguments(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(**options)
+
+
+def test_image_smaller_than_a_patch() -> None:
+    with pytest.raises(ValueError, match="smaller than a patch"):
+        make()(torch.rand(1, 3, 2, 9), noise_std=0.1)
