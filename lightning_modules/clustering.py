@@ -65,6 +65,7 @@ class ClusteringModule(L.LightningModule):
                     "start(s); epochs count iterations only."
                 )
         if self.model.converged:
+            rank_zero_info(f"{type(self).__name__} has come to rest in an earlier run; make a new one to start afresh.")
             self.trainer.should_stop = True
 
     def on_train_epoch_start(self) -> None:

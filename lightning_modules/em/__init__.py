@@ -1,4 +1,4 @@
-"""Expectation-maximisation without Lightning: parameters with bounds and rows, responsibilities, statistics, mixtures."""
+"""Expectation-maximisation without Lightning: parameters with bounds and rows, responsibilities, mixtures."""
 
 from lightning_modules.em.assignments import Assignment, GlobalAssignment, LabelAssignment
 from lightning_modules.em.brute_force import best_clustering, enumerated_log_likelihood

@@ -257,13 +257,13 @@ def test_shapes_and_counts(module_class: Any) -> None:
         trainer().fit(module_class(9), DataLoader(rows(4), 2))
     with pytest.raises(ValueError, match="0 sample"):
         trainer().fit(module_class(2), DataLoader(Rows(rows(0)), 2))
-    with pytest.raises(ValueError, match="X has 3 features, but .* is expecting 5"):
+    with pytest.raises(ValueError, match=r"X has 3 features, but .* is expecting 5"):
         trainer().fit(module_class(2, num_features=5), DataLoader(rows(), 50))
     module = module_class(2)
     with pytest.raises(RuntimeError, match="not fitted"):
         module.predict(rows())
     trainer(2).fit(module, DataLoader(rows(), 50))
-    with pytest.raises(ValueError, match="X has 4 features, but .* is expecting 3"):
+    with pytest.raises(ValueError, match=r"X has 4 features, but .* is expecting 3"):
         module.predict(torch.zeros(2, 4))
 
 

@@ -116,7 +116,7 @@ def test_estimates_are_wiener_filters_of_the_best_component() -> None:
             for k, row in zip(scores.argmax(0), rows, strict=True)
         ]
     )
-    torch.testing.assert_close(prior._wiener(rows, torch.tensor(0.02).double()), expected, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(prior._wiener(rows, torch.tensor(0.02, dtype=torch.float64)), expected, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 37, 31), (2, 3, 13, 22)])
@@ -142,7 +142,7 @@ def test_prior_refuses_what_it_cannot_use(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="stride"):
         gaussian_prior(stride=5)
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
-    with pytest.raises(ValueError, match="it lacks 'model.best'"):
+    with pytest.raises(ValueError, match=r"it lacks 'model\.best'"):
         PatchPrior.from_checkpoint(tmp_path / "other.ckpt")
 
 
