@@ -104,7 +104,7 @@ def window_distances(guide: Tensor, geometry: StencilGeometry) -> Tensor:
     .. math:: D_\delta(q) = \frac{p^2}{n_\delta(q)} \sum_u \lVert y(q+u) - y(q+u+\delta) \rVert^2
 
     over the :math:`n_\delta(q)` positions u of the window for which both pixels lie in the image: a box filter of the
-    squared difference of two shifted images, once for each pair ±δ. Pairs that leave the image are infinitely far apart.
+    squared difference of two shifted images, once for each pair ±δ. Pairs that leave the image are `FAR` apart.
 
     Args:
         guide: Images or features y.

@@ -1,6 +1,7 @@
 """A residual CNN that first diffuses the noisy image over a graph, then refines what comes out."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Literal, cast
 
 import torch
@@ -12,24 +13,26 @@ Diffuse = Callable[[Tensor, Tensor | None], Tensor]
 class ResidualDenoiser(nn.Module):
     r"""Features of the noisy image build a graph, the noisy image is diffused over it, and a CNN refines the result.
 
-    With the features :math:`f = \text{stem}(y)` of the noisy image y,
+    With hidden layers :math:`h = \text{stem}(y)` of the noisy image y and features :math:`f = P h`,
 
-    .. math:: d = \text{diffuse}(y, f), \qquad x = d - \text{body}([\,y,\ d,\ f\,]).
+    .. math:: d = \text{diffuse}(y, f), \qquad x = d - \text{body}([\,y,\ d,\ h,\ f\,]).
 
-    The diffusion comes early, so that all deeper layers work on its result, and the noisy image stays beside it, so that
-    nothing is lost by it. ``graph_on="patches"`` builds the graph on the patches of the noisy image instead, whose
-    distances have the noise's share taken off. With ``graph=False``, d = y: the same layers and as many parameters,
-    without a graph. The features enter the body in every case, so that every parameter has a gradient (distributed
-    training refuses parameters without one). There is no batch normalisation: two processes then compute exactly what
-    one does. The output layer starts at zero, so an untrained network returns the diffused image.
+    The diffusion comes early, so that all deeper layers work on its result, and the noisy image stays beside it, so
+    that nothing is lost by it. ``graph_on="patches"`` builds the graph on the patches of the noisy image instead, whose
+    distances have the noise's share taken off; there is no f then. With ``graph=False``, d = y: the same layers and as
+    many parameters, without a graph.
+
+    The features enter the body as well, so that every parameter has a gradient in every case (distributed training
+    refuses parameters without one). There is no batch normalisation: two processes then compute exactly what one does.
+    The output layer starts at zero, so an untrained network returns the diffused image.
 
     Args:
         in_channels: Channels of the image: 3 for colour, 1 for grey.
         width: Channels of the hidden layers.
         depth: Number of 3×3 convolutions, at least 4; two of them are the stem.
-        graph_features: Channels of the features. Few: each costs the graph as much as an image channel.
+        graph_features: Channels of the features of `graph_on="features"`. Few: each costs as much as an image channel.
         graph: Diffuse the noisy image over the graph. False: the same network without it.
-        graph_on: What distances are measured on: the stem's `features`, or the `patches` of the noisy image.
+        graph_on: What distances are measured on: learned `features`, or the `patches` of the noisy image.
 
     Raises:
         ValueError: If a size is too small.
@@ -67,12 +70,12 @@ class ResidualDenoiser(nn.Module):
         self.in_channels = in_channels
         self.graph = graph
         self.graph_on = graph_on
-        self.stem = nn.Sequential(
-            *_convolutions(in_channels, width, 2),
-            nn.Conv2d(width, graph_features, 1, bias=False),  # a constant would drop out of every distance
-        )
+        self.stem = nn.Sequential(*_convolutions(in_channels, width, 2))
+        # no bias: a constant drops out of every distance
+        self.projection = nn.Conv2d(width, graph_features, 1, bias=False) if graph_on == "features" else None
+        extra = graph_features if graph_on == "features" else 0
         self.body = nn.Sequential(
-            *_convolutions(2 * in_channels + graph_features, width, depth - 3),
+            *_convolutions(2 * in_channels + width + extra, width, depth - 3),
             nn.Conv2d(width, in_channels, 3, padding=1),
         )
         # The other layers keep PyTorch's small weights: with larger ones (Kaiming's for ReLU) the first steps of Adam
@@ -98,18 +101,20 @@ class ResidualDenoiser(nn.Module):
                 f"ResidualDenoiser(in_channels={self.in_channels}) expects images of shape "
                 f"[B, {self.in_channels}, H, W], got {list(noisy.shape)}."
             )
-        features = self.stem(noisy)
+        hidden = self.stem(noisy)
+        features = None if self.projection is None else self.projection(hidden)
         diffused = noisy
         if self.graph:
             if diffuse is None:
                 raise ValueError(
                     "ResidualDenoiser diffuses over its graph: pass `diffuse`, or build it with graph=False."
                 )
-            diffused = diffuse(noisy, features if self.graph_on == "features" else None)
-        return diffused - self.body(torch.cat([noisy, diffused, features], dim=1))
+            diffused = diffuse(noisy, features)
+        known = [noisy, diffused, hidden, *([] if features is None else [features])]
+        return diffused - self.body(torch.cat(known, dim=1))
 
 
 def _convolutions(in_channels: int, width: int, count: int) -> list[nn.Module]:
     channels = [in_channels] + [width] * count
-    pairs = zip(channels, channels[1:], strict=False)
-    return [layer for first, second in pairs for layer in (nn.Conv2d(first, second, 3, padding=1), nn.ReLU())]
+    convolutions = (nn.Conv2d(first, second, 3, padding=1) for first, second in pairwise(channels))
+    return [layer for convolution in convolutions for layer in (convolution, nn.ReLU())]

@@ -23,7 +23,7 @@ def noisy() -> Tensor:
 def test_starts_at_the_diffused_image(noisy: Tensor) -> None:
     for graph in (True, False):
         network = ResidualDenoiser(width=8, depth=4, graph=graph, graph_on="features")
-        expected = blend(noisy, network.stem(noisy)) if graph else noisy
+        expected = blend(noisy, network.projection(network.stem(noisy))) if graph else noisy
         torch.testing.assert_close(network(noisy, blend), expected, rtol=0, atol=0)
 
 
@@ -86,7 +86,7 @@ def test_the_graph_term_of_the_gradient_reaches_the_features(noisy: Tensor) -> N
     def gradient(diffuse) -> Tensor:
         network.zero_grad()
         network(noisy, diffuse).square().mean().backward()
-        return network.stem[-1].weight.grad.clone()
+        return network.projection.weight.grad.clone()
 
     through_graph = gradient(blend)
     beside_it = gradient(lambda signal, features: blend(signal, features.detach()))
