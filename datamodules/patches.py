@@ -210,7 +210,8 @@ class _FileRows(Dataset[Batch]):
         self.offset = array.offset
         count = array.shape[0]
         kept = count - round(val_fraction * count)
-        self.first, self.length = (0, kept) if train else (kept, count - kept)
+        self.first: int = 0 if train else kept
+        self.length: int = kept if train else count - kept
         if train and not self.length:
             raise ValueError(f"{path} holds no rows to learn from: {count} rows, val_fraction={val_fraction}")
 

@@ -144,12 +144,12 @@ class PatchPrior(nn.Module):
         """Every patch's Wiener estimate at noise ``variance``, averaged where patches overlap."""
         padded, (height, width) = self._cover(image)
         size = {"kernel_size": self.patch_size, "stride": self.stride}
-        patches = F.unfold(padded[:, None], **size).transpose(1, 2)  # type: ignore[arg-type]
+        patches = F.unfold(padded[:, None], **size).transpose(1, 2)
         shape = patches.shape
         rows = patches.reshape(-1, shape[-1])
         rows = self._wiener(rows, variance).view(shape).transpose(1, 2)
-        folded = F.fold(rows, padded.shape[-2:], **size)  # type: ignore[arg-type]
-        count = F.fold(torch.ones_like(rows[:1]), padded.shape[-2:], **size)  # type: ignore[arg-type]
+        folded = F.fold(rows, padded.shape[-2:], **size)
+        count = F.fold(torch.ones_like(rows[:1]), padded.shape[-2:], **size)
         return (folded / count)[:, 0, :height, :width]
 
     def _cover(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
