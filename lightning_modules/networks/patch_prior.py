@@ -69,7 +69,8 @@ class PatchPrior(nn.Module):
             or means.shape != covariances.shape[:2]
         ):
             raise ValueError(
-                f"covariances must be [K, D, D] and means [K, D], got {tuple(covariances.shape)} and {tuple(means.shape)}"
+                f"covariances must be [K, D, D] and means [K, D], got {tuple(covariances.shape)} and "
+                f"{tuple(means.shape)}"
             )
         self.patch_size = round(means.shape[1] ** 0.5)
         if self.patch_size**2 != means.shape[1]:

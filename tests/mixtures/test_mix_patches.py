@@ -116,7 +116,8 @@ def test_estimates_are_wiener_filters_of_the_best_component() -> None:
             for k, row in zip(scores.argmax(0), rows, strict=True)
         ]
     )
-    torch.testing.assert_close(prior._wiener(rows, torch.tensor(0.02, dtype=torch.float64)), expected, rtol=1e-8, atol=1e-10)
+    estimates = prior._wiener(rows, torch.tensor(0.02, dtype=torch.float64))
+    torch.testing.assert_close(estimates, expected, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 37, 31), (2, 3, 13, 22)])
