@@ -89,7 +89,7 @@ class EMParameterCallback(Callback):
     @property
     def loss_history(self) -> list[float]:
         """Loss proxy of the last steps, oldest first; NaN where the M-step was skipped."""
-        return torch.stack(list(self._proxies)).tolist() if self._proxies else []
+        return [float(proxy) for proxy in self._proxies]
 
     @property
     def parameter_history(self) -> list[dict[str, float]]:
@@ -113,8 +113,8 @@ class EMParameterCallback(Callback):
         _check_module(pl_module)
         _check_trainer(trainer)
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the state to the module's device."""
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the state to the module's device, and continue after the step at which a checkpoint was taken."""
         table = self._require_table()
         device = table.shared.device
         initial = self.rule.initial_state(table)
@@ -122,12 +122,14 @@ class EMParameterCallback(Callback):
         if {name: tensor.shape for name, tensor in self._rule_state.items()} == shapes:
             self._rule_state = {name: tensor.to(device) for name, tensor in self._rule_state.items()}
         else:
+            if self._rule_state:
+                rank_zero_warn(
+                    f"the checkpoint's {type(self.rule).__name__} had other settings (its state has other shapes): the "
+                    "parameters go on from where they were, the rule starts afresh"
+                )
             self._rule_state = initial
         self._skipped = self._skipped.to(device)
         self._statistics = Statistics(len(table.row_names), len(table.names), device)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Continue after the step at which a checkpoint was taken."""
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, torch.optim.LBFGS):
                 raise MisconfigurationException(
@@ -135,7 +137,7 @@ class EMParameterCallback(Callback):
                     "step, so that an image would be counted more than once: choose another optimiser, such as Adam"
                 )
         self._last_step = trainer.global_step
-        self._require_table().take_gradient()
+        table.take_gradient()  # of whoever ran before, such as a learning-rate finder
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the scale of this backward pass: the optimiser step that follows may change it."""
@@ -187,7 +189,11 @@ class EMParameterCallback(Callback):
                 f"the checkpoint was written under {state_dict.get('rule')}, this run uses {type(self.rule).__name__}: "
                 "the parameters go on from where they were, the rule starts afresh"
             )
-        self._skipped = state_dict.get("skipped", self._skipped)
+        # The total goes on; a row of skipped steps that stopped a run must not stop the one that resumes it.
+        total = state_dict.get("skipped", self._skipped)[:1].cpu()
+        self._skipped = torch.cat([total, torch.zeros(2, dtype=torch.long)])
+        self._proxies.clear()
+        self._states.clear()
         self._proxies.extend(torch.tensor(proxy, dtype=torch.float64) for proxy in state_dict.get("proxies", []))
         self._states.extend(TableValues(*state) for state in state_dict.get("states", []))
 
@@ -311,6 +317,10 @@ def _check_trainer(trainer: Trainer) -> None:
             "gradients are not whole on every process: use one device or strategy='ddp'"
         )
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if strategy.root_device.type == "mps":
+        raise MisconfigurationException(
+            "EMParameterCallback needs float64, which Apple's MPS does not have: add --trainer.accelerator cpu"
+        )
     twins = [callback for callback in callbacks if isinstance(callback, EMParameterCallback)]
     if len(twins) > 1:
         raise MisconfigurationException(

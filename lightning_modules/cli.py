@@ -1,10 +1,10 @@
 """The command `lightning-em fit|validate|test|predict`."""
 
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,6 +13,8 @@ if not sys.warnoptions:
     # What our dependencies owe to newer versions of each other is no news for whoever runs the command.
     warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated")  # torch-geometric, as it is imported
     warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)")  # lightning
+    # The module looks at the labels before they leave the host; our DataModules have no hook there that it could hide.
+    warnings.filterwarnings("ignore", "You have overridden `on_before_batch_transfer` in `LightningModule`")
 
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -52,10 +54,9 @@ class EMCommand(LightningCLI):
         )
         if not checkpoint or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        configs = " ".join(f"-c {path}" for path in _config_paths(self._arguments))
         checkpoint = _relative(checkpoint)
         root = _relative(self.trainer.log_dir or self.trainer.default_root_dir)
-        words = f"{configs} --ckpt_path {checkpoint}"
+        words = shlex.join([*(word for word in self._arguments if word != "fit"), "--ckpt_path", checkpoint])
         lines = [f"  lightning-em {verb} {words}" for verb in ("validate", "test", "predict")]
         lines.append(f"  tensorboard --logdir {root}")
         rank_zero_info("\nNext:\n" + "\n".join(lines))
@@ -116,12 +117,6 @@ def _home(package: ModuleType) -> Path:
     if hasattr(package, "__path__"):
         return Path(next(iter(package.__path__))).resolve().parent
     return Path(str(package.__file__)).resolve().parent
-
-
-def _config_paths(words: Sequence[str]) -> list[str]:
-    flags = ("-c", "--config")
-    joined = [word.split("=", 1)[1] for word in words if word.startswith("--config=")]
-    return [path for flag, path in pairwise(words) if flag in flags] + joined
 
 
 def _relative(path: str) -> str:

@@ -121,16 +121,23 @@ class GraphDiffusionReconstruction(L.LightningModule):
         restored, _, _ = self._restore(noisy, level, labels)
         return restored
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Refuse labels without a row while they are on the host, where a look costs an accelerator nothing."""
+        if isinstance(batch, dict) and "label" in batch:
+            self.assignment.check_labels(batch["label"], len(self.em_parameters.row_names))
+        return batch
+
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """E-step: responsibilities, restoration and losses of each image under the current parameters."""
         noisy, level = self._observe(batch)
         restored, parameters, responsibilities = self._restore(noisy, level, batch["label"])
-        reconstruction, perceptual = self._losses(restored, batch["image"])
+        reconstruction, perceptual = self._losses(restored, batch["image"].to(self.dtype))
         smoothness = self._smoothness(restored.detach(), parameters["sigma"])
         weight = batch["weight"]
         loss = (weight * (reconstruction if perceptual is None else reconstruction + perceptual)).mean()
         if self.smoothness_weight:
             loss = loss - self.smoothness_weight * (weight * smoothness.score).mean()
+        loss = self.em_parameters.attach(loss)  # a backbone need not diffuse
         self.log("train/loss", loss.detach(), batch_size=len(noisy))
         step = EStep(
             responsibilities.detach(),
@@ -184,7 +191,7 @@ class GraphDiffusionReconstruction(L.LightningModule):
 
     def _observe(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The degraded images of a batch, and the noise level that the diffusion is told of."""
-        image = batch["image"]
+        image = batch["image"].to(self.dtype)
         low, high = self.noise_levels
         if "key" not in batch:
             return image, batch["noise_std"] if "noise_std" in batch else estimate_noise_std(image)
@@ -223,7 +230,7 @@ class GraphDiffusionReconstruction(L.LightningModule):
             return self.diffusion.smoothness(restored, sigma, self._max_radius)
 
     def _evaluate(self, batch: Batch, metrics: MetricCollection) -> dict[str, Tensor]:
-        clean, weight = batch["image"], batch["weight"]
+        clean, weight = batch["image"].to(self.dtype), batch["weight"]
         noisy, level = self._observe(batch)
         restored, _, _ = self._restore(noisy, level, batch["label"])
         reconstruction, perceptual = self._losses(restored, clean)

@@ -80,5 +80,6 @@ class GradientRule(Rule):
         update = torch.where(seen, self.lr * mean / scale, 0.0)
 
         own = count[1:] / (count[1:] + self.pseudo_count).clamp_min(torch.finfo(torch.float64).tiny)
-        kept = torch.where(seen[1:], 1 - self.lr * (1 - own), 1.0)
+        # Integers have no gradient, and what another rule has given them is not this one's to shrink.
+        kept = torch.where(seen[1:] & ~table.mask(table.integers), 1 - self.lr * (1 - own), 1.0)
         return TableValues(table.shared - update[0], (table.offsets - own * update[1:]) * kept), next_state

@@ -19,17 +19,14 @@ class Rule(ABC):
 
     @abstractmethod
     def initial_state(self, table: ParameterTable) -> RuleState:
-        """Tensors to carry from step to step, on the table's device.
-
-        Raises:
-            ValueError: If the rule cannot move what the table learns.
-        """
+        """Tensors to carry from step to step, on the table's device."""
 
     @abstractmethod
     def step(self, table: ParameterTable, statistics: Statistics, state: RuleState) -> tuple[TableValues, RuleState]:
         """Proposed coordinates of the table, and the next state.
 
-        Must neither write to its arguments nor wait for the device (`.item()`, `if tensor`).
+        Must neither write to its arguments nor wait for the device (`.item()`, `if tensor`, `torch.tensor(...)` on an
+        accelerator: `table.vector` and `table.mask` keep constants there).
 
         Args:
             table: The table as it is.

@@ -89,8 +89,7 @@ class SignRule(Rule):
         alternates = direction * state["direction"] < 0
         scale = torch.where(alternates, state["scale"] / 2, (state["scale"] * 2).clamp_max(1))
 
-        rates = [0.0 if name in table.integers else self.rates.get(name, _DEFAULT_RATE) for name in table.names]
-        rate = torch.tensor(rates, dtype=torch.float64, device=table.shared.device)
+        rate = table.vector({**self.rates, **dict.fromkeys(table.integers, 0.0)}, default=_DEFAULT_RATE)
         shared = table.shared + torch.log1p(-rate * scale * direction)
         next_state = {
             "proxies": proxies,

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -101,7 +102,7 @@ class ParameterTable(nn.Module):
         self.anchor = nn.Parameter(torch.zeros(()))
 
         # Columns of the leaf: what a gradient can move.
-        self._moving = [p for p, name in enumerate(self.names) if name in self.learned and name not in self.integers]
+        self._moving = tuple(p for p, n in enumerate(self.names) if n in self.learned and n not in self.integers)
         self._leaves: list[Tensor] = []
         self._start = TableValues(shared.clone(), self.offsets.clone())
         self._read_constants()
@@ -132,7 +133,7 @@ class ParameterTable(nn.Module):
         if torch.is_grad_enabled():
             if any(leaf.grad is not None for leaf in self._leaves):
                 self._leaves.clear()  # an earlier step's, which nobody has collected
-            leaf = coordinates[:, self._moving].detach().requires_grad_()
+            leaf = coordinates.detach()[:, _constant(self._moving, torch.long, coordinates.device)].requires_grad_()
             self._leaves.append(leaf)
             columns.update(zip([self.names[p] for p in self._moving], leaf.unbind(1), strict=True))
         theta: dict[str, Tensor | int] = {}
@@ -197,7 +198,7 @@ class ParameterTable(nn.Module):
             return None
         total = torch.stack(gradients).sum(0)
         gradient = total.new_zeros(len(total), len(self.names))
-        gradient[:, self._moving] = total
+        gradient[:, _constant(self._moving, torch.long, total.device)] = total
         return gradient
 
     def project(self, proposed: TableValues) -> TableValues:
@@ -221,6 +222,23 @@ class ParameterTable(nn.Module):
         self.shared.copy_(values.shared)
         self.offsets.copy_(values.offsets)
 
+    def attach(self, value: Tensor) -> Tensor:
+        """The value as it is, with the table in its graph: a loss that may not depend on the parameters of the step.
+
+        DDP waits for a gradient of every parameter, the anchor included.
+        """
+        return _Anchored.apply(value, self.anchor)
+
+    def vector(self, values: Mapping[str, float], default: float = 0.0) -> Tensor:
+        """One number for each column, float64 `[P]` on the table's device, copied there once.
+
+        Args:
+            values: Numbers by name; other names than the table's are left out.
+            default: Number of the columns that are not named.
+        """
+        numbers = tuple(float(values.get(name, default)) for name in self.names)
+        return _constant(numbers, torch.float64, self.shared.device)
+
     def mask(self, names: Sequence[str]) -> Tensor:
         """Which columns the names stand for, boolean `[P]` on the table's device."""
         self._check_names("names", names)
@@ -235,12 +253,19 @@ class ParameterTable(nn.Module):
         super()._apply(fn, recurse)
         for name, buffer in before.items():
             after = getattr(self, name)
-            if after.dtype != torch.float64:
+            if buffer.dtype != after.dtype:
                 setattr(self, name, buffer.to(after.device))
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        stored = state_dict.get(prefix + "offsets")
+        stored, layout = state_dict.get(prefix + "offsets"), state_dict.get(prefix + "_extra_state")
+        same_size = stored is not None and stored.shape == self.offsets.shape
+        if same_size and layout is not None and layout != self.get_extra_state():
+            raise ValueError(
+                f"the checkpoint's parameter table has the parameters {layout['names']} and the rows {layout['rows']}, "
+                f"this one {list(self.names)} and {list(self.row_names)}: values would land under other names. Load it "
+                "with the data set and the table that it was trained with"
+            )
         if stored is not None and stored.shape != self.offsets.shape:
             rows, parameters = stored.shape
             raise ValueError(
@@ -252,13 +277,20 @@ class ParameterTable(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._read_constants()
 
+    def get_extra_state(self) -> dict[str, list[str]]:
+        """Names of the columns and rows, which the checkpoint keeps beside the values."""
+        return {"names": list(self.names), "rows": list(self.row_names)}
+
+    def set_extra_state(self, state: dict[str, list[str]]) -> None:
+        """Checked before anything is loaded; see `_load_from_state_dict`."""
+
     def _read_constants(self) -> None:
         # Read once on the host, so that a forward on an accelerator need not wait for them.
         current = self.get_parameters()
         self._constants = {n: current[n] for n in self.names if n not in self.learned and n not in self.per_row}
 
     def _mask(self, names: Sequence[str]) -> Tensor:
-        return torch.tensor([name in names for name in self.names], device=self.shared.device)
+        return _constant(tuple(name in names for name in self.names), torch.bool, self.shared.device)
 
     def _coordinate(self, name: str, value: float) -> float:
         return float(value) if name in self.integers else math.log(value)
@@ -316,12 +348,19 @@ class ParameterTable(nn.Module):
             raise ValueError(
                 f"{name}={value} lies outside its bounds ({lower}, {upper}): change the value or the bounds"
             )
-        if whole and not float(value).is_integer():
-            raise ValueError(f"{name} must be a whole number, got {value}")
+        if whole and not all(float(number).is_integer() for number in (value, lower, upper)):
+            raise ValueError(f"{name} and its bounds must be whole numbers, got {value} in ({lower}, {upper})")
 
     def extra_repr(self) -> str:
         """Names, for `print(module)`."""
         return f"{len(self.row_names)} rows, learned={list(self.learned)}, per_row={list(self.per_row)}"
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)  # made in a validation and cached, it must still serve a training step
+def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A small tensor that is copied to its device once: each copy would make the host wait for an accelerator."""
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 class _Anchored(torch.autograd.Function):

@@ -122,9 +122,11 @@ class GraphDiffusion(nn.Module):
             return diffuse_graph(images, parameters, noise_std, self.laplacian, reach)
         # Distances of near-equal patches and sums of many small weights need the digits of float32, autocast or not.
         with torch.autocast(images.device.type, enabled=False):
-            images = _full_precision(images)
-            guide = images if features is None else self._scaled(_full_precision(features))
-            return self._diffuse(images, guide, parameters, noise_std if features is None else 0.0, reach)
+            full = _full_precision(images)
+            guide = full if features is None else self._scaled(_full_precision(features))
+            noise = (noise_std.to(full.dtype) if torch.is_tensor(noise_std) else noise_std) if features is None else 0.0
+            parameters = parameters.map(lambda value: value.to(full.dtype) if value.is_floating_point() else value)
+            return self._diffuse(full, guide, parameters, noise, reach).to(images.dtype)
 
     def _diffuse(
         self, images: Tensor, guide: Tensor, parameters: DiffusionParameters, noise_std: Tensor | float, reach: float

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_modules.graph.message_passing import SELF_WEIGHT
 from lightning_modules.graph.parameters import DiffusionParameters, repeat_step
 from lightning_modules.graph.topology import half_offsets
-from lightning_modules.graph.weights import debias_distance, edge_weight, gaussian
+from lightning_modules.graph.weights import SELF_WEIGHT, debias_distance, edge_weight, gaussian
 
 Offsets = tuple[tuple[int, int], ...]
 
@@ -295,7 +294,9 @@ def _both_signs(offsets: Offsets) -> Offsets:
     return offsets + tuple((-a, -b) for a, b in offsets)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(
+    maxsize=2
+)  # a few hundred bytes for each pixel: a folder of photographs of many sizes must not fill the memory
 @torch.inference_mode(False)  # made in a validation and cached, it must still serve a training step
 def _geometry(
     height: int, width: int, patch_size: int, max_radius: float, device: torch.device, dtype: torch.dtype

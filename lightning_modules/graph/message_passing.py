@@ -3,6 +3,8 @@
 Memory and time grow with E·D; images on a grid take the paths of `patch_operator` and `image_operator` instead.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from torch_geometric.data import Data
@@ -13,10 +15,7 @@ from lightning_modules.graph.laplacian import Laplacian, normalized_weight, stab
 from lightning_modules.graph.parameters import DiffusionParameters, repeat_step
 from lightning_modules.graph.patches import PatchGrid
 from lightning_modules.graph.topology import radius_graph
-from lightning_modules.graph.weights import debias_distance, edge_weight, gaussian
-
-# Weight of a pixel's own patch in a step of the image operator; the other weights of the pixel are relative to it.
-SELF_WEIGHT = 1e-3
+from lightning_modules.graph.weights import SELF_WEIGHT, debias_distance, edge_weight, gaussian
 
 
 class WeightedSum(MessagePassing):
@@ -112,7 +111,7 @@ def patch_graph(images: Tensor, guide: Tensor, grid: PatchGrid, max_radius: floa
           `batch` `[B·N]`
     """
     size, nodes = len(images), grid.num_patches
-    edge_index = radius_graph(grid.centers, max_radius).to(images.device)
+    edge_index = _grid_edges(grid, max_radius, images.device)
     first = torch.arange(size, device=images.device) * nodes
     return Data(
         x=grid.extract(images).flatten(0, 1),
@@ -121,6 +120,12 @@ def patch_graph(images: Tensor, guide: Tensor, grid: PatchGrid, max_radius: floa
         edge_index=(edge_index[:, None] + first[:, None]).flatten(1),
         batch=torch.arange(size, device=images.device).repeat_interleave(nodes),
     )
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)  # made in a validation and cached, it must still serve a training step
+def _grid_edges(grid: PatchGrid, max_radius: float, device: torch.device) -> Tensor:
+    return radius_graph(grid.centers, max_radius).to(device)
 
 
 def mean_patch_similarity(

@@ -44,7 +44,7 @@ def diffuse_patches_dense(
     features = grid.extract(guide)
     distance = debias_distance(pairwise_squared_distance(features), noise, features.shape[2])
     # A node's similarity to itself is 1 whatever the noise: distance 0 sits on the diagonal already.
-    similarity = gaussian(distance, per_image.sigma) * (adjacency + torch.eye(len(adjacency)).to(adjacency))
+    similarity = gaussian(distance, per_image.sigma) * adjacency.clone().fill_diagonal_(1)
     weight = edge_weight(distance, length, per_image.sigma_s, per_image.sigma_f, per_image.radius) * adjacency
     degree = weight.sum(2, keepdim=True)
     inner = normalized_weight(weight, degree, degree.transpose(1, 2), laplacian)

@@ -5,6 +5,9 @@ import math
 import torch
 from torch import Tensor
 
+# Weight of a pixel's own patch in a step of the image operator; the other weights of the pixel are relative to it.
+SELF_WEIGHT = 1e-3
+
 
 def debias_distance(distance: Tensor, noise_std: Tensor | float, dimension: int) -> Tensor:
     r"""Squared patch distance without the part that noise is expected to add.

@@ -110,7 +110,7 @@ def result(trainer: L.Trainer, module: L.LightningModule, callback: EMParameterC
         "parameters": [list(values.values()) for values in callback.parameter_history],
         "table": module.em_parameters.values(),
         "loss": callback.loss_history,
-        "weights": {name: tensor.clone() for name, tensor in module.state_dict().items()},
+        "weights": {name: tensor.clone() for name, tensor in module.state_dict().items() if torch.is_tensor(tensor)},
         "rule": callback.state_dict()["rule_state"],
         "optimizer": trainer.optimizers[0].state_dict(),
         "global_step": trainer.global_step,

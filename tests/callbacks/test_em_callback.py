@@ -200,6 +200,28 @@ def test_weight_averaging_works(tmp_path: Path) -> None:
     assert trainer.callback_metrics["val/psnr"].isfinite()
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+@pytest.mark.parametrize("network", [True, False])
+def test_true_precisions_run(precision: str, network: bool, tmp_path: Path) -> None:
+    module, callback = make_module(network), EMParameterCallback(make_rule("gradient"))
+    trainer = make_trainer(tmp_path, callback, epochs=1, precision=precision, limit_val_batches=1.0)
+    trainer.fit(module, SmoothImages(16))
+    assert module.em_parameters.shared.dtype == torch.float64
+    assert callback.skipped_steps == 0
+    assert callback.get_parameters()["tau"] != pytest.approx(0.1, rel=1e-3)
+
+
+def test_a_finder_after_the_callback_and_a_resume_keep_one_history(tmp_path: Path) -> None:
+    options = {"callbacks": [LearningRateFinder(num_training_steps=4, update_attr=False)]}
+    for epochs, ckpt in ((1, None), (2, tmp_path / "epoch=0.ckpt")):
+        module, callback = make_module(), EMParameterCallback(make_rule("gradient"))
+        module.lr = 1e-3
+        trainer = make_trainer(tmp_path, callback, epochs=epochs, **options)
+        options = {}
+        trainer.fit(module, SmoothImages(16), ckpt_path=ckpt, weights_only=True if ckpt else None)
+    assert len(callback.loss_history) == len(callback.parameter_history) == 6
+
+
 def test_two_forwards_in_a_user_module_and_gradient_clipping(tmp_path: Path) -> None:
     callback = EMParameterCallback(GradientRule(lr=0.1))
     fit(Toy(), callback, tmp_path, batches=60, gradient_clip_val=1e-6)

@@ -75,6 +75,15 @@ def test_gradient_rule_without_pooling_gives_rows_full_steps() -> None:
     assert t.offsets[1, 0].item() == pytest.approx(-0.1)
 
 
+def test_gradient_rule_leaves_integers_to_others() -> None:
+    t, rule = table(), GradientRule(pseudo_count=20)
+    t.write(TableValues(t.shared, t.offsets + torch.tensor([0.0, 0.0, 3.0])))
+    state = rule.initial_state(t)
+    for _ in range(30):
+        state = apply(rule, t, statistics([1.0], [0], [[0.0, 0, 0]]), state)
+    assert t.get_parameters(0)["steps"] == 8
+
+
 @pytest.mark.parametrize("start", [0.02, 1.0, 50.0])
 def test_gradient_rule_finds_the_minimum_of_each_row(start: float) -> None:
     best = torch.tensor([0.5, 3.0], dtype=torch.float64).log()

@@ -112,6 +112,11 @@ def test_state_dict_round_trip_and_a_table_of_another_size(tmp_path: Any) -> Non
     assert other.initial_parameters()["sigma"] == pytest.approx(0.3)
     with pytest.raises(ValueError, match=r"has 3 rows and 6 parameters, this one has 2 rows \(cat, dog\)"):
         table(row_names=["cat", "dog"]).load_state_dict(t.state_dict())
+    swapped = table(row_names=["dog", "cat", "owl"])
+    before = swapped.values().clone()
+    with pytest.raises(ValueError, match="values would land under other names"):
+        swapped.load_state_dict(t.state_dict())
+    assert torch.equal(swapped.values(), before)
 
 
 def test_constants_follow_a_checkpoint() -> None:
@@ -133,7 +138,7 @@ def test_parameters_of_ones_own() -> None:
         ({"bounds": {"sigma": (0.0, 0.5)}}, "must be positive"),
         ({"bounds": {"tau": (0.1, math.inf)}}, "must be finite"),
         ({"initial": {"sigma": 0.9}}, r"sigma=0.9 lies outside its bounds \(0.1, 0.5\)"),
-        ({"initial": {"smooth_steps": 2.5}}, "smooth_steps must be a whole number, got 2.5"),
+        ({"initial": {"smooth_steps": 2.5}}, "smooth_steps and its bounds must be whole numbers, got 2.5"),
         ({"initial": {"gain": 1.0}}, "gain stands in only one of initial and bounds"),
         ({"learned": ["sgima"]}, "learned names 'sgima'"),
         ({"per_row": ["sgima"]}, "per_row names 'sgima'"),

@@ -11,6 +11,17 @@ class Assignment(nn.Module, ABC):
     A new way to decide is a new subclass in a file of its own, named by `class_path` in a configuration.
     """
 
+    def check_labels(self, labels: Tensor, num_rows: int) -> None:
+        """Raise `ValueError` for labels that this assignment cannot use; called while they are on the host.
+
+        Args:
+            labels: Class labels; −1 where there is none.
+            num_rows: Number K of rows.
+
+        Shape:
+            - labels: int64 `[B]`
+        """
+
     @abstractmethod
     def forward(self, images: Tensor, labels: Tensor, noise_std: Tensor, num_rows: int) -> Tensor:
         """Responsibilities of the rows for each image; a row of zeros is the global parameter set.
