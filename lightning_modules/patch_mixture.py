@@ -87,7 +87,7 @@ class PatchMixture(GaussianMixture):
         """Factorises the covariances once."""
         self._prior = self.prior()
 
-    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:  # type: ignore[override]
+    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """Returns `restored` and `noisy` `[B, C, H, W]`, `name`, `noise_std` `[B]` and, empty, `parameters`."""
         noisy = batch["image"]
         levels = batch.get("noise_std")
