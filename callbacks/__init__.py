@@ -4,6 +4,7 @@ from callbacks.em_dashboard import EMDashboard
 from callbacks.em_parameter import EMParameterCallback
 from callbacks.em_report import EMReport
 from callbacks.image_grid import ImageGrid
+from callbacks.mixture_dashboard import MixtureDashboard
 from callbacks.restored_image_writer import RestoredImageWriter
 from callbacks.rules import GradientRule, Rule, SignRule
 
@@ -13,6 +14,7 @@ __all__ = [
     "EMReport",
     "GradientRule",
     "ImageGrid",
+    "MixtureDashboard",
     "RestoredImageWriter",
     "Rule",
     "SignRule",

@@ -2,6 +2,7 @@
 
 from datamodules.cifar10 import CIFAR10DataModule
 from datamodules.image_folder import ImageFolderDataModule
+from datamodules.patches import PatchDataModule
 from datamodules.photo_crops import PhotoCropsDataModule
 
-__all__ = ["CIFAR10DataModule", "ImageFolderDataModule", "PhotoCropsDataModule"]
+__all__ = ["CIFAR10DataModule", "ImageFolderDataModule", "PatchDataModule", "PhotoCropsDataModule"]

@@ -8,16 +8,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_modules.em import EStep, ParameterTable
+    from lightning_modules.gaussian_mixture import GaussianMixture
+    from lightning_modules.gaussian_mixture_estimator import GaussianMixtureEstimator
     from lightning_modules.graph import GraphDiffusion
-    from lightning_modules.networks import ConvAutoencoder, PerceptualLoss, ResidualDenoiser
+    from lightning_modules.kmeans import KMeans
+    from lightning_modules.kmeans_estimator import KMeansEstimator
+    from lightning_modules.networks import ConvAutoencoder, PatchPrior, PerceptualLoss, ResidualDenoiser
+    from lightning_modules.patch_mixture import PatchMixture
     from lightning_modules.reconstruction import GraphDiffusionReconstruction
 
 _HOME = {
     "ConvAutoencoder": "networks",
     "EStep": "em",
+    "GaussianMixture": "gaussian_mixture",
+    "GaussianMixtureEstimator": "gaussian_mixture_estimator",
     "GraphDiffusion": "graph",
     "GraphDiffusionReconstruction": "reconstruction",
+    "KMeans": "kmeans",
+    "KMeansEstimator": "kmeans_estimator",
     "ParameterTable": "em",
+    "PatchMixture": "patch_mixture",
+    "PatchPrior": "networks",
     "PerceptualLoss": "networks",
     "ResidualDenoiser": "networks",
 }
@@ -25,9 +36,15 @@ _HOME = {
 __all__ = [
     "ConvAutoencoder",
     "EStep",
+    "GaussianMixture",
+    "GaussianMixtureEstimator",
     "GraphDiffusion",
     "GraphDiffusionReconstruction",
+    "KMeans",
+    "KMeansEstimator",
     "ParameterTable",
+    "PatchMixture",
+    "PatchPrior",
     "PerceptualLoss",
     "ResidualDenoiser",
 ]

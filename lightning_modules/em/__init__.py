@@ -1,7 +1,10 @@
-"""Expectation-maximisation without Lightning: parameters with bounds and rows, responsibilities, statistics."""
+"""Expectation-maximisation without Lightning: parameters with bounds and rows, responsibilities, mixtures."""
 
 from lightning_modules.em.assignments import Assignment, GlobalAssignment, LabelAssignment
+from lightning_modules.em.brute_force import best_clustering, enumerated_log_likelihood
 from lightning_modules.em.e_step import EStep, Statistics
+from lightning_modules.em.evidence_lower_bound import evidence_lower_bound, log_likelihood, posterior
+from lightning_modules.em.gaussian_mixture import MixtureParameters, MixtureStatistics
 from lightning_modules.em.parameter_table import ParameterTable, TableValues
 
 __all__ = [
@@ -9,7 +12,14 @@ __all__ = [
     "EStep",
     "GlobalAssignment",
     "LabelAssignment",
+    "MixtureParameters",
+    "MixtureStatistics",
     "ParameterTable",
     "Statistics",
     "TableValues",
+    "best_clustering",
+    "enumerated_log_likelihood",
+    "evidence_lower_bound",
+    "log_likelihood",
+    "posterior",
 ]

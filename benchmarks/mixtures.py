@@ -1,0 +1,238 @@
+"""Mixtures and K-means against scikit-learn: speed and likelihood from equal starts, scaling in N, memory.
+
+    python benchmarks/mixtures.py --json mixtures.json
+
+Real patches where CIFAR-10 is at hand (`--data`, by default the folder beside the project), photographs from the
+installed packages otherwise. Every comparison runs in this one process on the same threads; read the ratios, not the
+seconds.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.mixture import GaussianMixture
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+
+from datamodules import CIFAR10DataModule, PatchDataModule, PhotoCropsDataModule
+from lightning_modules import GaussianMixtureEstimator, KMeansEstimator
+from lightning_modules.em.gaussian_mixture import MixtureParameters, expectation, maximisation
+from lightning_modules.em.reference_frame import StreamMoments
+
+PROJECT = Path(__file__).parents[1]
+
+
+def seconds(work: Callable[[], Any], repeats: int = 1) -> float:
+    """The fastest of some runs."""
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def patches(rows: int, folder: Path) -> Tensor:
+    """Rows of 48 numbers: 4×4 patches in colour, float64, in [0, 1]."""
+    real = (folder / "cifar-10-batches-py").is_dir()
+    images: Any = CIFAR10DataModule(root=str(folder), augment=False) if real else PhotoCropsDataModule(augment=False)
+    images.setup("fit")
+    count = len(images.train_dataloader().dataset)
+    per_image = -(-rows // count) + 1
+    data = PatchDataModule(
+        images=images, patch_size=4, patches_per_image=per_image, grey=False, remove_mean=False, shuffle=True
+    )
+    data.setup("fit")
+    parts = [data.on_after_batch_transfer(batch, 0)["image"].flatten(1) for batch in data.train_dataloader()]
+    return torch.cat(parts)[:rows].double()
+
+
+def start_of(x: Tensor, components: int) -> dict[str, np.ndarray]:
+    """Weights, means and precisions of a few K-means iterations: the start that both sides are given."""
+    few = KMeans(components, n_init=1, max_iter=5, random_state=0).fit(x[:20_000].numpy())
+    labels = few.predict(x.numpy())
+    rows = x.numpy()
+    covariances = [np.cov(rows[labels == k].T, bias=True) + 1e-3 * np.eye(x.shape[1]) for k in range(components)]
+    return {
+        "weights_init": np.bincount(labels, minlength=components) / len(x),
+        "means_init": few.cluster_centers_,
+        "precisions_init": np.linalg.inv(np.stack(covariances)),
+    }
+
+
+def compare_mixture(x: Tensor, components: int, iterations: int) -> dict[str, Any]:
+    """Time per iteration and mean log-likelihood after equal iterations from equal starts, full covariances."""
+    start = start_of(x, components)
+    results: dict[str, Any] = {}
+    for name, make in (("scikit-learn", GaussianMixture), ("lightning-em", GaussianMixtureEstimator)):
+        for dtype in (np.float64, np.float32):
+            rows = x.numpy().astype(dtype)
+            given = {key: value.astype(dtype) for key, value in start.items()}
+            if dtype == np.float32:
+                given["weights_init"] = given["weights_init"] / given["weights_init"].sum()
+            times = []
+            for steps in (1, 1 + iterations):
+                model = make(components, max_iter=steps, tol=0.0, **given)
+                times.append(seconds(lambda model=model, rows=rows: model.fit(rows)))
+            results[f"{name} {np.dtype(dtype).name}"] = {
+                "seconds_per_iteration": (times[1] - times[0]) / iterations,
+                "log_likelihood": float(model.lower_bound_),
+            }
+    ours, theirs = results["lightning-em float64"], results["scikit-learn float64"]
+    single = results["scikit-learn float32"]
+    products = seconds_of_products(x, components)
+    results["products alone"] = {"seconds_per_iteration": products}
+    results["summary"] = {
+        "speed_up_over_float64": theirs["seconds_per_iteration"] / ours["seconds_per_iteration"],
+        "speed_up_over_float32": single["seconds_per_iteration"] / ours["seconds_per_iteration"],
+        "times_the_products_alone": ours["seconds_per_iteration"] / products,
+        "log_likelihood_difference": abs(ours["log_likelihood"] - theirs["log_likelihood"]),
+    }
+    return results
+
+
+def seconds_of_products(x: Tensor, components: int) -> float:
+    """The two matrix products of an iteration on the same shapes, and nothing else."""
+    theta = MixtureParameters(
+        "full",
+        torch.full((components,), 1 / components, dtype=torch.float64),
+        x[:components],
+        torch.eye(x.shape[1], dtype=torch.float64).expand(components, -1, -1),
+    ).components(centred=False)
+    assert theta.coefficients is not None
+    step = theta.rows_per_chunk
+    code = theta.encode(x[:step]).clone()
+    responsibilities = torch.rand(components, step, dtype=torch.float64)
+    sums = torch.zeros_like(theta.coefficients)
+
+    def products() -> None:
+        for _ in range(0, len(x), step):
+            torch.mm(theta.coefficients, code)
+            sums.addmm_(responsibilities, code.T)
+
+    return seconds(products, 3)
+
+
+def compare_kmeans(x: Tensor, components: int, iterations: int) -> dict[str, Any]:
+    """Time and inertia of Lloyd's algorithm from equal starts, equal iterations."""
+    centers = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:components]].numpy()
+    results: dict[str, Any] = {}
+    for name, make, extra in (("scikit-learn", KMeans, {"algorithm": "lloyd"}), ("lightning-em", KMeansEstimator, {})):
+        model = make(components, init=centers, n_init=1, max_iter=iterations, tol=0.0, **extra)
+        taken = seconds(lambda model=model: model.fit(x.numpy()), 3)
+        results[name] = {"seconds": taken, "inertia": float(model.inertia_), "iterations": int(model.n_iter_)}
+    results["summary"] = {
+        "speed_up": results["scikit-learn"]["seconds"] / results["lightning-em"]["seconds"],
+        "inertia_ratio": results["lightning-em"]["inertia"] / results["scikit-learn"]["inertia"],
+    }
+    return results
+
+
+def scaling(x: Tensor, components: int, sizes: list[int]) -> list[dict[str, float]]:
+    """Time of one iteration and peak memory over streams of growing length, blocks of 10,000 rows drawn again and
+    again.
+    """
+    frame = StreamMoments.of(x).frame("feature")
+    theta = MixtureParameters(
+        "full",
+        torch.full((components,), 1 / components, dtype=torch.float64),
+        frame.enter(x[:components]),
+        torch.eye(x.shape[1], dtype=torch.float64).repeat(components, 1, 1),
+    ).batched()
+    block = 10_000
+    rows = []
+    for size in sizes:
+
+        def one_pass(size: int = size) -> None:
+            prepared = theta.components()
+            statistics = None
+            for number in range(size // block):
+                first = number * block % (len(x) - block + 1)
+                statistics = expectation(prepared, frame.enter(x[first : first + block]), into=statistics)
+            assert statistics is not None
+            maximisation(statistics, torch.full_like(frame.scale, 1e-6), theta)
+
+        taken = seconds(one_pass)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        rows.append({"rows": size, "seconds": taken, "microseconds_per_row": 1e6 * taken / size, "peak_mib": peak})
+    return rows
+
+
+def streaming_memory(rows: int, width: int = 64) -> dict[str, float]:
+    """Peak memory of `lightning-em fit` over a file of rows, in a process of its own."""
+    script = (
+        "import resource, sys; from lightning_modules.cli import main; main(sys.argv[1:]);"
+        "print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.npy"
+        array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(rows, width))
+        generator = np.random.default_rng(0)
+        for first in range(0, rows, 50_000):
+            array[first : first + 50_000] = generator.normal(size=array[first : first + 50_000].shape)
+        array.flush()
+        del array
+        words = ["fit", "-c", str(PROJECT / "configs/gaussian_mixture.yaml"), "--data.images=null"]
+        words += [f"--data.rows={path}", "--trainer.max_epochs=2", "--model.num_components=8"]
+        words += ["--trainer.logger=false", "--trainer.callbacks=null", "--trainer.enable_checkpointing=false"]
+        words += ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
+        begin = time.perf_counter()
+        environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+        done = subprocess.run(
+            [sys.executable, "-c", script, *words],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=folder,
+            env=environment,
+        )
+        taken = time.perf_counter() - begin
+    return {"rows": rows, "width": width, "peak_mib": int(done.stdout.split("PEAK")[1]) / 1024, "seconds": taken}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="where to write the results")
+    default = os.environ.get("LIGHTNING_EM_DATA", PROJECT.parent / "shared" / "data")
+    parser.add_argument("--data", type=Path, default=Path(default), help="folder that holds cifar-10-batches-py")
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--components", type=int, default=32)
+    parser.add_argument("--iterations", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--largest", type=int, default=3_000_000, help="rows of the longest stream")
+    parser.add_argument("--stream", type=int, default=1_000_000, help="rows of the file on disk")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore", ConvergenceWarning)
+    torch.set_num_threads(arguments.threads)
+    x = patches(arguments.rows, arguments.data)
+    results: dict[str, Any] = {"rows": len(x), "width": x.shape[1], "threads": arguments.threads}
+    with threadpool_limits(arguments.threads):
+        results["mixture"] = compare_mixture(x, arguments.components, arguments.iterations)
+        print(json.dumps(results["mixture"], indent=2), flush=True)
+        results["kmeans"] = compare_kmeans(x, arguments.components, 60)
+        print(json.dumps(results["kmeans"], indent=2), flush=True)
+    sizes = [n for n in (10_000, 100_000, 1_000_000, 3_000_000) if n <= arguments.largest]
+    results["scaling"] = scaling(x, arguments.components, sizes)
+    print(json.dumps(results["scaling"], indent=2), flush=True)
+    results["streaming"] = streaming_memory(arguments.stream)
+    print(json.dumps(results["streaming"], indent=2), flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

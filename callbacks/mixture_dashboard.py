@@ -1,0 +1,161 @@
+"""What a mixture has learned, in TensorBoard: weights, components as pictures, the data in two dimensions."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from callbacks._display import require_positive, tensorboard_loggers
+from callbacks.em_dashboard import render
+
+
+class MixtureDashboard(Callback):
+    """Draws a Gaussian mixture or K-means while it learns.
+
+    Scalars `mixture/effective_components` (the exponential of the weights' entropy), `mixture/responsibility_entropy`
+    and `mixture/bound_gain` (how far the M-step raised the bound); a histogram of the weights; and pictures: the
+    components' means with the leading eigenvectors of their covariances, where the rows are square patches, and the
+    rows projected to the two leading directions of the means, coloured by component.
+
+    Args:
+        every_n_epochs: Draw the pictures after every n-th epoch and after the last.
+        num_components: Components drawn, the heaviest first.
+        num_vectors: Eigenvectors drawn of each.
+        num_rows: Rows drawn in the projection; the first of each epoch.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[MixtureDashboard()], logger=False)
+    """
+
+    def __init__(
+        self, every_n_epochs: int = 5, num_components: int = 12, num_vectors: int = 6, num_rows: int = 2000
+    ) -> None:
+        require_positive(
+            self,
+            every_n_epochs=every_n_epochs,
+            num_components=num_components,
+            num_vectors=num_vectors,
+            num_rows=num_rows,
+        )
+        self.every_n_epochs, self.num_rows = every_n_epochs, num_rows
+        self.num_components, self.num_vectors = num_components, num_vectors
+        self._rows: list[Tensor] = []
+        self._shape: tuple[int, ...] = ()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Warns where there is nothing to draw."""
+        if stage == "fit" and not hasattr(pl_module, "report"):
+            rank_zero_warn(f"MixtureDashboard draws nothing: {type(pl_module).__name__} is no mixture.")
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begins to collect rows for the projection."""
+        self._rows = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Keeps the first rows of the epoch."""
+        missing = self.num_rows - sum(len(part) for part in self._rows)
+        if missing <= 0 or not trainer.is_global_zero:
+            return
+        x = batch.get("image") if isinstance(batch, dict) else batch[0] if isinstance(batch, (list, tuple)) else batch
+        if isinstance(x, Tensor):
+            self._shape = tuple(x.shape[1:])
+            self._rows.append(x[:missing].detach().flatten(1).double().cpu())
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes scalars, and pictures when it is time. The module's own M-step runs after this hook."""
+        if trainer.current_epoch % self.every_n_epochs == 0:
+            self._draw(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draws what was learned in the end."""
+        self._draw(trainer, pl_module)
+        self._rows = []
+
+    def _draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loggers = tensorboard_loggers(trainer)
+        if not loggers or not trainer.is_global_zero or not hasattr(pl_module, "report"):
+            return
+        weights, means, covariances = learned(pl_module)
+        report: Any = pl_module.report
+        for logger in loggers:
+            writer, step = logger.experiment, trainer.global_step
+            if weights is not None:
+                entropy = -torch.special.xlogy(weights, weights).sum()
+                writer.add_scalar("mixture/effective_components", entropy.exp().item(), step)
+                writer.add_histogram("mixture/weights", weights.numpy(), step)
+            if report is not None and "entropy" in report.numbers:
+                writer.add_scalar("mixture/responsibility_entropy", report.numbers["entropy"], step)
+            if report is not None and "bound" in report.numbers:
+                writer.add_scalar("mixture/bound_gain", report.numbers["bound"] - report.objective, step)
+            picture = component_pictures(
+                weights, means, covariances, self._shape, self.num_components, self.num_vectors
+            )
+            if picture is not None:
+                writer.add_image("mixture/components", picture, step, dataformats="HW")
+            if self._rows:
+                rows = torch.cat(self._rows)
+                with torch.no_grad():
+                    labels = pl_module.predict(rows.to(pl_module.device)).cpu()  # type: ignore[operator]
+                writer.add_image("mixture/projection", render(projection(rows, labels, means)), step, dataformats="HWC")
+
+
+def learned(module: Any) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """Weights `[K]`, means `[K, D]` and covariances `[K, D, D]` of a module, on the CPU; None for what it does not
+    have.
+    """
+    if hasattr(module, "centers"):
+        return None, module.centers.cpu(), None
+    theta = module.model.reported()
+    weights, means, covariances = theta.weights.cpu(), theta.means.cpu(), theta.covariances.cpu()
+    if theta.covariance_type == "tied":
+        return weights, means, covariances.expand(len(weights), -1, -1)
+    return weights, means, covariances if theta.covariance_type == "full" else None
+
+
+def component_pictures(
+    weights: Tensor | None, means: Tensor, covariances: Tensor | None, shape: tuple[int, ...], rows: int, vectors: int
+) -> np.ndarray | None:
+    """Means, and beside each the leading eigenvectors of its covariance, as one grey picture `[H, W]` in [0, 1].
+
+    None where the rows are not square pictures.
+    """
+    side = shape[-1] if len(shape) == 3 else round(means.shape[1] ** 0.5)
+    channels = means.shape[1] // max(side * side, 1)
+    if side * side * channels != means.shape[1] or side < 2 or (len(shape) == 3 and shape[-2] != side):
+        return None
+    order = torch.arange(len(means)) if weights is None else weights.argsort(descending=True)
+    lines = []
+    for k in order[:rows].tolist():
+        tiles = [means[k]]
+        if covariances is not None:
+            directions = torch.linalg.eigh(covariances[k]).eigenvectors.flip(1)
+            tiles += [directions[:, i] for i in range(min(vectors, directions.shape[1]))]
+        lines.append(torch.cat([_tile(tile.view(channels, side, side).mean(0)) for tile in tiles], dim=1))
+    return torch.cat(lines).numpy()
+
+
+def _tile(picture: Tensor, zoom: int = 4) -> Tensor:
+    low, high = picture.min(), picture.max()
+    picture = (picture - low) / (high - low) if high > low else torch.full_like(picture, 0.5)
+    picture = picture.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1)
+    return torch.nn.functional.pad(picture, (1, 1, 1, 1), value=1.0)
+
+
+def projection(rows: Tensor, labels: Tensor, means: Tensor) -> Figure:
+    """Rows and means on the two leading directions of the rows, coloured by component."""
+    center = rows.mean(dim=0)
+    directions = torch.linalg.svd(rows - center, full_matrices=False).Vh[:2]
+    flat, middles = (rows - center) @ directions.T, (means - center) @ directions.T
+    if flat.shape[1] == 1:
+        flat, middles = (torch.nn.functional.pad(part, (0, 1)) for part in (flat, middles))
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.scatter(flat[:, 0], flat[:, 1], c=labels, s=4, cmap="tab20", linewidths=0)
+    axes.scatter(middles[:, 0], middles[:, 1], marker="x", color="black", s=25)
+    axes.set(xlabel="first direction", ylabel="second direction")
+    return figure

@@ -1,0 +1,240 @@
+"""Small patches of images, or the rows of a file, for what learns from their distribution."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from datamodules._image_data import Batch, ImageDataModule, Split
+from datamodules._image_files import find_images, read_image
+from datamodules._random import draw, mix, stream
+from datamodules._sampler import Draw, EpochBatches, EpochLoader
+from datamodules.image_folder import ImageFolderDataModule
+
+_PATCHES, _VALIDATION = 101, 102  # streams apart from those of the loaders
+# A batch whose rows lie within this many times its own length is read in one piece.
+_SPAN = 4
+
+
+class PatchDataModule(ImageDataModule):
+    """Patches at random places of many images, or the rows of a `.npy` file, streamed in batches.
+
+    Exactly one source is given: `root`, a folder of images; `images`, another DataModule, whose training images are
+    used; or `rows`, a file with an array [N, D], which is read batch by batch and may be larger than the memory.
+
+    `predict` serves whole images: those of `predict_root`, else those of `root`.
+
+    Args:
+        root: Folder with images.
+        images: DataModule with images.
+        rows: File with an array of rows, made by `numpy.save`.
+        patch_size: Side of a patch, in pixels.
+        patches_per_image: Patches drawn from each image. An image has the same ones in every epoch.
+        grey: Turn colours into grey.
+        remove_mean: Subtract each patch's mean.
+        batch_size: Patches per batch on each device.
+        num_workers: Worker processes of each loader.
+        val_fraction: Part of the images (of the rows) kept for validation.
+        shuffle: Draw the order anew in each epoch. Exact EM does not need it; stepwise EM does.
+        seed: Seed of the places, the split and the order.
+        predict_root: Folder with the images to restore.
+        noise_std: Standard deviation of the noise of the images to restore, where white is 1.
+
+    Example:
+        >>> from datamodules import PhotoCropsDataModule
+        >>> data = PatchDataModule(images=PhotoCropsDataModule(train_crops=10), patches_per_image=5, batch_size=16)
+        >>> data.setup("fit")
+        >>> data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)["image"].shape
+        torch.Size([16, 1, 8, 8])
+    """
+
+    def __init__(
+        self,
+        root: str | None = None,
+        images: L.LightningDataModule | None = None,
+        rows: str | None = None,
+        patch_size: int = 8,
+        patches_per_image: int = 1000,
+        grey: bool = True,
+        remove_mean: bool = True,
+        batch_size: int = 16384,
+        num_workers: int = 0,
+        val_fraction: float = 0.0,
+        shuffle: bool = False,
+        seed: int = 0,
+        predict_root: str | None = None,
+        noise_std: float | None = None,
+    ) -> None:
+        super().__init__(batch_size, num_workers, seed, augment=False)
+        given = [name for name, source in (("root", root), ("images", images), ("rows", rows)) if source is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of root, images and rows, got {given or 'none'}")
+        for name, value in (("patch_size", patch_size), ("patches_per_image", patches_per_image)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 <= val_fraction < 1:
+            raise ValueError(f"val_fraction must be at least 0 and below 1, got {val_fraction}")
+        self.root, self.images, self.rows = root, images, rows
+        self.patch_size, self.patches_per_image, self.grey, self.remove_mean = (
+            patch_size,
+            patches_per_image,
+            grey,
+            remove_mean,
+        )
+        self.val_fraction, self.shuffle = val_fraction, shuffle
+        self.predict_root, self.noise_std = predict_root, noise_std
+
+    @property
+    def class_names(self) -> list[str]:
+        """Empty: patches have no labels."""
+        return []
+
+    def prepare_data(self) -> None:
+        """Lets the other DataModule prepare its data."""
+        if self.images is not None:
+            self.images.prepare_data()
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Returns the training batches, in order unless `shuffle` is set."""
+        return self._loader("train", EpochLoader, EpochBatches, shuffle=self.shuffle, accumulation=self._accumulation)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
+        """Returns the validation batches; no loader at all where nothing is held out."""
+        return super().val_dataloader() if len(self._dataset("val")) else []  # type: ignore[arg-type]
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Converts patches to float in [0, 1] and removes their means, on the device.
+
+        Args:
+            batch: A batch as its loader made it.
+            dataloader_idx: Unused; Lightning passes it.
+        """
+        whole = "name" in batch
+        batch = super().on_after_batch_transfer(batch, dataloader_idx)
+        image = batch["image"]
+        if whole and self.grey and image.shape[1] == 3 and bool((image == image[:, :1]).all()):
+            batch["image"] = image[:, :1]  # a grey file, decoded to three equal channels
+        if not whole and self.remove_mean and self.rows is None:
+            batch["image"] = image - image.mean(dim=(1, 2, 3), keepdim=True)
+        return batch
+
+    def _batch_size(self, split: Split) -> int:
+        return 1 if split == "predict" else self.batch_size
+
+    def _load(self, split: Split) -> Dataset[Batch]:
+        if split == "predict":
+            folder = self.predict_root or self.root
+            if folder is None:
+                raise ValueError("predict needs a folder of images: give predict_root")
+            return ImageFolderDataModule(folder, noise_std=self.noise_std)._load("predict")
+        if self.rows is not None:
+            return _FileRows(Path(self.rows), self.val_fraction, split == "train")
+        return _Patches(self._draw_patches(split == "train"))
+
+    def _draw_patches(self, train: bool) -> Tensor:
+        """Patches ``[N, C, p, p]``, uint8, of the images on one side of the split."""
+        source = self._folder_images() if self.root is not None else self._module_images()
+        kept = [image for number, image in enumerate(source) if self._held_out(number) != train]
+        if not kept:
+            if train:
+                raise ValueError(f"val_fraction={self.val_fraction} leaves no image to learn from")
+            return torch.empty(0, 1, self.patch_size, self.patch_size, dtype=torch.uint8)
+        places = stream(self.seed, _PATCHES, int(train))
+        patches = []
+        for number, image in enumerate(kept):
+            index = torch.arange(number * self.patches_per_image, (number + 1) * self.patches_per_image)
+            patches.append(self._cut(image, draw(places, index)))
+        return torch.cat(patches)
+
+    def _held_out(self, number: int) -> bool:
+        share = int(draw(stream(self.seed, _VALIDATION), torch.tensor(number))) / 2**62
+        return share < self.val_fraction
+
+    def _folder_images(self) -> Any:
+        for path in find_images(Path(str(self.root))):
+            yield self._as_grey(read_image(path))
+
+    def _module_images(self) -> Any:
+        assert self.images is not None
+        self.images.setup("fit")
+        for batch in self.images.train_dataloader():
+            images = self.images.on_after_batch_transfer(batch, 0)["image"]
+            yield from self._as_grey((images * 255).round().to(torch.uint8))
+
+    def _as_grey(self, image: Tensor) -> Tensor:
+        if not self.grey or image.shape[-3] == 1:
+            return image
+        luma = image.new_tensor([0.299, 0.587, 0.114], dtype=torch.float32)
+        return torch.einsum("c,...chw->...hw", luma, image.float()).round().to(torch.uint8).unsqueeze(-3)
+
+    def _cut(self, image: Tensor, keys: Tensor) -> Tensor:
+        side = self.patch_size
+        height, width = image.shape[-2:]
+        if min(height, width) < side:
+            raise ValueError(f"an image of {height}×{width} is smaller than patch_size={side}")
+        top = (keys & 0x7FFFFFFF) % (height - side + 1)
+        left = (mix(keys) & 0x7FFFFFFF) % (width - side + 1)
+        steps = torch.arange(side)
+        rows, columns = top[:, None] + steps, left[:, None] + steps
+        return image[:, rows[:, :, None], columns[:, None, :]].transpose(0, 1)
+
+
+class _Patches(Dataset[Batch]):
+    """Patches in memory, uint8."""
+
+    def __init__(self, patches: Tensor) -> None:
+        self.patches = patches
+
+    def __len__(self) -> int:
+        return len(self.patches)
+
+    def __getitem__(self, item: Draw) -> Batch:
+        return _batch(self.patches.index_select(0, item[0]), item)
+
+
+class _FileRows(Dataset[Batch]):
+    """Rows of a `.npy` file, read when they are asked for: pages that are mapped would count as memory."""
+
+    def __init__(self, path: Path, val_fraction: float, train: bool) -> None:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not a file. rows must be an array of rows [N, D], made by numpy.save")
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if array.ndim != 2 or array.dtype.kind not in "fiu" or not array.flags.c_contiguous:
+            raise ValueError(f"{path} must hold numbers [N, D] in C order, got {array.dtype} {array.shape}")
+        self.path, self.dtype, self.width = path, array.dtype, array.shape[1]
+        self.offset = array.offset
+        count = array.shape[0]
+        kept = count - round(val_fraction * count)
+        self.first: int = 0 if train else kept
+        self.length: int = kept if train else count - kept
+        if train and not self.length:
+            raise ValueError(f"{path} holds no rows to learn from: {count} rows, val_fraction={val_fraction}")
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, item: Draw) -> Batch:
+        index = item[0]
+        low, high = int(index.min()), int(index.max()) + 1
+        if high - low <= _SPAN * len(index):
+            rows = self._read(low, high - low)[(index - low).numpy()]
+        else:
+            order, inverse = np.unique(index.numpy(), return_inverse=True)
+            rows = np.concatenate([self._read(int(row), 1) for row in order])[inverse]
+        rows = rows if rows.dtype.kind == "f" else rows.astype(np.float32)
+        return _batch(torch.from_numpy(rows), item)
+
+    def _read(self, first: int, count: int) -> NDArray[Any]:
+        start = self.offset + (self.first + first) * self.width * self.dtype.itemsize
+        rows = np.fromfile(self.path, self.dtype, count * self.width, offset=start)
+        return rows.reshape(count, self.width)
+
+
+def _batch(image: Tensor, item: Draw) -> Batch:
+    index, weight, key = item
+    return {"image": image, "label": torch.full_like(index, -1), "index": index, "weight": weight, "key": key}

@@ -1,0 +1,38 @@
+"""The pictures of docs/em.md can be drawn, and show what the page says."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from PIL import Image
+
+PROJECT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def pictures() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("em_pictures", PROJECT / "docs/em_pictures.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_picture_of_the_page_is_drawn(pictures: ModuleType, tmp_path: Path) -> None:
+    pictures.main(["--output", str(tmp_path)])
+    page = (PROJECT / "docs/em.md").read_text()
+    for name in pictures.PICTURES:
+        assert f"images/{name}.png" in page
+        with Image.open(tmp_path / f"{name}.png") as image:
+            assert image.width > 200
+
+
+def test_bounds_lie_below_the_likelihood_and_touch_it(pictures: ModuleType) -> None:
+    lines = pictures.bound_touches_likelihood().axes[0].get_lines()
+    likelihood = lines[0].get_ydata()
+    for bound in (lines[1].get_ydata(), lines[4].get_ydata()):
+        gap = [float(a - b) for a, b in zip(likelihood, bound, strict=True)]
+        assert min(gap) > -1e-9
+        assert min(gap) < 0.1

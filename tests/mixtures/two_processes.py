@@ -1,0 +1,84 @@
+"""Fits every kind of mixture under whatever number of processes it is started with; rank 0 saves what was learned."""
+
+import os
+import sys
+import warnings
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from datamodules._sampler import EpochBatches
+from lightning_modules import GaussianMixture, KMeans
+
+ROWS = 401  # odd: one rank has a row less
+
+
+def rows() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    centers = 4 * torch.randn(4, 3, generator=generator, dtype=torch.float64)
+    return centers[torch.arange(ROWS) % 4] + torch.randn(ROWS, 3, generator=generator, dtype=torch.float64)
+
+
+class Weighted(Dataset[Any]):
+    """Whole batches of the form that the project's DataModules yield."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, item: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
+        index, weight, _ = item
+        return {"image": self.x[index], "index": index, "weight": weight}
+
+
+def loader(kind: str, x: Tensor, world: int, rank: int) -> DataLoader[Any]:
+    if kind == "plain":
+        return DataLoader(TensorDataset(x), batch_size=60 // world)
+    sampler = EpochBatches(len(x), 60 // world, num_replicas=world, rank=rank, shuffle=True, seed=3)
+    return DataLoader(Weighted(x), batch_size=None, sampler=sampler)
+
+
+CASES: dict[str, tuple[str, type[Any], dict[str, Any]]] = {
+    "full": ("plain", GaussianMixture, {"n_init": 2}),
+    "sampled start": ("plain", GaussianMixture, {"covariance_type": "tied", "init_size": 40}),
+    "weighted": ("weighted", GaussianMixture, {"covariance_type": "diag"}),
+    "parallel start": (
+        "weighted",
+        GaussianMixture,
+        {"covariance_type": "spherical", "init": "k-means||", "init_size": 40},
+    ),
+    # which rows share a batch matters here, and Lightning shuffles a plain loader for several processes
+    "stepwise": ("weighted", GaussianMixture, {"algorithm": "stepwise"}),
+    "k-means": ("plain", KMeans, {"num_components": 6, "init": "random", "n_init": 2}),
+    "mini-batch": ("weighted", KMeans, {"algorithm": "stepwise"}),
+}
+
+
+def fit(case: str, world: int, rank: int) -> dict[str, Tensor]:
+    kind, module_class, options = CASES[case]
+    module = module_class(**{"num_components": 4, "tol": 0.0, **options})
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=world,
+        strategy="ddp" if world > 1 else "auto",
+        max_epochs=5,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, loader(kind, rows(), world, rank))
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    rank = int(os.environ["LOCAL_RANK"])
+    results = {case: fit(case, 2, rank) for case in CASES}
+    torch.save(results, f"{sys.argv[1]}.{rank}")
