@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from torch import Tensor
 
@@ -108,6 +109,7 @@ class RestoredImageWriter(BasePredictionWriter):
             target = self._directory / names[row["name"]]
             self._refuse_foreign(target)
             (self._directory / _provisional(row["name"])).replace(target)
+        rank_zero_info(f"restored {len(rows)} images into {self._directory}, described in {TABLE_NAME}")
         self._rows = []
 
     def _refuse_foreign(self, path: Path) -> None:

@@ -130,7 +130,7 @@ class ParameterTable(nn.Module):
     def _hand_out(self, responsibilities: Tensor) -> dict[str, Tensor | int]:
         coordinates = (self.shared + responsibilities.double() @ self.offsets).clamp(self.lower, self.upper)
         columns = dict(zip(self.names, coordinates.unbind(1), strict=True))
-        if torch.is_grad_enabled():
+        if self.training and torch.is_grad_enabled():  # a forward in evaluation has no M-step that would collect it
             if any(leaf.grad is not None for leaf in self._leaves):
                 self._leaves.clear()  # an earlier step's, which nobody has collected
             leaf = coordinates.detach()[:, _constant(self._moving, torch.long, coordinates.device)].requires_grad_()

@@ -54,6 +54,9 @@ def test_two_forwards_of_a_step_add_up_and_uncollected_leaves_do_not_pile_up() -
     with torch.no_grad():
         t(torch.zeros(2, 3))
     assert not t._leaves
+    for _ in range(3):  # somebody restores images without `no_grad`
+        t.eval()(torch.zeros(2, 3))
+    assert not t._leaves
 
 
 def test_integers_round_half_up_stay_whole_and_are_plain_where_nobody_learns_them() -> None:
