@@ -52,8 +52,9 @@ class GaussianMixture(ClusteringModule):
         >>> rows = torch.cat([torch.randn(100, 2) - 5, torch.randn(100, 2) + 5])
         >>> mixture = GaussianMixture(num_components=2)
         >>> quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-        >>> Trainer(max_epochs=50, accelerator="cpu", enable_model_summary=False, **quiet).fit(mixture,
-        DataLoader(rows, 64)) >>> mixture.predict(rows).shape, mixture.weights.shape
+        >>> trainer = Trainer(max_epochs=50, accelerator="cpu", enable_model_summary=False, **quiet)
+        >>> trainer.fit(mixture, DataLoader(rows, 64))
+        >>> mixture.predict(rows).shape, mixture.weights.shape
         (torch.Size([200]), torch.Size([2]))
     """
 

@@ -39,10 +39,10 @@ class GaussianMixtureEstimator(DensityMixin, BaseEstimator):
         device: Where to compute, such as `cpu` or `cuda`.
 
     Example:
-        >>> X = np.array([[1.0, 2], [1, 4], [1, 0], [10, 2], [10, 4], [10, 0]])
+        >>> X = np.array([[0.0, 0], [0, 1], [1, 0], [10, 10], [10, 11], [11, 10]])
         >>> mixture = GaussianMixtureEstimator(n_components=2, random_state=0).fit(X)
         >>> sorted(mixture.means_[:, 0].round(3).tolist())
-        [1.0, 10.0]
+        [0.333, 10.333]
     """
 
     _parameter_constraints: dict[str, list[Any]] = {  # noqa: RUF012  (scikit-learn's protocol)

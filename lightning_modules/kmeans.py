@@ -39,8 +39,9 @@ class KMeans(ClusteringModule):
         >>> rows = torch.cat([torch.randn(100, 2) - 5, torch.randn(100, 2) + 5])
         >>> kmeans = KMeans(num_components=2)
         >>> quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-        >>> Trainer(max_epochs=50, accelerator="cpu", enable_model_summary=False, **quiet).fit(kmeans, DataLoader(rows,
-        64)) >>> kmeans.predict(rows).shape, kmeans.centers.shape
+        >>> trainer = Trainer(max_epochs=50, accelerator="cpu", enable_model_summary=False, **quiet)
+        >>> trainer.fit(kmeans, DataLoader(rows, 64))
+        >>> kmeans.predict(rows).shape, kmeans.centers.shape
         (torch.Size([200]), torch.Size([2, 2]))
     """
 

@@ -150,13 +150,6 @@ def test_prior_refuses_what_it_cannot_use(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------- the command line
 
 
-@pytest.mark.parametrize("name", ["patch_prior", "gaussian_mixture", "kmeans"])
-def test_configurations_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    small = ["--data.images.init_args.train_crops=20", "--data.patches_per_image=20", "--model.num_components=3"]
-    main(["fit", "-c", str(PROJECT / f"configs/{name}.yaml"), "--trainer.fast_dev_run=1", *small])
-
-
 def test_patches_are_learned_and_a_folder_is_restored(
     photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,12 +170,14 @@ def test_patches_are_learned_and_a_folder_is_restored(
     assert "mixture/weights" in tags["histograms"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory from /proc")
 def test_rows_stream_through_the_command_line_in_flat_memory(tmp_path: Path) -> None:
     """A file three times as large as another raises the peak memory of the process by far less than its own size."""
     peaks = {}
     script = (
-        "import resource, sys; from lightning_modules.cli import main; main(sys.argv[1:]);"
-        "print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        # not ru_maxrss, which counts the parent's memory too: Linux takes it over in exec
+        "import sys; from lightning_modules.cli import main; main(sys.argv[1:]);"
+        "print('PEAK', open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
     )
     for count in (200_000, 600_000):  # both long enough for the allocator to have settled
         np.save(tmp_path / "rows.npy", np.random.default_rng(0).normal(size=(count, 64)).astype(np.float32))
