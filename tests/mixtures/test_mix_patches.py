@@ -188,11 +188,11 @@ def test_rows_stream_through_the_command_line_in_flat_memory(tmp_path: Path) -> 
         words += ["--trainer.enable_progress_bar=false"]
         done = subprocess.run(
             [sys.executable, "-c", script, *words],
-            cwd=PROJECT,
+            cwd=tmp_path,
             capture_output=True,
             text=True,
             check=False,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)},
         )
         assert done.returncode == 0, done.stderr[-2000:]
         peaks[count] = int(done.stdout.split("PEAK")[1]) / 1024
