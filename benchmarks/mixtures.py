@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,14 +37,14 @@ from lightning_modules.em.reference_frame import StreamMoments
 PROJECT = Path(__file__).parents[1]
 
 
-def seconds(work: Callable[[], Any], repeats: int = 1) -> float:
-    """The fastest of some runs."""
+def median_seconds(work: Callable[[], Any], repeats: int = 1) -> float:
+    """The median of some runs."""
     times = []
     for _ in range(repeats):
         begin = time.perf_counter()
         work()
         times.append(time.perf_counter() - begin)
-    return min(times)
+    return statistics.median(times)
 
 
 def patches(rows: int, folder: Path) -> Tensor:
@@ -87,7 +88,7 @@ def compare_mixture(x: Tensor, components: int, iterations: int) -> dict[str, An
             times = []
             for steps in (1, 1 + iterations):
                 model = make(components, max_iter=steps, tol=0.0, **given)
-                times.append(seconds(lambda model=model, rows=rows: model.fit(rows)))
+                times.append(median_seconds(lambda model=model, rows=rows: model.fit(rows)))
             results[f"{name} {np.dtype(dtype).name}"] = {
                 "seconds_per_iteration": (times[1] - times[0]) / iterations,
                 "log_likelihood": float(model.lower_bound_),
@@ -124,16 +125,16 @@ def seconds_of_products(x: Tensor, components: int) -> float:
             torch.mm(theta.coefficients, code)
             sums.addmm_(responsibilities, code.T)
 
-    return seconds(products, 3)
+    return median_seconds(products, 5)
 
 
-def compare_kmeans(x: Tensor, components: int, iterations: int) -> dict[str, Any]:
-    """Time and inertia of Lloyd's algorithm from equal starts, equal iterations."""
+def compare_kmeans(x: Tensor, components: int, max_iter: int) -> dict[str, Any]:
+    """Time and inertia of Lloyd's algorithm from equal starts, to rest or for equal iterations."""
     centers = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:components]].numpy()
     results: dict[str, Any] = {}
     for name, make, extra in (("scikit-learn", KMeans, {"algorithm": "lloyd"}), ("lightning-em", KMeansEstimator, {})):
-        model = make(components, init=centers, n_init=1, max_iter=iterations, tol=0.0, **extra)
-        taken = seconds(lambda model=model: model.fit(x.numpy()), 3)
+        model = make(components, init=centers, n_init=1, max_iter=max_iter, tol=0.0, **extra)
+        taken = median_seconds(lambda model=model: model.fit(x.numpy()), 5)
         results[name] = {"seconds": taken, "inertia": float(model.inertia_), "iterations": int(model.n_iter_)}
     results["summary"] = {
         "speed_up": results["scikit-learn"]["seconds"] / results["lightning-em"]["seconds"],
@@ -166,7 +167,7 @@ def scaling(x: Tensor, components: int, sizes: list[int]) -> list[dict[str, floa
             assert statistics is not None
             maximisation(statistics, torch.full_like(frame.scale, 1e-6), theta)
 
-        taken = seconds(one_pass)
+        taken = median_seconds(one_pass)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         rows.append({"rows": size, "seconds": taken, "microseconds_per_row": 1e6 * taken / size, "peak_mib": peak})
     return rows
@@ -223,8 +224,9 @@ def main() -> None:
     with threadpool_limits(arguments.threads):
         results["mixture"] = compare_mixture(x, arguments.components, arguments.iterations)
         print(json.dumps(results["mixture"], indent=2), flush=True)
-        results["kmeans"] = compare_kmeans(x, arguments.components, 60)
-        print(json.dumps(results["kmeans"], indent=2), flush=True)
+        for length, name in ((300, "to rest"), (60, "60 iterations"), (20, "20 iterations")):
+            results[f"kmeans, {name}"] = compare_kmeans(x, arguments.components, length)
+            print(name, json.dumps(results[f"kmeans, {name}"], indent=2), flush=True)
     sizes = [n for n in (10_000, 100_000, 1_000_000, 3_000_000) if n <= arguments.largest]
     results["scaling"] = scaling(x, arguments.components, sizes)
     print(json.dumps(results["scaling"], indent=2), flush=True)

@@ -14,7 +14,8 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from lightning_modules.em.clustering_initialization import kmeans_plus_plus, random_rows
-from lightning_modules.em.kmeans import LloydResult, assign, lloyd
+from lightning_modules.em.kmeans import assign
+from lightning_modules.em.lloyd import LloydResult, lloyd
 from lightning_modules.em.reference_frame import ReferenceFrame, StreamMoments
 
 Array = NDArray[Any]

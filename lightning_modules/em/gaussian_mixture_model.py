@@ -23,7 +23,8 @@ from lightning_modules.em.gaussian_mixture import (
     num_free_parameters,
     statistics_of,
 )
-from lightning_modules.em.kmeans import assign, lloyd
+from lightning_modules.em.kmeans import assign
+from lightning_modules.em.lloyd import lloyd
 from lightning_modules.em.reference_frame import ReferenceFrame
 
 # Lloyd iterations on the sample before the mixture starts.

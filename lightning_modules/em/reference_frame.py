@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_modules.em.gaussian_density import chunk_rows
+
 Scaling = Literal["feature", "common"]
 
 # A standard deviation below this many units in the last place of the mean is rounding, not spread.
@@ -31,6 +33,15 @@ class StreamMoments:
     @classmethod
     def of(cls, x: Tensor, mask: Tensor | None = None) -> StreamMoments:
         """Moments of the rows ``x`` ``[N, D]`` for which ``mask`` ``[N]`` is set."""
+        moments = cls.zeros(x.shape[1], x.device)
+        step = chunk_rows(4 * x.shape[1], x.device)
+        for first in range(0, x.shape[0], step):
+            part = slice(first, first + step)
+            moments = moments + cls._of_chunk(x[part], None if mask is None else mask[part])
+        return moments
+
+    @classmethod
+    def _of_chunk(cls, x: Tensor, mask: Tensor | None) -> StreamMoments:
         x = x.double()
         # a row's sum is finite where all of it is
         finite = torch.isfinite(x.sum(dim=1))
@@ -94,7 +105,7 @@ class ReferenceFrame:
 
     def enter(self, x: Tensor) -> Tensor:
         """Data to frame, in float64."""
-        return (x.double() - self.offset) / self.scale
+        return (x.double() - self.offset).div_(self.scale)
 
     def leave(self, z: Tensor) -> Tensor:
         """Frame to data."""

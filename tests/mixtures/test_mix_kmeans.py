@@ -15,7 +15,8 @@ from lightning_modules.em import best_clustering
 from lightning_modules.em.brute_force import all_clusterings
 from lightning_modules.em.clustering_initialization import StreamSample, kmeans_plus_plus, random_rows, row_keys
 from lightning_modules.em.clustering_model import fit_in_memory
-from lightning_modules.em.kmeans import accumulate, assign, lloyd, update
+from lightning_modules.em.kmeans import accumulate, assign, update
+from lightning_modules.em.lloyd import lloyd
 from lightning_modules.em.kmeans_model import KMeansModel
 
 
