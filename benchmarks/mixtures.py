@@ -187,7 +187,7 @@ def streaming_memory(rows: int, width: int = 64) -> dict[str, float]:
             array[first : first + 50_000] = generator.normal(size=array[first : first + 50_000].shape)
         array.flush()
         del array
-        words = ["fit", "-c", str(PROJECT / "configs/gaussian_mixture.yaml"), "--data.images=null"]
+        words = ["fit", "-c", str(PROJECT / "configs/gaussian_mixture.yaml")]
         words += [f"--data.rows={path}", "--trainer.max_epochs=2", "--model.num_components=8"]
         words += ["--trainer.logger=false", "--trainer.callbacks=null", "--trainer.enable_checkpointing=false"]
         words += ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]

@@ -15,6 +15,7 @@ from datamodules._image_files import find_images, read_image
 from datamodules._random import draw, mix, stream
 from datamodules._sampler import Draw, EpochBatches, EpochLoader
 from datamodules.image_folder import ImageFolderDataModule
+from datamodules.photo_crops import PhotoCropsDataModule
 
 _PATCHES, _VALIDATION = 101, 102  # streams apart from those of the loaders
 # A batch whose rows lie within this many times its own length is read in one piece.
@@ -24,8 +25,9 @@ _SPAN = 4
 class PatchDataModule(ImageDataModule):
     """Patches at random places of many images, or the rows of a `.npy` file, streamed in batches.
 
-    Exactly one source is given: `root`, a folder of images; `images`, another DataModule, whose training images are
-    used; or `rows`, a file with an array [N, D], which is read batch by batch and may be larger than the memory.
+    One source is given: `root`, a folder of images; `images`, another DataModule, whose training images are used; or
+    `rows`, a file with an array [N, D], which is read batch by batch and may be larger than the memory. Where none is,
+    the images are crops of the photographs that come with the installation.
 
     `predict` serves whole images: those of `predict_root`, else those of `root`.
 
@@ -72,8 +74,10 @@ class PatchDataModule(ImageDataModule):
     ) -> None:
         super().__init__(batch_size, num_workers, seed, augment=False)
         given = [name for name, source in (("root", root), ("images", images), ("rows", rows)) if source is not None]
-        if len(given) != 1:
-            raise ValueError(f"give exactly one of root, images and rows, got {given or 'none'}")
+        if len(given) > 1:
+            raise ValueError(f"give one of root, images and rows, got {given}")
+        if not given:
+            images = PhotoCropsDataModule(augment=False)
         for name, value in (("patch_size", patch_size), ("patches_per_image", patches_per_image)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")

@@ -31,15 +31,13 @@ class GaussianMixture(ClusteringModule):
         max_iter: Iterations at most.
         reg_covar: Added to the variances, in units of the data (of the standardised data with `standardize`).
         init: `k-means++` on a sample of the data, refined there by K-means; `k-means||`, on all of the data in six
-        passes;
-            or `random` rows.
+            passes; or `random` rows.
         n_init: Starts, side by side in the same passes; the best is kept.
         init_size: Rows that the sample for the initialisation may hold; by default 32 MiB of them.
         weights_init: Weights to start from, [K].
         means_init: Means to start from, [K, D].
         precisions_init: Precisions to start from, shaped as the covariance type has it. With weights and means given
-        too,
-            the initialisation needs no pass.
+            too, the initialisation needs no pass.
         algorithm: `exact` updates once an epoch; `stepwise` once an optimiser step, which takes fewer passes over much
             data (Cappé and Moulines 2009).
         step_exponent: How fast stepwise EM forgets: step t has weight `(t + 2)^-step_exponent`; above 0.5, at most 1.

@@ -28,8 +28,7 @@ class KMeans(ClusteringModule):
         init_size: Rows that the sample for the initialisation may hold; by default 32 MiB of them.
         centers_init: Centres to start from, [K, D].
         algorithm: `exact` moves the centres once an epoch; `stepwise` once an optimiser step (mini-batch K-means,
-        Sculley
-            2010).
+            Sculley 2010).
         standardize: Scale the features to variance 1 inside. Reported centres are in the units of the data.
         seed: Seed of the starts.
 

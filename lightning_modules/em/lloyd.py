@@ -168,4 +168,3 @@ class _NearestCenters:
         far = far[squares[far] > 0]
         where = empty.nonzero()[: len(far), 0]
         target[where] = self.z[far]
-

@@ -209,7 +209,8 @@ class PatchPrior(nn.Module):
                 torch.mul(columns[first], columns[first:], out=features[starts[first] : starts[first + 1]])
             features[-width - 1 : -1] = columns
             features[-1] = 1.0
-            labels[begin : begin + step] = (coefficients @ features).argmax(dim=0)
+            # max: argmax takes one number at a time on a CPU
+            labels[begin : begin + step] = (coefficients @ features).max(dim=0).indices
         return labels
 
 

@@ -77,9 +77,15 @@ def test_rows_of_a_file(tmp_path: Path, shuffle: bool) -> None:
     assert (torch.equal(read, torch.from_numpy(x))) != shuffle
 
 
+def test_without_a_source_the_photographs_of_the_installation_serve() -> None:
+    data = PatchDataModule(patches_per_image=1)
+    assert isinstance(data.images, PhotoCropsDataModule)
+    assert patches_of(data).shape == (2000, 1, 8, 8)
+
+
 def test_impossible_sources(photographs: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="exactly one of root, images and rows"):
-        PatchDataModule()
+    with pytest.raises(ValueError, match=r"one of root, images and rows, got \['root', 'rows'\]"):
+        PatchDataModule(str(photographs), rows="rows.npy")
     with pytest.raises(ValueError, match=r"37×31 is smaller than patch_size=40"):
         patches_of(PatchDataModule(str(photographs), patch_size=40))
     with pytest.raises(FileNotFoundError, match=r"numpy\.save"):
@@ -154,7 +160,7 @@ def test_patches_are_learned_and_a_folder_is_restored(
     photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    config = ["-c", str(PROJECT / "configs/patch_prior.yaml"), "--data.images=null", f"--data.root={photographs}"]
+    config = ["-c", str(PROJECT / "configs/patch_prior.yaml"), f"--data.root={photographs}"]
     config += ["--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
     main(["fit", *config, "--model.num_components=4", "--data.patches_per_image=200", "--data.batch_size=100"])
     checkpoint = tmp_path / "logs/patch_prior/version_0/checkpoints/last.ckpt"
@@ -181,7 +187,7 @@ def test_rows_stream_through_the_command_line_in_flat_memory(tmp_path: Path) -> 
     )
     for count in (200_000, 600_000):  # both long enough for the allocator to have settled
         np.save(tmp_path / "rows.npy", np.random.default_rng(0).normal(size=(count, 64)).astype(np.float32))
-        words = ["fit", "-c", str(PROJECT / "configs/gaussian_mixture.yaml"), "--data.images=null"]
+        words = ["fit", "-c", str(PROJECT / "configs/gaussian_mixture.yaml")]
         words += [f"--data.rows={tmp_path / 'rows.npy'}", "--trainer.max_epochs=1", "--model.num_components=2"]
         words += ["--model.covariance_type=diag", "--model.init_size=5000", "--trainer.logger=false"]
         words += ["--trainer.callbacks=null", "--trainer.enable_checkpointing=false", "--trainer.accelerator=cpu"]
