@@ -1,6 +1,7 @@
 """Lightning callbacks: the M-step and its rules, and what shows a run to its user."""
 
 from callbacks.em_dashboard import EMDashboard
+from callbacks.em_health import EMHealth
 from callbacks.em_parameter import EMParameterCallback
 from callbacks.em_report import EMReport
 from callbacks.image_grid import ImageGrid
@@ -10,6 +11,7 @@ from callbacks.rules import GradientRule, Rule, SignRule
 
 __all__ = [
     "EMDashboard",
+    "EMHealth",
     "EMParameterCallback",
     "EMReport",
     "GradientRule",

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from callbacks.rules import GradientRule, Rule, RuleState
-from lightning_modules.em import EStep, ParameterTable, Statistics, TableValues
+from lightning_modules.em import Assignment, EStep, ParameterTable, Statistics, TableValues
 
 _PARTS = ("reconstruction", "perceptual", "smoothness")
 
@@ -64,6 +64,7 @@ class EMParameterCallback(Callback):
         self._statistics = Statistics(0, 0)
         self._last_step = 0
         self._scale: Tensor | None = None
+        self._reseeded = 0.0
 
     # For whoever prefers numbers to TensorBoard ------------------------------------------------------------------
 
@@ -152,19 +153,21 @@ class EMParameterCallback(Callback):
             return  # a micro-batch of an accumulation
         self._last_step = trainer.global_step
         table = self._require_table()
-        statistics = Statistics(len(table.row_names), len(table.names), table.shared.device)
         # One sum over the processes, on every process, at every optimiser step.
-        statistics.sums = trainer.strategy.reduce(self._statistics.sums.clone(), reduce_op="sum")
-        self._statistics.sums.zero_()
+        statistics = self._statistics.reduced(lambda flat: trainer.strategy.reduce(flat, reduce_op="sum"))
+        self._statistics = Statistics(len(table.row_names), len(table.names), table.shared.device)
         scale = _loss_scale(trainer, pl_module)
         rejected = scale < self._scale if scale is not None and self._scale is not None else None
-        self._m_step(table, statistics, rejected)
+        assignment = getattr(pl_module, "assignment", None)
+        self._m_step(table, statistics, rejected, assignment if isinstance(assignment, Assignment) else None)
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         logs = every > 0 and trainer.global_step % every == 0
         if logs or table.shared.device.type == "cpu":
             self._check_skipped()
         if logs:
             self._log(trainer, table, statistics)
+            if isinstance(assignment, Assignment):
+                self._log_assignment(trainer, assignment)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if steps were skipped after the last step that logged."""
@@ -219,7 +222,13 @@ class EMParameterCallback(Callback):
         self._statistics.add(step, gradient)
 
     @torch.no_grad()
-    def _m_step(self, table: ParameterTable, statistics: Statistics, rejected: Tensor | None) -> None:
+    def _m_step(
+        self,
+        table: ParameterTable,
+        statistics: Statistics,
+        rejected: Tensor | None,
+        assignment: Assignment | None,
+    ) -> None:
         proposed, rule_state = self.rule.step(table, statistics, self._rule_state)
         if not self.update_rows:
             proposed = proposed._replace(offsets=table.offsets)
@@ -236,6 +245,8 @@ class EMParameterCallback(Callback):
         self._rule_state = {
             name: torch.where(accepted, rule_state[name], old) for name, old in self._rule_state.items()
         }
+        if assignment is not None and len(statistics.latent):
+            assignment.maximise(statistics.latent, accepted)
         total, row, longest = self._skipped.unbind()
         row = torch.where(counted, row + 1, torch.where(accepted, 0, row))
         self._skipped = torch.stack([total + counted, row, torch.maximum(longest, row)])
@@ -273,6 +284,19 @@ class EMParameterCallback(Callback):
         metrics = {name: value for name, value in metrics.items() if value == value}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
+
+    def _log_assignment(self, trainer: Trainer, assignment: Assignment) -> None:
+        numbers = assignment.diagnostics()
+        for logger in trainer.loggers:
+            logger.log_metrics({f"em/assignment/{name}": value for name, value in numbers.items()}, trainer.global_step)
+        reseeded = numbers.get("reseeded", 0.0)
+        if reseeded > self._reseeded:
+            rank_zero_warn(
+                f"{type(assignment).__name__}: {reseeded - self._reseeded:.0f} starving regime(s) were re-seeded by "
+                "splitting the largest one. If this goes on, the data hold fewer regimes than the table has rows: take "
+                "fewer, or add a feature that tells them apart"
+            )
+        self._reseeded = reseeded
 
 
 def _loss_scale(trainer: Trainer, pl_module: LightningModule) -> Tensor | None:

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from callbacks._display import em_table, rests_on_bound, run_directory
+from callbacks.em_health import EMHealth
 
 if TYPE_CHECKING:
     from lightning_modules.em import ParameterTable
@@ -56,6 +57,8 @@ class EMReport(Callback):
                 exported = Path(self._directory) / FILE_NAME
                 exported.parent.mkdir(parents=True, exist_ok=True)
                 exported.write_text(yaml.safe_dump(overlay(pl_module, table), sort_keys=False, allow_unicode=True))
+        for finding in findings(trainer):
+            console.print(f"! {finding}", markup=False, highlight=False)
         for line in summary(trainer.callback_metrics, self._directory, _checkpoint(trainer), exported):
             # A path is printed in one piece, so that it can be copied; brackets in it are no markup.
             console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -116,6 +119,12 @@ def summary(
     if checkpoint is not None:
         lines.append(f"checkpoint: {checkpoint}")
     return lines
+
+
+def findings(trainer: Trainer) -> list[str]:
+    """Returns what `EMHealth` has seen in this run, where it took part."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [text for callback in callbacks if isinstance(callback, EMHealth) for text in callback.findings.values()]
 
 
 def class_path(cls: type) -> str:

@@ -10,12 +10,16 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from lightning_modules.em import Assignment, EStep, GlobalAssignment, ParameterTable
+from lightning_modules.em.objectives import probe_step, squared_error, stein_risk
 from lightning_modules.graph import GraphDiffusion, Smoothness, estimate_noise_std, seeded_normal, seeded_uniform
 
 Batch = dict[str, Any]
+Parameters = dict[str, Tensor | int]
 
 # Sets the draw of a noise level apart from the draws of the noise itself, which start from the same key.
 _LEVEL_STREAM = 0x5DEE_CE66
+# The same for the probe of the risk estimate.
+_PROBE_STREAM = 0x2545_F491
 
 
 class GraphDiffusionReconstruction(L.LightningModule):
@@ -35,9 +39,13 @@ class GraphDiffusionReconstruction(L.LightningModule):
         perceptual: Maps restored and clean images to a loss for each image, added to the squared error; None for none.
         noise_std: Standard deviation of the noise to restore from, where white is 1: a number, or a range from which
             the level of each image is drawn (blind restoration).
+        noise_levels: Levels of which each image is given one at random, in place of `noise_std`.
         estimate_noise: Estimate each image's noise level instead of telling the diffusion the true one, as it must be
             done in blind restoration.
         data_range: Width of the scale on which the loss is measured: 1 for [0, 1], 2 for [−1, 1].
+        objective: What the restoration learns from: `"supervised"` by the clean images, `"sure"` by the noisy ones
+            alone, through Stein's unbiased risk estimate at the level known or estimated. It costs a second restoration
+            a step, and moves the parameters and the network alike; freeze the one that is to stay.
         perceptual_weight: Factor of the perceptual loss.
         smoothness_weight: α, the weight of the smoothness bonus in the loss proxy. It moves the table alone. 0.1
             belongs to losses of order 0.5; beside a squared error of 0.002 it drowns everything.
@@ -62,7 +70,9 @@ class GraphDiffusionReconstruction(L.LightningModule):
         assignment: Assignment | None = None,
         perceptual: nn.Module | None = None,
         noise_std: float | tuple[float, float] = 25 / 255,
+        noise_levels: list[float] | None = None,
         estimate_noise: bool = False,
+        objective: Literal["supervised", "sure"] = "supervised",
         data_range: float = 1.0,
         perceptual_weight: float = 1.0,
         smoothness_weight: float = 0.0,
@@ -72,7 +82,10 @@ class GraphDiffusionReconstruction(L.LightningModule):
     ) -> None:
         super().__init__()
         levels = noise_std if isinstance(noise_std, tuple | list) else (noise_std, noise_std)
-        _check_arguments(diffusion, em_parameters, levels, data_range, perceptual_weight, smoothness_weight)
+        _check_arguments(
+            diffusion, em_parameters, levels, noise_levels, data_range, perceptual_weight, smoothness_weight
+        )
+        _check_objective(objective, perceptual, max(noise_levels or levels), estimate_noise)
         injected = ("diffusion", "em_parameters", "backbone", "assignment", "perceptual", "optimizer", "lr_scheduler")
         self.save_hyperparameters(ignore=injected)
         if "_instantiator" in self.hparams:
@@ -84,8 +97,10 @@ class GraphDiffusionReconstruction(L.LightningModule):
         self.backbone = backbone
         self.assignment = GlobalAssignment() if assignment is None else assignment
         self.perceptual = perceptual
-        self.noise_levels = (float(levels[0]), float(levels[1]))
+        self.noise_range = (float(levels[0]), float(levels[1]))
+        self.noise_levels = None if noise_levels is None else [float(level) for level in noise_levels]
         self.estimate_noise = estimate_noise
+        self.objective = objective
         self.data_range = data_range
         self.perceptual_weight = perceptual_weight
         self.smoothness_weight = smoothness_weight
@@ -118,8 +133,8 @@ class GraphDiffusionReconstruction(L.LightningModule):
         if noise_std is None:
             noise_std = estimate_noise_std(noisy)
         level = torch.as_tensor(noise_std, dtype=noisy.dtype, device=noisy.device).expand(len(noisy))
-        restored, _, _ = self._restore(noisy, level, labels)
-        return restored
+        _, parameters = self._assign(noisy, level, labels)
+        return self._restore(noisy, level, parameters)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Refuse labels without a row while they are on the host, where a look costs an accelerator nothing."""
@@ -130,8 +145,13 @@ class GraphDiffusionReconstruction(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """E-step: responsibilities, restoration and losses of each image under the current parameters."""
         noisy, level = self._observe(batch)
-        restored, parameters, responsibilities = self._restore(noisy, level, batch["label"])
-        reconstruction, perceptual = self._losses(restored, batch["image"].to(self.dtype))
+        responsibilities, parameters = self._assign(noisy, level, batch["label"])
+        restored = self._restore(noisy, level, parameters)
+        perceptual = None
+        if self.objective == "sure":
+            reconstruction = self._risk(noisy, restored, level, parameters, batch["key"])
+        else:
+            reconstruction, perceptual = self._losses(restored, batch["image"].to(self.dtype))
         smoothness = self._smoothness(restored.detach(), parameters["sigma"])
         weight = batch["weight"]
         loss = (weight * (reconstruction if perceptual is None else reconstruction + perceptual)).mean()
@@ -147,6 +167,7 @@ class GraphDiffusionReconstruction(L.LightningModule):
             smoothness.score.detach(),
             smoothness.similarity.detach(),
             self.smoothness_weight,
+            self.assignment.statistics(noisy, batch["label"], level, responsibilities),
         )
         return {"loss": loss, "em": step}
 
@@ -166,7 +187,8 @@ class GraphDiffusionReconstruction(L.LightningModule):
                 f"{', '.join(batch['name'])}: the image has NaN or infinite pixels; replace them or leave the file out"
             )
         noisy, level = self._observe(batch)
-        restored, parameters, _ = self._restore(noisy, level, batch["label"])
+        _, parameters = self._assign(noisy, level, batch["label"])
+        restored = self._restore(noisy, level, parameters)
         used = {
             name: torch.as_tensor(value, device=level.device).expand(len(level)) for name, value in parameters.items()
         }
@@ -192,35 +214,45 @@ class GraphDiffusionReconstruction(L.LightningModule):
     def _observe(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The degraded images of a batch, and the noise level that the diffusion is told of."""
         image = batch["image"].to(self.dtype)
-        low, high = self.noise_levels
+        low, high = self.noise_range
         if "key" not in batch:
             return image, batch["noise_std"] if "noise_std" in batch else estimate_noise_std(image)
-        if low == high:
+        if self.noise_levels is not None:
+            place = (seeded_uniform(batch["key"] ^ _LEVEL_STREAM, 1)[:, 0] * len(self.noise_levels)).long()
+            level = image.new_tensor(self.noise_levels)[place]
+        elif low == high:
             level = image.new_full((len(image),), low)
         else:
             level = (low + (high - low) * seeded_uniform(batch["key"] ^ _LEVEL_STREAM, 1)[:, 0]).to(image.dtype)
         noisy = image + level.view(-1, 1, 1, 1) * seeded_normal(batch["key"], image.shape[1:]).to(image.dtype)
         return noisy, estimate_noise_std(noisy) if self.estimate_noise else level
 
-    def _restore(
-        self, noisy: Tensor, noise_std: Tensor, labels: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor | int], Tensor]:
+    def _assign(self, noisy: Tensor, noise_std: Tensor, labels: Tensor) -> tuple[Tensor, Parameters]:
+        """Responsibilities of the rows for each image, and the parameters that follow."""
         responsibilities = self.assignment(noisy, labels, noise_std, len(self.em_parameters.row_names))
-        parameters = self.em_parameters(responsibilities)
+        return responsibilities, self.em_parameters(responsibilities)
 
+    def _restore(self, noisy: Tensor, noise_std: Tensor, parameters: Parameters) -> Tensor:
         def diffuse(signal: Tensor, features: Tensor | None = None, noise: Tensor | float = noise_std) -> Tensor:
             return self.diffusion(signal, **parameters, noise_std=noise, features=features, max_radius=self._max_radius)
 
         if self.backbone is None:
-            restored = diffuse(noisy)
-        elif getattr(self.backbone, "accepts_diffusion", False):
-            restored = self.backbone(noisy, diffuse)
-        else:
-            restored = diffuse(self.backbone(noisy), noise=0.0)  # an estimate no longer has the noise of its input
-        return restored, parameters, responsibilities
+            return diffuse(noisy)
+        if getattr(self.backbone, "accepts_diffusion", False):
+            restored: Tensor = self.backbone(noisy, diffuse)
+            return restored
+        return diffuse(self.backbone(noisy), noise=0.0)  # an estimate no longer has the noise of its input
+
+    def _risk(self, noisy: Tensor, restored: Tensor, noise_std: Tensor, parameters: Parameters, key: Tensor) -> Tensor:
+        """Estimated risk of each image. Level and responsibilities stay those of the unperturbed image: no one pixel
+        moves them.
+        """
+        probe = seeded_normal(key ^ _PROBE_STREAM, noisy.shape[1:]).to(noisy.dtype)
+        perturbed = self._restore(noisy + probe_step(noise_std).view(-1, 1, 1, 1) * probe, noise_std, parameters)
+        return stein_risk(noisy, restored, perturbed, probe, noise_std) * self.data_range**2
 
     def _losses(self, restored: Tensor, clean: Tensor) -> tuple[Tensor, Tensor | None]:
-        reconstruction = (restored - clean).square().mean((1, 2, 3)) * self.data_range**2
+        reconstruction = squared_error(restored, clean) * self.data_range**2
         if self.perceptual is None:
             return reconstruction, None
         return reconstruction, self.perceptual_weight * self.perceptual(restored, clean)
@@ -232,7 +264,8 @@ class GraphDiffusionReconstruction(L.LightningModule):
     def _evaluate(self, batch: Batch, metrics: MetricCollection) -> dict[str, Tensor]:
         clean, weight = batch["image"].to(self.dtype), batch["weight"]
         noisy, level = self._observe(batch)
-        restored, _, _ = self._restore(noisy, level, batch["label"])
+        _, parameters = self._assign(noisy, level, batch["label"])
+        restored = self._restore(noisy, level, parameters)
         reconstruction, perceptual = self._losses(restored, clean)
         restored = restored.clamp(0, 1)
         psnr, psnr_noisy = (_psnr(image, clean) for image in (restored, noisy.clamp(0, 1)))
@@ -260,6 +293,7 @@ def _check_arguments(
     diffusion: GraphDiffusion,
     table: ParameterTable,
     levels: tuple[float, ...] | list[float],
+    levels_given: list[float] | None,
     data_range: float,
     perceptual_weight: float,
     smoothness_weight: float,
@@ -276,8 +310,26 @@ def _check_arguments(
         )
     if len(levels) != 2 or not 0 <= levels[0] <= levels[1]:
         raise ValueError(f"noise_std must be a number ≥ 0 or a range (lower, upper), got {levels}")
+    if levels_given is not None and (not levels_given or min(levels_given) < 0):
+        raise ValueError(f"noise_levels must be numbers ≥ 0, at least one, got {levels_given}")
     for name, value in (("perceptual_weight", perceptual_weight), ("smoothness_weight", smoothness_weight)):
         if not value >= 0:
             raise ValueError(f"{name} must not be negative, got {value}")
     if not data_range > 0:
         raise ValueError(f"data_range must be positive, got {data_range}")
+
+
+def _check_objective(objective: str, perceptual: nn.Module | None, largest_level: float, estimate_noise: bool) -> None:
+    if objective not in ("supervised", "sure"):
+        raise ValueError(f"objective must be 'supervised' or 'sure', got {objective!r}")
+    if objective == "supervised":
+        return
+    if perceptual is not None:
+        raise ValueError(
+            "objective='sure' has no clean images, and a perceptual loss compares with them: leave perceptual out"
+        )
+    if largest_level == 0 and not estimate_noise:
+        raise ValueError(
+            "objective='sure' needs the noise level: set noise_std above 0, or estimate_noise=True where the images "
+            "come with noise of their own"
+        )

@@ -1,6 +1,12 @@
 """Expectation-maximisation without Lightning: parameters with bounds and rows, responsibilities, mixtures."""
 
-from lightning_modules.em.assignments import Assignment, GlobalAssignment, LabelAssignment
+from lightning_modules.em.assignments import (
+    Assignment,
+    GlobalAssignment,
+    LabelAssignment,
+    MixtureAssignment,
+    SimilarityAssignment,
+)
 from lightning_modules.em.brute_force import best_clustering, enumerated_log_likelihood
 from lightning_modules.em.e_step import EStep, Statistics
 from lightning_modules.em.evidence_lower_bound import evidence_lower_bound, log_likelihood, posterior
@@ -12,9 +18,11 @@ __all__ = [
     "EStep",
     "GlobalAssignment",
     "LabelAssignment",
+    "MixtureAssignment",
     "MixtureParameters",
     "MixtureStatistics",
     "ParameterTable",
+    "SimilarityAssignment",
     "Statistics",
     "TableValues",
     "best_clustering",

@@ -1,5 +1,6 @@
 """What an E-step tells the M-step: values for each image, and their sums for each row of the table."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ class EStep(NamedTuple):
         smoothness: Smoothness score of each restored image, `[B]`; None where it is not measured.
         similarity: Mean similarity over the edges of each image, `[B]`; None takes `smoothness`.
         smoothness_weight: α.
+        latent: Sufficient statistics of each image for the assignment's own M-step, `[B, M]`; None where it has none.
 
     Example:
         >>> step = EStep(torch.zeros(2, 0), None, torch.tensor([0.5, 0.25]))
@@ -36,6 +38,7 @@ class EStep(NamedTuple):
     smoothness: Tensor | None = None
     similarity: Tensor | None = None
     smoothness_weight: float = 0.0
+    latent: Tensor | None = None
 
     @property
     def proxy(self) -> Tensor:
@@ -61,6 +64,7 @@ class Statistics:
     Attributes:
         sums: One float64 tensor `[K + 1, P + 6]`: the gradient of the proxy with respect to the table's coordinates,
             then count, reconstruction, perceptual, smoothness, similarity and proxy.
+        latent: Sums of the assignment's own statistics, float64 `[M]`.
 
     Example:
         >>> statistics = Statistics(num_rows=1, num_parameters=2)
@@ -72,6 +76,7 @@ class Statistics:
     def __init__(self, num_rows: int, num_parameters: int, device: torch.device | str = "cpu") -> None:
         self.num_parameters = num_parameters
         self.sums = torch.zeros(num_rows + 1, num_parameters + len(_COLUMNS), dtype=torch.float64, device=device)
+        self.latent = self.sums.new_zeros(0)
 
     @torch.no_grad()
     def add(self, step: EStep, gradient: Tensor | None) -> None:
@@ -101,6 +106,16 @@ class Statistics:
         ]
         share, images = (torch.where(used[:, None], part, 0.0) for part in (share, torch.cat(values, dim=1)))
         self.sums += share.T @ images
+        if step.latent is not None:
+            latent = torch.where(used[:, None], step.latent.double(), 0.0).sum(0)
+            self.latent = latent if not len(self.latent) else self.latent + latent
+
+    def reduced(self, reduce: Callable[[Tensor], Tensor]) -> "Statistics":
+        """The sums over all processes, by one call of `reduce` on one flat vector, which it may write to."""
+        flat = reduce(torch.cat([self.sums.flatten(), self.latent]))
+        total = Statistics(len(self.sums) - 1, self.num_parameters, self.sums.device)
+        total.sums, total.latent = flat[: self.sums.numel()].view_as(self.sums), flat[self.sums.numel() :]
+        return total
 
     def sum(self, name: str) -> Tensor:
         """Sum of one quantity by its name, `[K + 1]`, row 0 over all images."""
@@ -123,4 +138,4 @@ class Statistics:
     @property
     def finite(self) -> Tensor:
         """Whether every sum is finite, a boolean on the device."""
-        return self.sums.isfinite().all()
+        return self.sums.isfinite().all() & self.latent.isfinite().all()

@@ -85,10 +85,14 @@ class GaussianComponents:
         means: Tensor,
         covariances: Tensor,
         centred: bool | None = None,
+        check: bool = True,
     ) -> GaussianComponents:
-        """Factorise the covariances, once a pass, and choose the form by the largest precision."""
+        """Factorise the covariances, once a pass, and choose the form by the largest precision.
+
+        With ``centred`` given and without ``check`` the host need not wait for the device.
+        """
         num_features = means.shape[-1]
-        factors = precision_factors(covariance_type, covariances, num_features)
+        factors = precision_factors(covariance_type, covariances, num_features, check)
         if covariance_type in ("diag", "spherical"):
             log_determinant, largest = factors.log().sum(dim=-1), factors.square().amax()
         else:
@@ -198,18 +202,20 @@ class GaussianComponents:
         return weight, first, unfold_quadratic(quadratic, num_features) if self.covariance_type == "full" else quadratic
 
 
-def precision_factors(covariance_type: CovarianceType, covariances: Tensor, num_features: int) -> Tensor:
+def precision_factors(
+    covariance_type: CovarianceType, covariances: Tensor, num_features: int, check: bool = True
+) -> Tensor:
     r"""Cholesky factors :math:`L` of the precisions, :math:`L L^\top = \Sigma^{-1}`; for diagonals the inverse
     deviations.
     """
     if covariance_type in ("diag", "spherical"):
         bad = ~(covariances > 0)
-        if bool(bad.any()):
+        if check and bool(bad.any()):
             raise ValueError(ill_defined_message(bad if covariance_type == "spherical" else bad.any(dim=-1), None))
         if covariance_type == "spherical":
             covariances = covariances[..., None].expand(*covariances.shape, num_features)
         return covariances.rsqrt()
-    lower = cholesky_or_raise(covariances)
+    lower = cholesky_or_raise(covariances) if check else torch.linalg.cholesky_ex(covariances)[0]
     eye = torch.eye(num_features, dtype=lower.dtype, device=lower.device).expand_as(lower)
     return torch.linalg.solve_triangular(lower, eye, upper=False).transpose(-1, -2).contiguous()
 

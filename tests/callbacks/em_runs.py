@@ -13,13 +13,15 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from callbacks import EMParameterCallback, GradientRule, Rule, SignRule
 from datamodules._image_data import Batch, ImageDataModule, Split, TensorImages
 from lightning_modules import GraphDiffusion, GraphDiffusionReconstruction, ParameterTable, ResidualDenoiser
-from lightning_modules.em import LabelAssignment
+from lightning_modules.em import Assignment, LabelAssignment, MixtureAssignment, SimilarityAssignment
+from lightning_modules.em.image_features import NoiseLevel, Texture
 
 CLASSES = ["cat", "dog", "owl"]
 
@@ -50,7 +52,16 @@ def make_rule(name: str) -> Rule:
     return SignRule(window=3, loss_thresholds=(0.002, 0.004), smoothness_thresholds=(0.3, 0.5))
 
 
-def make_module(network: bool = True) -> GraphDiffusionReconstruction:
+def make_assignment(name: str) -> Assignment:
+    if name == "mixture":
+        return MixtureAssignment(3, [NoiseLevel(), Texture()])
+    if name == "similarity":
+        pool = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
+        return SimilarityAssignment(pool, embedding_size=12, num_classes=3, temperature=0.02)
+    return LabelAssignment()
+
+
+def make_module(network: bool = True, assignment: str = "label") -> GraphDiffusionReconstruction:
     torch.manual_seed(0)
     table = ParameterTable(
         initial={"radius": 2.5, "sigma_s": 2.0, "smooth_steps": 2},
@@ -68,7 +79,9 @@ def make_module(network: bool = True) -> GraphDiffusionReconstruction:
         GraphDiffusion(patch_size=3),
         table,
         backbone=ResidualDenoiser(width=4, depth=4, graph_features=2, graph_on="features") if network else None,
-        assignment=LabelAssignment(),
+        assignment=make_assignment(assignment),
+        objective="sure" if assignment == "mixture" else "supervised",
+        estimate_noise=assignment == "mixture",
         noise_std=(0.05, 0.15),
         smoothness_weight=0.001,
         optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-2),
@@ -121,9 +134,14 @@ def result(trainer: L.Trainer, module: L.LightningModule, callback: EMParameterC
 def run(
     root: Path, rule: str = "gradient", batch_size: int = 16, epochs: int = 7, ckpt: Path | None = None, **options: Any
 ) -> dict[str, Any]:
-    """Train, and return everything that must be equal between runs that should be equal."""
+    """Train, and return everything that must be equal between runs that should be equal.
+
+    `rule` names a rule, or an assignment that learns by the gradient rule; regimes learn without clean images.
+    """
     torch.set_num_threads(1)
-    module, callback = make_module(), EMParameterCallback(make_rule(rule))
+    latent = rule in ("mixture", "similarity")
+    module = make_module(assignment=rule) if latent else make_module()
+    callback = EMParameterCallback(make_rule("gradient" if latent else rule))
     trainer = make_trainer(root, callback, epochs, **options)
     trainer.fit(module, SmoothImages(batch_size), ckpt_path=ckpt, weights_only=True if ckpt else None)
     return result(trainer, module, callback)

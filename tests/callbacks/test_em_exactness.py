@@ -13,6 +13,8 @@ from callbacks import EMParameterCallback
 
 SCRIPT = Path(__file__).with_name("em_runs.py")
 PROJECT = Path(__file__).parents[2]
+# Rules, and assignments that learn on their own: regimes without clean images, prototypes of classes.
+KINDS = ("gradient", "sign", "mixture", "similarity")
 
 
 def launch(*words: object) -> subprocess.CompletedProcess[str]:
@@ -28,7 +30,7 @@ def launch(*words: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    return {rule: run(tmp_path_factory.mktemp(rule), rule) for rule in ("gradient", "sign")}
+    return {kind: run(tmp_path_factory.mktemp(kind), kind) for kind in KINDS}
 
 
 def assert_same_path(found: dict[str, Any], expected: dict[str, Any], tolerance: float) -> None:
@@ -41,7 +43,7 @@ def assert_same_path(found: dict[str, Any], expected: dict[str, Any], tolerance:
 
 
 def test_rows_and_unlabelled_images_learn(single: dict[str, dict[str, Any]]) -> None:
-    for name in ("gradient", "sign"):
+    for name in KINDS:
         offsets = single[name]["weights"]["em_parameters.offsets"]
         assert offsets.any(dim=1).all(), f"a row of {name} has learned nothing: {offsets}"
         # The sign rule moves rows in whole steps, so that two of them may well meet.
@@ -49,16 +51,16 @@ def test_rows_and_unlabelled_images_learn(single: dict[str, dict[str, Any]]) -> 
 
 
 def test_two_processes_equal_one(single: dict[str, dict[str, Any]], tmp_path: Path) -> None:
-    done = launch("--devices", 2, "--batch-size", 8, "--rules", "gradient", "sign", "--out", tmp_path / "ddp.pt")
+    done = launch("--devices", 2, "--batch-size", 8, "--rules", *KINDS, "--out", tmp_path / "ddp.pt")
     assert done.returncode == 0, done.stderr[-3000:]
     shared_out = torch.load(tmp_path / "ddp.pt", weights_only=True)
-    for rule in ("gradient", "sign"):
+    for rule in KINDS:
         assert_same_path(shared_out[rule], single[rule], 1e-6)
         for name, weight in single[rule]["weights"].items():
             torch.testing.assert_close(shared_out[rule]["weights"][name], weight, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("rule", ["gradient", "sign"])
+@pytest.mark.parametrize("rule", KINDS)
 def test_accumulation_equals_large_batches(single: dict[str, dict[str, Any]], rule: str, tmp_path: Path) -> None:
     accumulated = run(tmp_path, rule, batch_size=8, accumulate_grad_batches=2)
     assert_same_path(accumulated, single[rule], 1e-6)
@@ -99,12 +101,13 @@ def test_bfloat16_mixed_runs_close_to_float32(single: dict[str, dict[str, Any]],
     assert mixed["table"].dtype == torch.float64
 
 
-def test_killed_and_resumed_equals_uninterrupted(single: dict[str, dict[str, Any]], tmp_path: Path) -> None:
-    killed = launch("--kill", 4, "--out", tmp_path / "never.pt")
+@pytest.mark.parametrize("kind", ["gradient", "mixture", "similarity"])
+def test_killed_and_resumed_equals_uninterrupted(kind: str, single: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    killed = launch("--kill", 4, "--rules", kind, "--out", tmp_path / "never.pt")
     assert killed.returncode == -9, killed.stderr[-3000:]
     assert not (tmp_path / "never.pt").exists()
-    resumed = run(tmp_path / "resumed", ckpt=tmp_path / "gradient" / "epoch=3.ckpt")
-    expected = single["gradient"]
+    resumed = run(tmp_path / "resumed", kind, ckpt=tmp_path / kind / "epoch=3.ckpt")
+    expected = single[kind]
     assert resumed["global_step"] == expected["global_step"]
     assert torch.equal(resumed["table"], expected["table"])
     assert resumed["parameters"] == expected["parameters"]

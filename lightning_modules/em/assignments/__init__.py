@@ -2,5 +2,7 @@
 
 from lightning_modules.em.assignments.assignment import Assignment, GlobalAssignment
 from lightning_modules.em.assignments.label import LabelAssignment
+from lightning_modules.em.assignments.mixture import MixtureAssignment
+from lightning_modules.em.assignments.similarity import SimilarityAssignment
 
-__all__ = ["Assignment", "GlobalAssignment", "LabelAssignment"]
+__all__ = ["Assignment", "GlobalAssignment", "LabelAssignment", "MixtureAssignment", "SimilarityAssignment"]

@@ -39,6 +39,39 @@ class Assignment(nn.Module, ABC):
             - output: float64 `[B, K]`, each row's sum in [0, 1]
         """
 
+    def statistics(self, images: Tensor, labels: Tensor, noise_std: Tensor, responsibilities: Tensor) -> Tensor | None:
+        """E-step of the assignment's own model: sufficient statistics of each image, which `maximise` receives summed.
+
+        Args:
+            images: The images as they come in, noisy.
+            labels: Class labels; −1 where there is none.
+            noise_std: Noise standard deviation of each image, known or estimated.
+            responsibilities: What `forward` returned for them.
+
+        Shape:
+            - responsibilities: `[B, K]`
+            - output: float64 `[B, M]`; None where there is nothing to learn
+        """
+        return None
+
+    def maximise(self, sums: Tensor, accepted: Tensor) -> None:
+        """M-step of the assignment's own model, in closed form, alike on every process.
+
+        Must not wait for the device (`.item()`, `if tensor`): select with `accepted` instead.
+
+        Args:
+            sums: Sums of the statistics over all images of an optimiser step, all processes included.
+            accepted: Whether the step counts; the state stays where it does not.
+
+        Shape:
+            - sums: float64 `[M]`
+            - accepted: boolean scalar
+        """
+
+    def diagnostics(self) -> dict[str, float]:
+        """Numbers to log about the assignment's own model, by name; read only on steps that log."""
+        return {}
+
 
 class GlobalAssignment(Assignment):
     """Every image uses the global parameter set.

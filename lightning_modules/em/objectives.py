@@ -1,0 +1,53 @@
+"""What a restoration is measured by, for each image: against the clean image, or without one."""
+
+from torch import Tensor
+
+# Length of the probe in units of the noise: short beside what the restoration reacts to, long beside rounding.
+_PROBE_LENGTH = 0.1
+# An image of one colour has an estimated noise of 0; a step of 0 has no quotient.
+_LEAST_STEP = 1e-4
+
+
+def squared_error(restored: Tensor, clean: Tensor) -> Tensor:
+    """Mean squared error of each image.
+
+    Shape:
+        - restored, clean: `[B, C, H, W]`
+        - output: `[B]`
+    """
+    return (restored - clean).square().mean((1, 2, 3))
+
+
+def probe_step(noise_std: Tensor) -> Tensor:
+    """Length of the step along the probe in `stein_risk`, `[B]`."""
+    return (_PROBE_LENGTH * noise_std).clamp_min(_LEAST_STEP)
+
+
+def stein_risk(noisy: Tensor, restored: Tensor, perturbed: Tensor, probe: Tensor, noise_std: Tensor) -> Tensor:
+    r"""Stein's unbiased estimate of the squared error, from the noisy image alone.
+
+    .. math:: \frac1n \lVert f(y) - y \rVert^2 - \sigma^2
+        + \frac{2\sigma^2}{n\varepsilon}\, b^\top \bigl(f(y + \varepsilon b) - f(y)\bigr)
+
+    with a standard normal probe b (Stein, Annals of Statistics 9, 1981; Ramani, Blu & Unser, "Monte-Carlo SURE", IEEE
+    TIP 17, 2008). Its expectation over noise and probe is the mean squared error, up to O(ε); a single image's value
+    may be negative.
+
+    Args:
+        noisy: Noisy images y.
+        restored: f(y).
+        perturbed: f(y + εb), by the same f, with ε of `probe_step`.
+        probe: Standard normal draws b.
+        noise_std: Noise standard deviation σ of each image.
+
+    Shape:
+        - images, probe: `[B, C, H, W]`
+        - noise_std: `[B]`
+        - output: `[B]`
+    """
+    variance = noise_std.square()
+    divergence = (probe * (perturbed - restored)).mean((1, 2, 3)) / probe_step(noise_std)
+    return squared_error(restored, noisy) - variance + 2 * variance * divergence
+
+
+__all__ = ["probe_step", "squared_error", "stein_risk"]

@@ -1,0 +1,143 @@
+"""EMHealth: for each finding a run that has it and one that does not."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from callbacks import EMHealth, EMParameterCallback, EMReport, Rule
+from callbacks.em_health import alternation, still_moving
+from callbacks.rules import RuleState
+from lightning_modules import EStep, ParameterTable
+from lightning_modules.em import Statistics, TableValues
+
+
+class Script(Rule):
+    """An M-step that follows a script: the coordinates of the global set by optimiser step."""
+
+    def __init__(self, path: Any = lambda step: -1.2) -> None:
+        self.path = path
+
+    def initial_state(self, table: ParameterTable) -> RuleState:
+        return {"steps": torch.zeros(1)}
+
+    def step(self, table: ParameterTable, statistics: Statistics, state: RuleState) -> tuple[TableValues, RuleState]:
+        shared = table.shared.clone()
+        shared[0] = self.path(int(state["steps"]))
+        return TableValues(shared, table.offsets), {"steps": state["steps"] + 1}
+
+
+class Patient(LightningModule):
+    """A module whose statistics a test lays down."""
+
+    def __init__(self, proxy: Any = None, similarity: float = 0.6, weight: float = 0.4, rows: Any = (0, 1)) -> None:
+        super().__init__()
+        self.em_parameters = ParameterTable(
+            learned=["sigma"], per_row=["sigma"], row_names=["cat", "dog"], bounds={"sigma": (0.1, 0.5)}
+        )
+        self.proxy, self.similarity, self.weight, self.rows = proxy, similarity, weight, rows
+        self.noise = torch.Generator().manual_seed(0)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:
+        loss = self.em_parameters.attach(torch.zeros(()))
+        number = self.trainer.global_step
+        value = torch.rand((), generator=self.noise).item() if self.proxy is None else self.proxy(number)
+        rows = torch.eye(2)[torch.tensor(self.rows)].double()
+        each = torch.full((2,), value)
+        return {"loss": loss, "em": EStep(rows, None, each, similarity=torch.full((2,), self.similarity))}
+
+    def mean_edge_weight(self, batch: Tensor) -> Tensor:
+        return torch.full((2,), self.weight)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def run(tmp_path: Path, module: Patient, rule: Rule | None = None, steps: int = 100) -> EMHealth:
+    health = EMHealth()
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        log_every_n_steps=5,
+        logger=TensorBoardLogger(str(tmp_path), name="", version="run"),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[health, EMParameterCallback(Script() if rule is None else rule), EMReport()],
+    )
+    trainer.fit(module, DataLoader(torch.zeros(2 * steps, 1), 2))
+    return health
+
+
+def test_a_sound_run_has_no_findings(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="EMHealth")
+        assert run(tmp_path, Patient()).findings == {}
+
+
+SICK = {
+    "bound/sigma/lower": ({}, Script(lambda step: -9.0), "sigma rests on its lower bound 0.1: widen"),
+    "bound/sigma/upper": ({}, Script(lambda step: 9.0), "sigma rests on its upper bound 0.5: widen"),
+    "alternation": ({"proxy": lambda step: step % 2}, Script(), r"alternates from step to step \(correlation -0.9"),
+    "similarity": ({"similarity": 0.1}, Script(), "mean similarity of neighbouring patches is 0.1, under 0.3"),
+    "graph/dead": ({"weight": 1e-5}, Script(), "the graph is dead: its mean edge weight is 1e-05"),
+    "graph/complete": ({"weight": 0.99}, Script(), "joins everything alike: its mean edge weight is 0.99"),
+    "empty/dog": ({"rows": (0, 0)}, Script(), "row 'dog' of the parameter table gets no images"),
+    "moving/sigma": ({}, Script(lambda step: -2.2 + 0.015 * step), r"sigma moved by \+\d+% over the last fifth"),
+}
+
+
+@pytest.mark.parametrize("key", SICK)
+def test_each_finding_is_said_once_with_its_remedy(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments, rule, message = SICK[key]
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    monkeypatch.setattr("callbacks.em_report.get_console", lambda: console)
+    with pytest.warns(UserWarning, match=message) as caught:
+        health = run(tmp_path, Patient(**arguments), rule)
+    assert list(health.findings) == [key]
+    assert sum("EMHealth" in str(warning.message) for warning in caught) == 1
+    finding = health.findings[key]
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    (text,) = events.Tensors("em/health/text_summary")
+    assert finding in text.tensor_proto.string_val[0].decode()
+    assert finding in console.export_text().replace("\n", " ") or finding[:80] in console.export_text()
+
+
+def test_what_passes_by_is_not_said(tmp_path: Path) -> None:
+    """Two looks at a bound, then away from it again: less than the patience."""
+    path = Script(lambda step: 9.0 if 20 <= step < 30 else -1.2)
+    assert run(tmp_path, Patient(), path).findings == {}
+
+
+def test_alternation_is_not_seen_in_chance_or_trend() -> None:
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.rand(300, 40, generator=generator)
+    assert max(-alternation(row.tolist()) for row in draws) < 0.5
+    assert abs(alternation([0.1 * step for step in range(40)])) < 1e-6
+    assert alternation([1.0] * 40) == 0.0
+    assert alternation([step % 2 + 0.01 * step for step in range(40)]) < -0.9
+
+
+def test_shaking_about_a_place_is_rest() -> None:
+    table = ParameterTable(learned=["sigma"])
+    rest = [[0.3 * (1.1 if step % 2 else 0.9), 0.1, 10.0, 10.0, 0.3, 5.0] for step in range(50)]
+    assert still_moving(table, list(enumerate(rest)), 49) == {}
+    moving = [[0.3 * 1.05**step, 0.1, 10.0, 10.0, 0.3, 5.0] for step in range(50)]
+    assert list(still_moving(table, list(enumerate(moving)), 49)) == ["sigma"]
+    assert still_moving(table, list(enumerate(moving[:3])), 2) == {}  # too few looks to tell
+
+
+def test_arguments() -> None:
+    with pytest.raises(ValueError, match="patience must be at least 1, got 0"):
+        EMHealth(patience=0)
+    with pytest.raises(ValueError, match=r"window must be at least 10 steps.*got 5"):
+        EMHealth(window=5)
