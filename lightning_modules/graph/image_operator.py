@@ -272,13 +272,15 @@ def _steps_backward(flow: Tensor, first: Tensor, tau: Tensor, averaging: Averagi
     """Gradient of τ and of the exponents of the weights; that of the first signal takes the place of `flow`."""
     steps = tau.unbind(1)
     outflows, signals = averaging.flows(len(steps), flow.shape[1])
-    averages, average = [], torch.empty_like(first)
-    signal = first
-    for index, step in enumerate(steps):
-        signals[index].core.copy_(signal)
-        averages.append(averaging(signals[index], torch.empty_like(first)))
-        if index + 1 < len(steps):
-            signal = torch.lerp(signal, averages[-1], step[:, None, None])
+    averages: list[Tensor] = []
+    workspace = averaging.workspace
+    for index in range(len(steps)):
+        if index == 0:
+            signals[0].core.copy_(first)
+        else:
+            torch.lerp(signals[index - 1].core, averages[-1], steps[index - 1][:, None, None], out=signals[index].core)
+        averages.append(averaging(signals[index], workspace.empty(f"average {index}", first, *first.shape)))
+    average = workspace.empty("average", first, *first.shape)
     grad_tau = []
     for index in reversed(range(len(steps))):
         step = steps[index][:, None, None]

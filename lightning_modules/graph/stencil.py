@@ -213,12 +213,16 @@ def correlate(left: Tensor, right: Tensor, geometry: StencilGeometry, workspace:
     return both
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
 @torch.inference_mode(False)  # made in a validation and cached, it must still serve a training step
 def stencil_geometry(
     height: int, width: int, patch_size: int, max_radius: float, device: torch.device, dtype: torch.dtype
 ) -> StencilGeometry:
-    """Geometry of images of a size: a few hundred bytes for each pixel, which is why few are kept."""
+    """Geometry of images of a size.
+
+    12 M bytes for each pixel in float32, which is why few are kept: training and validation have
+    one or two sizes, and a folder of photographs of many sizes must not fill the memory.
+    """
     offsets = tuple((a, b) for a, b in half_offsets(max_radius) if a < height and abs(b) < width)
     pad = max(int(max_radius), patch_size // 2)
     pitch, margin = width + pad, (pad + 1) * (width + pad)
