@@ -93,6 +93,7 @@ def compare_mixture(x: Tensor, components: int, iterations: int) -> dict[str, An
                 "seconds_per_iteration": (times[1] - times[0]) / iterations,
                 "log_likelihood": float(model.lower_bound_),
             }
+    results |= compare_pomegranate(x, start, iterations)
     ours, theirs = results["lightning-em float64"], results["scikit-learn float64"]
     single = results["scikit-learn float32"]
     products = seconds_of_products(x, components)
@@ -104,6 +105,33 @@ def compare_mixture(x: Tensor, components: int, iterations: int) -> dict[str, An
         "log_likelihood_difference": abs(ours["log_likelihood"] - theirs["log_likelihood"]),
     }
     return results
+
+
+def compare_pomegranate(x: Tensor, start: dict[str, np.ndarray], iterations: int) -> dict[str, Any]:
+    """The same for pomegranate, float32 as it comes, where it is installed."""
+    try:
+        from pomegranate.distributions import Normal
+        from pomegranate.gmm import GeneralMixtureModel
+    except ImportError:
+        print("pomegranate is not installed: left out (pip install pomegranate)")
+        return {}
+    covariances = np.linalg.inv(start["precisions_init"])
+    rows, times = x.float(), []
+    for steps in (1, 1 + iterations):
+        components = [
+            Normal(torch.from_numpy(mean).float(), torch.from_numpy(covariance).float(), covariance_type="full")
+            for mean, covariance in zip(start["means_init"], covariances, strict=True)
+        ]
+        priors = torch.from_numpy(start["weights_init"]).float()
+        model = GeneralMixtureModel(components, priors=priors / priors.sum(), max_iter=steps, tol=-1.0)
+        times.append(median_seconds(lambda model=model: model.fit(rows)))
+    likelihood = float(model.log_probability(rows).double().mean())
+    return {
+        "pomegranate float32": {
+            "seconds_per_iteration": (times[1] - times[0]) / iterations,
+            "log_likelihood": likelihood,
+        }
+    }
 
 
 def seconds_of_products(x: Tensor, components: int) -> float:
