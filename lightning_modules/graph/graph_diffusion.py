@@ -136,12 +136,10 @@ class GraphDiffusion(nn.Module):
             operator = diffuse_image_reference if self.reference else diffuse_image
             return operator(images, guide, parameters, noise_std, self.patch_size, reach)
         if self._is_dense(grid):
-            patches = diffuse_patches_dense(images, guide, parameters, noise_std, grid, self.laplacian, reach)
-        else:
-            graph = patch_graph(images, guide, grid, reach)
-            restored = diffuse_graph(graph, parameters, noise_std, self.laplacian, reach)
-            patches = restored.view(len(images), grid.num_patches, -1)
-        return grid.average(patches)
+            return diffuse_patches_dense(images, guide, parameters, noise_std, grid, self.laplacian, reach)
+        graph = patch_graph(images, guide, grid, reach)
+        restored = diffuse_graph(graph, parameters, noise_std, self.laplacian, reach)
+        return grid.average(restored.view(len(images), grid.num_patches, -1))
 
     @torch.compiler.disable
     def smoothness(self, images: Tensor, sigma: Tensor | float, max_radius: float) -> Smoothness:
