@@ -15,7 +15,7 @@ from lightning_modules.graph.message_passing import (
     patch_graph,
 )
 from lightning_modules.graph.parameters import DiffusionParameters
-from lightning_modules.graph.patch_operator import MAX_DENSE_NODES, diffuse_patches_dense, mean_similarity_dense
+from lightning_modules.graph.patch_operator import MAX_DENSE_NODES, diffuse_patches, mean_similarity_dense
 from lightning_modules.graph.patches import PatchGrid, check_patch_geometry
 from lightning_modules.graph.smoothness import Smoothness
 
@@ -136,7 +136,7 @@ class GraphDiffusion(nn.Module):
             operator = diffuse_image_reference if self.reference else diffuse_image
             return operator(images, guide, parameters, noise_std, self.patch_size, reach)
         if self._is_dense(grid):
-            return diffuse_patches_dense(images, guide, parameters, noise_std, grid, self.laplacian, reach)
+            return diffuse_patches(images, guide, parameters, noise_std, grid, self.laplacian, reach)
         graph = patch_graph(images, guide, grid, reach)
         restored = diffuse_graph(graph, parameters, noise_std, self.laplacian, reach)
         return grid.average(restored.view(len(images), grid.num_patches, -1))

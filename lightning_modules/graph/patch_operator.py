@@ -1,5 +1,6 @@
 """Graph diffusion of patch vectors for graphs of few nodes: dense batched matrix products."""
 
+import importlib.util
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -13,6 +14,28 @@ from lightning_modules.graph.weights import gaussian, smallest_weight, spatial_w
 
 # Up to this many nodes the products of dense matrices win over gathering and scattering along edges.
 MAX_DENSE_NODES = 64
+
+
+def diffuse_patches(
+    images: Tensor,
+    guide: Tensor,
+    parameters: DiffusionParameters,
+    noise_std: Tensor | float,
+    grid: PatchGrid,
+    laplacian: Laplacian,
+    max_radius: float,
+) -> Tensor:
+    """`diffuse_patches_dense`, by the fused kernel of `patch_kernel` where there is CUDA and Triton for it."""
+    if images.is_cuda and images.dtype == torch.float32 and laplacian != "unnormalized" and _has_triton():
+        from lightning_modules.graph.patch_kernel import diffuse_patches_fused
+
+        return diffuse_patches_fused(images, guide, parameters, noise_std, grid, laplacian, max_radius)
+    return diffuse_patches_dense(images, guide, parameters, noise_std, grid, laplacian, max_radius)
+
+
+@lru_cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None  # comes with torch's wheels for Linux only
 
 
 def diffuse_patches_dense(
