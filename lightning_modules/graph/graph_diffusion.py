@@ -1,5 +1,6 @@
 """Graph diffusion behind one door: the geometry chooses the path."""
 
+import math
 from typing import Literal
 
 import torch
@@ -18,6 +19,7 @@ from lightning_modules.graph.parameters import DiffusionParameters
 from lightning_modules.graph.patch_operator import MAX_DENSE_NODES, diffuse_patches, mean_similarity_dense
 from lightning_modules.graph.patches import PatchGrid, check_patch_geometry
 from lightning_modules.graph.smoothness import Smoothness
+from lightning_modules.graph.tiles import in_tiles
 
 
 class GraphDiffusion(nn.Module):
@@ -34,6 +36,9 @@ class GraphDiffusion(nn.Module):
         laplacian: `"symmetric"`, `"random_walk"` or `"unnormalized"`; by default symmetric for patches. The image
             operator is a random walk by construction.
         reference: Compute images by message passing as well, slowly: the oracle of the fast paths.
+        tile_size: Larger images are computed in tiles of this side, in memory that does not grow with the image; the
+            tiles overlap so far that the result is the same. None computes them whole. The unnormalised Laplacian
+            always is, for its stable step depends on all of the graph.
 
     Raises:
         ValueError: If the geometry is impossible; the message names the argument, the rule and the value.
@@ -53,6 +58,7 @@ class GraphDiffusion(nn.Module):
         signal: Literal["image", "patches"] = "image",
         laplacian: Laplacian | None = None,
         reference: bool = False,
+        tile_size: int | None = 512,
     ) -> None:
         super().__init__()
         check_patch_geometry(patch_size, stride)
@@ -67,6 +73,9 @@ class GraphDiffusion(nn.Module):
                 )
             if laplacian not in (None, "random_walk"):
                 raise ValueError(f"signal='image' is a random walk: leave laplacian out instead of {laplacian!r}")
+        if tile_size is not None and tile_size < 1:
+            raise ValueError(f"tile_size must be a positive number of pixels, or None for no tiles, got {tile_size}")
+        self.tile_size = tile_size
         self.patch_size = patch_size
         self.stride = stride
         self.signal = signal
@@ -126,7 +135,25 @@ class GraphDiffusion(nn.Module):
             guide = full if features is None else self._scaled(_full_precision(features))
             noise = (noise_std.to(full.dtype) if torch.is_tensor(noise_std) else noise_std) if features is None else 0.0
             parameters = parameters.map(lambda value: value.to(full.dtype) if value.is_floating_point() else value)
-            return self._diffuse(full, guide, parameters, noise, reach).to(images.dtype)
+            if self.tile_size is None or self.laplacian == "unnormalized":
+                return self._diffuse(full, guide, parameters, noise, reach).to(images.dtype)
+            self._grid(full)
+
+            def operator(images: Tensor, guide: Tensor) -> Tensor:
+                return self._diffuse(images, guide, parameters, noise, reach)
+
+            halo = self._dependency(parameters.smooth_steps, reach)
+            restored = in_tiles(operator, full, guide, self.tile_size, halo, self.patch_size, self.stride)
+            return restored.to(images.dtype)
+
+    def _dependency(self, smooth_steps: Tensor | int, reach: float) -> int:
+        """How far, in pixels, a restored pixel looks."""
+        steps = int(smooth_steps.max()) if torch.is_tensor(smooth_steps) else smooth_steps
+        # S and each step look one radius further. The weights of a pixel look one radius and a window beyond it.
+        if self.signal == "image":
+            return (steps + 1) * int(reach) + 2 * (self.patch_size // 2)
+        # The patches that cover a pixel; the symmetric Laplacian asks for the degree of neighbours too.
+        return (steps + 2) * math.ceil(reach) + 2 * self.patch_size
 
     def _diffuse(
         self, images: Tensor, guide: Tensor, parameters: DiffusionParameters, noise_std: Tensor | float, reach: float

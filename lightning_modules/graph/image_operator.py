@@ -1,21 +1,32 @@
-"""Graph diffusion of an image whose every pixel is a node: a stencil of shifted slices, no edge list."""
+"""Graph diffusion of an image whose every pixel is a node, on the stencil of its neighbours."""
 
-from functools import lru_cache
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_modules.graph.parameters import DiffusionParameters, repeat_step
-from lightning_modules.graph.topology import half_offsets
-from lightning_modules.graph.weights import SELF_WEIGHT, debias_distance, edge_weight, gaussian
+from lightning_modules.graph.averaging import Averaging
+from lightning_modules.graph.parameters import DiffusionParameters
+from lightning_modules.graph.stencil import (
+    FAR,
+    Signal,
+    StencilGeometry,
+    Workspace,
+    add_products_,
+    box_sum_,
+    edge_views,
+    incident_sum,
+    squared_differences,
+    stencil_geometry,
+)
+from lightning_modules.graph.weights import GAUSSIAN_EXPONENT, SELF_WEIGHT, cosine_cutoff
 
-Offsets = tuple[tuple[int, int], ...]
-
-# Squared distance of pairs that leave the image: no kernel of a width under 10⁵ lets any weight through, and unlike an
-# infinity it gives no NaN in the gradient.
-FAR = 1e12
+# Bytes of the map of the images that are worked on at once; the working set is about six such maps. On a CPU few enough
+# that it stays in the caches, and many enough that each kernel has work to pay for its call.
+CHUNK_BYTES = {"cpu": 4 * 2**20}
+ACCELERATOR_CHUNK_BYTES = 256 * 2**20
 
 
 def diffuse_image(
@@ -34,7 +45,11 @@ def diffuse_image(
     .. math:: x \leftarrow A_S\, y, \qquad x \leftarrow (1 - \tau)\, x + \tau A_W\, x \quad (k \text{ times})
 
     Patch-wise non-local means followed by diffusion on the same graph (Buades, Coll & Morel, CVPR 2005; Gilboa & Osher,
-    "Nonlocal operators", MMS 2008).
+    "Nonlocal operators", MMS 2008). The distances are box filters of the squared difference of two shifted images:
+
+    .. math:: D_\delta(q) = \frac{p^2}{n_\delta(q)} \sum_u \lVert y(q+u) - y(q+u+\delta) \rVert^2 - 2 \sigma_n^2 p^2 F
+
+    over the :math:`n_\delta(q)` positions u of the window for which both pixels lie in the image, clamped at 0.
 
     Args:
         images: Signal y.
@@ -48,17 +63,9 @@ def diffuse_image(
         - images: `[B, C, H, W]`; guide: `[B, F, H, W]`
         - output: `[B, C, H, W]`
     """
-    per_image = parameters.map(lambda value: value.view(-1, 1, 1, 1))
-    noise = noise_std.view(-1, 1, 1, 1) if torch.is_tensor(noise_std) else noise_std
-    geometry = _geometry(*guide.shape[-2:], patch_size, max_radius, guide.device, guide.dtype)
-    distance = debias_distance(window_distances(guide, geometry), noise, guide.shape[1] * patch_size**2)
-
-    similarity = gaussian(distance, per_image.sigma)
-    restored = _diffuse(similarity, 1.0, images, 1.0, 1, geometry)
-    if isinstance(parameters.smooth_steps, int) and parameters.smooth_steps == 0:
-        return restored
-    weight = edge_weight(distance, geometry.length, per_image.sigma_s, per_image.sigma_f, per_image.radius)
-    return _diffuse(weight, SELF_WEIGHT, restored, per_image.tau, per_image.smooth_steps, geometry)
+    geometry = stencil_geometry(*guide.shape[-2:], patch_size, max_radius, guide.device, guide.dtype)
+    exponents = _exponents(parameters, noise_std, guide, geometry)
+    return _ImageDiffusion.apply(images, guide, *exponents, geometry)
 
 
 def mean_similarity(images: Tensor, sigma: Tensor | float, patch_size: int, max_radius: float) -> tuple[Tensor, int]:
@@ -68,247 +75,255 @@ def mean_similarity(images: Tensor, sigma: Tensor | float, patch_size: int, max_
         - images: `[B, C, H, W]`
         - output: `[B]`
     """
-    geometry = _geometry(*images.shape[-2:], patch_size, max_radius, images.device, images.dtype)
-    width = sigma.view(-1, 1, 1, 1) if torch.is_tensor(sigma) else sigma
-    similarity = gaussian(window_distances(images, geometry), width)
-    half_edges = geometry.num_half_edges
-    return similarity.sum((1, 2, 3)) / max(half_edges, 1), 2 * half_edges
+    geometry = stencil_geometry(*images.shape[-2:], patch_size, max_radius, images.device, images.dtype)
+    scale = GAUSSIAN_EXPONENT / _column(sigma, images)[:, 0] ** 2
+    sums = _SimilaritySum.apply(images, scale, geometry)
+    return sums / max(geometry.num_half_edges, 1), 2 * geometry.num_half_edges
 
 
-class StencilGeometry(NamedTuple):
-    """What depends on the image's size alone; M is the number of half offsets, one of each pair ±δ.
+class _Exponents(NamedTuple):
+    """The parameters as they enter the kernels, each with one row for each image; kernels are powers of two.
 
     Attributes:
-        offsets: Half offsets δ = (row, column).
-        valid: 1 where both a pixel and its neighbour lie in the image, for +δ and then for −δ, `[2M, H, W]`.
-        scale: p² over the number of terms of the window that are valid for δ, 0 where the pair is not, `[M, H, W]`.
-        far: A distance without similarity where the pair is not valid, 0 elsewhere, `[M, H, W]`.
-        length: ‖δ‖, `[M, 1, 1]`.
-        num_half_edges: Number of valid pairs.
-        patch_size: Side p of the windows.
+        noise: What noise is expected to add to a distance, `[B]`.
+        similarity: a in S = 2^(a·D), `[B]`.
+        weight: b in W = 2^(b·D + c), `[B]`.
+        spatial: c for each half offset, `[B, M]`.
+        tau: Step of each iteration, 0 after an image's own number of steps, `[B, k]`.
     """
 
-    offsets: Offsets
-    valid: Tensor
-    scale: Tensor
-    far: Tensor
-    length: Tensor
-    num_half_edges: int
-    patch_size: int
+    noise: Tensor
+    similarity: Tensor
+    weight: Tensor
+    spatial: Tensor
+    tau: Tensor
 
 
-def window_distances(guide: Tensor, geometry: StencilGeometry) -> Tensor:
-    r"""Squared distances of the windows around each pixel q and its neighbour q+δ, clipped at the border.
-
-    .. math:: D_\delta(q) = \frac{p^2}{n_\delta(q)} \sum_u \lVert y(q+u) - y(q+u+\delta) \rVert^2
-
-    over the :math:`n_\delta(q)` positions u of the window for which both pixels lie in the image: a box filter of the
-    squared difference of two shifted images, once for each pair ±δ. Pairs that leave the image are `FAR` apart.
-
-    Args:
-        guide: Images or features y.
-        geometry: Offsets and borders.
-
-    Shape:
-        - guide: `[B, F, H, W]`
-        - output: `[B, M, H, W]`
-    """
-    squared = _SquaredDifferences.apply(guide, geometry.offsets)
-    return torch.addcmul(geometry.far, box_sum(squared, geometry.patch_size), geometry.scale)
-
-
-def box_sum(maps: Tensor, size: int) -> Tensor:
-    """Sum over the centred `size`×`size` window, zeros outside; `size` odd.
-
-    Shape:
-        - maps: `[..., H, W]`
-        - output: as maps
-    """
-    return maps if size == 1 else _BoxSum.apply(maps, size)
+def _exponents(
+    parameters: DiffusionParameters, noise_std: Tensor | float, guide: Tensor, geometry: StencilGeometry
+) -> _Exponents:
+    steps = parameters.smooth_steps
+    count = int(steps.max()) if torch.is_tensor(steps) else steps
+    tau = _column(parameters.tau, guide).expand(-1, count)
+    if torch.is_tensor(steps):
+        tau = tau * (torch.arange(count, device=guide.device) < steps.view(-1, 1))
+    cutoff = cosine_cutoff(geometry.length, _column(parameters.radius, guide))
+    # Beyond the radius no weight at all, exactly: a logarithm that has no derivative there, nor an infinity.
+    reached = cutoff > torch.finfo(guide.dtype).tiny
+    log_cutoff = torch.where(reached, torch.where(reached, cutoff, 1.0).log2(), -FAR)
+    similarity, weight, space = (
+        GAUSSIAN_EXPONENT / _column(width, guide) ** 2
+        for width in (parameters.sigma, parameters.sigma_f, parameters.sigma_s)
+    )
+    spatial = space * geometry.length**2 + log_cutoff
+    dimension = guide.shape[1] * geometry.patch_size**2
+    noise = 2 * dimension * _column(noise_std, guide) ** 2
+    return _Exponents(noise[:, 0], similarity[:, 0], weight[:, 0], spatial, tau)
 
 
-def _diffuse(
-    half: Tensor,
-    self_weight: float,
-    image: Tensor,
-    tau: Tensor | float,
-    smooth_steps: Tensor | int,
-    geometry: StencilGeometry,
-) -> Tensor:
-    """`x ← (1−τ) x + τ A x`, `smooth_steps` times, for the averaging operator A of the half weights."""
-    weight, own = _AveragingWeights.apply(half, self_weight, geometry)
-
-    def step(image: Tensor) -> Tensor:
-        return torch.lerp(image, _Stencil.apply(weight, own, image, geometry.offsets), tau)
-
-    return repeat_step(step, image, smooth_steps)
+def _column(value: Tensor | float, like: Tensor) -> Tensor:
+    """A number, or one for each image, as `[B, 1]`."""
+    value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    return value.reshape(-1, 1).expand(len(like), 1)
 
 
-class _BoxSum(torch.autograd.Function):
-    """Separable box filter; its own adjoint."""
+class _ImageDiffusion(torch.autograd.Function):
+    """The operator, some images at a time; it keeps its inputs and S·y, and computes the rest again to go back."""
 
     @staticmethod
-    def forward(ctx: Any, maps: Tensor, size: int) -> Tensor:
-        ctx.size = size
-        return _box(maps, size)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _box(grad, ctx.size), None
-
-
-def _box(maps: Tensor, size: int) -> Tensor:
-    for dim in (-2, -1):
-        length, total = maps.shape[dim], maps.clone(memory_format=torch.contiguous_format)
-        for shift in range(1, min(size // 2, length - 1) + 1):
-            total.narrow(dim, shift, length - shift).add_(maps.narrow(dim, 0, length - shift))
-            total.narrow(dim, 0, length - shift).add_(maps.narrow(dim, shift, length - shift))
-        maps = total
-    return maps
-
-
-class _AveragingWeights(torch.autograd.Function):
-    r"""Weights of the neighbours at +δ and −δ, `[B, 2M, H, W]`, and of the pixel itself, `[B, 1, H, W]`.
-
-    The weights w of a pixel and s of itself are normalised by :math:`t = s + \sum w`, averaged over the windows that
-    cover a pixel (box filter b), cut to valid pairs V and normalised again:
-
-    .. math:: c = V\, b(w / t), \quad o = b(s / t), \quad n = o + \sum c, \quad A = c / n, \quad a = o / n
-    """
-
-    @staticmethod
-    def forward(ctx: Any, half: Tensor, self_weight: float, geometry: StencilGeometry) -> tuple[Tensor, Tensor]:
-        weight = _both_directions(half, geometry.offsets)
-        inverse_total = (weight.sum(1, keepdim=True) + self_weight).reciprocal_()
-        covered = _box(weight * inverse_total, geometry.patch_size).mul_(geometry.valid)
-        own = _box(self_weight * inverse_total, geometry.patch_size)
-        inverse_norm = (own + covered.sum(1, keepdim=True)).reciprocal_()
-        covered.mul_(inverse_norm)
-        own.mul_(inverse_norm)
-        ctx.save_for_backward(weight, inverse_total, covered, own, inverse_norm)
-        ctx.self_weight, ctx.geometry = self_weight, geometry
-        return covered, own
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, grad_own: Tensor) -> tuple[Tensor, None, None]:
-        weight, inverse_total, covered, own, inverse_norm = ctx.saved_tensors
-        geometry = ctx.geometry
-        through_norm = (grad * covered).sum(1, keepdim=True).addcmul_(grad_own, own)
-        grad = (grad - through_norm).mul_(inverse_norm).mul_(geometry.valid)
-        grad = _box(grad, geometry.patch_size)
-        grad_own = _box((grad_own - through_norm) * inverse_norm, geometry.patch_size)
-        through_total = (grad * weight).sum(1, keepdim=True).add_(grad_own, alpha=ctx.self_weight).mul_(inverse_total)
-        grad = grad.sub_(through_total).mul_(inverse_total)
-        return _fold_directions(grad, geometry.offsets), None, None
-
-
-def _both_directions(half: Tensor, offsets: Offsets) -> Tensor:
-    """Values at +δ, and at −δ what the pixel q−δ has for its neighbour q; zero where q−δ lies outside."""
-    count = len(offsets)
-    both = half.new_zeros(len(half), 2 * count, *half.shape[2:])
-    both[:, :count] = half
-    for m, offset in enumerate(offsets):
-        here, there = _region(offset, *half.shape[-2:])
-        both[:, count + m, *there] = half[:, m, *here]
-    return both
-
-
-def _fold_directions(both: Tensor, offsets: Offsets) -> Tensor:
-    """Adjoint of `_both_directions`."""
-    count = len(offsets)
-    half = both[:, :count].clone()
-    for m, offset in enumerate(offsets):
-        here, there = _region(offset, *both.shape[-2:])
-        half[:, m, *here] += both[:, count + m, *there]
-    return half
-
-
-def _region(offset: tuple[int, int], height: int, width: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-    """Pixels q whose neighbour q+δ lies in the image, and those neighbours."""
-    a, b = offset
-    here = slice(max(0, -a), height - max(0, a)), slice(max(0, -b), width - max(0, b))
-    there = slice(max(0, a), height + min(0, a)), slice(max(0, b), width + min(0, b))
-    return here, there
-
-
-class _SquaredDifferences(torch.autograd.Function):
-    """‖y(q) − y(q+δ)‖² for each half offset; the differences are computed again in the backward pass, not kept."""
-
-    @staticmethod
-    def forward(ctx: Any, guide: Tensor, offsets: Offsets) -> Tensor:
-        ctx.save_for_backward(guide)
-        ctx.offsets = offsets
-        batch, _, height, width = guide.shape
-        squared = guide.new_zeros(batch, len(offsets), height, width)
-        for m, offset in enumerate(offsets):
-            here, there = _region(offset, height, width)
-            squared[:, m, *here] = (guide[..., *here] - guide[..., *there]).square().sum(1)
-        return squared
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (guide,) = ctx.saved_tensors
-        grad_guide = torch.zeros_like(guide)
-        for m, offset in enumerate(ctx.offsets):
-            here, there = _region(offset, *guide.shape[-2:])
-            flow = (guide[..., *here] - guide[..., *there]) * (2 * grad[:, m : m + 1, *here])
-            grad_guide[..., *here] += flow
-            grad_guide[..., *there] -= flow
-        return grad_guide, None
-
-
-class _Stencil(torch.autograd.Function):
-    """Σ_δ A_δ(q) x(q+δ) over +δ and −δ, plus a(q) x(q); keeps only its inputs."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, own: Tensor, image: Tensor, offsets: Offsets) -> Tensor:
-        ctx.save_for_backward(weight, own, image)
-        ctx.offsets = _both_signs(offsets)
-        output = own * image
-        for k, offset in enumerate(ctx.offsets):
-            here, there = _region(offset, *image.shape[-2:])
-            output[..., *here].addcmul_(weight[:, k : k + 1, *here], image[..., *there])
+    def forward(ctx: Any, images: Tensor, guide: Tensor, *arguments: Any) -> Tensor:
+        *exponents, geometry = arguments
+        workspace, needed = Workspace(), any(ctx.needs_input_grad)
+        output = torch.empty_like(images, memory_format=torch.contiguous_format)
+        smoothed = []
+        for part in _chunks(guide, geometry):
+            own = _Exponents(*(exponent[part] for exponent in exponents))
+            output[part], first = _diffuse(images[part], guide[part], own, geometry, workspace)
+            if needed:
+                smoothed.append(first.clone())
+        if needed:
+            ctx.save_for_backward(images, guide, *exponents, *smoothed)
+            ctx.geometry = geometry
         return output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        weight, own, image = ctx.saved_tensors
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[0] else None
-        grad_own = (grad * image).sum(1, keepdim=True) if ctx.needs_input_grad[1] else None
-        grad_image = own * grad if ctx.needs_input_grad[2] else None
-        for k, offset in enumerate(ctx.offsets):
-            here, there = _region(offset, *image.shape[-2:])
-            if grad_weight is not None:
-                for channel in range(image.shape[1]):
-                    grad_weight[:, k, *here].addcmul_(grad[:, channel, *here], image[:, channel, *there])
-            if grad_image is not None:
-                grad_image[..., *there].addcmul_(weight[:, k : k + 1, *here], grad[..., *here])
-        return grad_weight, grad_own, grad_image, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        images, guide, *exponents = ctx.saved_tensors[:7]
+        smoothed = ctx.saved_tensors[7:]
+        geometry, needs, workspace = ctx.geometry, ctx.needs_input_grad[:7], Workspace()
+        grads: list[Tensor | None] = [None] * len(needs)
+        for part, first in zip(_chunks(guide, geometry), smoothed, strict=True):
+            own = _Exponents(*(exponent[part] for exponent in exponents))
+            found = _diffuse_backward(grad[part], first, images[part], guide[part], own, geometry, workspace, needs)
+            for index, value in enumerate(found):
+                if needs[index] and value is not None:
+                    total = grads[index]
+                    if total is None:
+                        total = grads[index] = torch.empty_like(ctx.saved_tensors[index])
+                    total[part] = value
+        return (*grads, None)
 
 
-def _both_signs(offsets: Offsets) -> Offsets:
-    return offsets + tuple((-a, -b) for a, b in offsets)
+class _SimilaritySum(torch.autograd.Function):
+    """Sum of the similarities of all pairs, `[B]`, some images at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, scale: Tensor, geometry: StencilGeometry) -> Tensor:
+        ctx.save_for_backward(images, scale)
+        ctx.geometry = geometry
+        workspace = Workspace()
+        sums = torch.empty_like(scale)
+        for part in _chunks(images, geometry):
+            distance = _distances(images[part], None, geometry, workspace)
+            sums[part] = distance.mul_(scale[part, None, None]).exp2_().sum((1, 2))
+        return sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        images, scale = ctx.saved_tensors
+        geometry, workspace = ctx.geometry, Workspace()
+        grads = [
+            torch.empty_like(t) if need else None
+            for t, need in zip(ctx.saved_tensors, ctx.needs_input_grad[:2], strict=True)
+        ]
+        for part in _chunks(images, geometry):
+            factor = (grad[part] * math.log(2))[:, None, None]
+            distance = _distances(images[part], None, geometry, workspace)
+            power = torch.exp2(distance * scale[part, None, None]).mul_(factor)
+            if grads[1] is not None:
+                grads[1][part] = (power * distance).sum((1, 2))
+            if grads[0] is not None:
+                grads[0][part] = _distances_backward(
+                    power.mul_(scale[part, None, None]), images[part], geometry, workspace
+                )
+        return (*grads, None)
 
 
-@lru_cache(
-    maxsize=2
-)  # a few hundred bytes for each pixel: a folder of photographs of many sizes must not fill the memory
-@torch.inference_mode(False)  # made in a validation and cached, it must still serve a training step
-def _geometry(
-    height: int, width: int, patch_size: int, max_radius: float, device: torch.device, dtype: torch.dtype
-) -> StencilGeometry:
-    offsets = tuple((a, b) for a, b in half_offsets(max_radius) if a < height and abs(b) < width)
-    half = torch.zeros(1, len(offsets), height, width, dtype=torch.float64)
-    for m, offset in enumerate(offsets):
-        here, _ = _region(offset, height, width)
-        half[:, m, *here] = 1
-    terms = _box(half, patch_size)[0].clamp_min(1)
-    scale = half[0] * patch_size**2 / terms
-    length = torch.tensor([(a * a + b * b) ** 0.5 for a, b in offsets], dtype=torch.float64).view(-1, 1, 1)
-    valid, far = _both_directions(half, offsets)[0], FAR * (1 - half[0])
-    valid, scale, far, length = (tensor.to(device, dtype) for tensor in (valid, scale, far, length))
-    return StencilGeometry(offsets, valid, scale, far, length, int(half.sum()), patch_size)
+def _chunks(guide: Tensor, geometry: StencilGeometry) -> list[slice]:
+    """Equal parts of the batch whose maps are about as large as the device likes them."""
+    each = guide.element_size() * max(geometry.valid.numel(), 1)
+    limit = CHUNK_BYTES.get(guide.device.type, ACCELERATOR_CHUNK_BYTES)
+    count = -(-len(guide) // max(1, limit // each))
+    size = max(1, -(-len(guide) // max(count, 1)))
+    return [slice(first, first + size) for first in range(0, len(guide), size)]
+
+
+def _diffuse(
+    images: Tensor, guide: Tensor, exponents: _Exponents, geometry: StencilGeometry, workspace: Workspace
+) -> tuple[Tensor, Tensor]:
+    """Restored images, and the flattened S·y; both are overwritten by the next call with the workspace."""
+    distance = _distances(guide, exponents.noise, geometry, workspace)
+    signal = _load(images, "signal", geometry, workspace)
+    first = workspace.empty("first", images, *signal.core.shape)
+    _similarity(distance, exponents, geometry, workspace)(signal, first)
+    signal.core.copy_(first)
+    if exponents.tau.shape[1]:
+        averaging = _weights(distance, exponents, geometry, workspace)
+        average = workspace.empty("average", images, *signal.core.shape)
+        for tau in exponents.tau.unbind(1):
+            signal.core.lerp_(averaging(signal, average), tau[:, None, None])
+    return geometry.unflatten(signal.core), first
+
+
+def _diffuse_backward(
+    grad: Tensor,
+    first: Tensor,
+    images: Tensor,
+    guide: Tensor,
+    exponents: _Exponents,
+    geometry: StencilGeometry,
+    workspace: Workspace,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of images, guide and exponents, where needed."""
+    needs_image, needs_guide, needs_noise, *_ = needs
+    through_distance = needs_guide or needs_noise
+    distance = _distances(guide, exponents.noise, geometry, workspace)
+    flow = _load(grad, "flow", geometry, workspace).core
+    grad_distance: Tensor | None = None
+    grad_image = grad_guide = grad_noise = grad_weight = grad_spatial = grad_tau = None
+    if exponents.tau.shape[1]:
+        averaging = _weights(distance, exponents, geometry, workspace)
+        grad_tau, power = _steps_backward(flow, first, exponents.tau, averaging)
+        grad_spatial = power.sum(2)
+        if through_distance:
+            grad_distance = power * exponents.weight[:, None, None]
+        grad_weight = power.mul_(distance).sum((1, 2))
+    averaging = _similarity(distance, exponents, geometry, workspace)
+    outflow, source = averaging.flows(1, images.shape[1])
+    _store(images, source[0], geometry)
+    torch.mul(flow, averaging.inverse_norm, out=outflow[0].core)
+    if needs_image:
+        grad_image = geometry.unflatten(averaging.adjoint(outflow[0], torch.empty_like(first)))
+    power = averaging.backward([first])
+    if through_distance:
+        part = power * exponents.similarity[:, None, None]
+        grad_distance = (part if grad_distance is None else grad_distance.add_(part)).mul_(distance > 0)
+        grad_noise = -grad_distance.sum((1, 2))
+    grad_similarity = power.mul_(distance).sum((1, 2))
+    if needs_guide and grad_distance is not None:
+        grad_guide = _distances_backward(grad_distance, guide, geometry, workspace)
+    return grad_image, grad_guide, grad_noise, grad_similarity, grad_weight, grad_spatial, grad_tau
+
+
+def _steps_backward(flow: Tensor, first: Tensor, tau: Tensor, averaging: Averaging) -> tuple[Tensor, Tensor]:
+    """Gradient of τ and of the exponents of the weights; that of the first signal takes the place of `flow`."""
+    steps = tau.unbind(1)
+    outflows, signals = averaging.flows(len(steps), flow.shape[1])
+    averages, average = [], torch.empty_like(first)
+    signal = first
+    for index, step in enumerate(steps):
+        signals[index].core.copy_(signal)
+        averages.append(averaging(signals[index], torch.empty_like(first)))
+        if index + 1 < len(steps):
+            signal = torch.lerp(signal, averages[-1], step[:, None, None])
+    grad_tau = []
+    for index in reversed(range(len(steps))):
+        step = steps[index][:, None, None]
+        grad_tau.append((averages[index] - signals[index].core).mul_(flow).sum((1, 2)))
+        torch.mul(flow, averaging.inverse_norm * step, out=outflows[index].core)
+        averaging.adjoint(outflows[index], average)
+        torch.addcmul(average, flow, 1 - step, out=flow)
+    return torch.stack(grad_tau[::-1], 1), averaging.backward(averages)
+
+
+def _load(images: Tensor, name: str, geometry: StencilGeometry, workspace: Workspace) -> Signal:
+    signal = Signal(workspace.padded(name, images, images.shape[1], geometry), geometry)
+    _store(images, signal, geometry)
+    return signal
+
+
+def _store(images: Tensor, signal: Signal, geometry: StencilGeometry) -> None:
+    geometry.unflatten(signal.core).copy_(images)
+
+
+def _distances(guide: Tensor, noise: Tensor | None, geometry: StencilGeometry, workspace: Workspace) -> Tensor:
+    """Squared distances of the windows, `[B, M, n]`, without the part that noise is expected to add."""
+    squared = squared_differences(_load(guide, "guide", geometry, workspace).padded, geometry, workspace)
+    box_sum_(squared, geometry.patch_size, geometry.pitch, workspace)
+    squared.mul_(geometry.scale).add_(geometry.far)
+    return squared if noise is None else squared.sub_(noise[:, None, None]).clamp_min_(0)
+
+
+def _distances_backward(grad: Tensor, guide: Tensor, geometry: StencilGeometry, workspace: Workspace) -> Tensor:
+    """Gradient of the guide given that of the distances, which is overwritten."""
+    flow = box_sum_(grad.mul_(geometry.scale), geometry.patch_size, geometry.pitch, workspace)
+    flow.mul_(geometry.valid)
+    signal = _load(guide, "guide", geometry, workspace)
+    grad_guide = -incident_sum(flow, flow, geometry)[:, None] * signal.core
+    add_products_(grad_guide, edge_views(flow, flow, geometry), signal.neighbors)
+    return -2 * geometry.unflatten(grad_guide)
+
+
+def _similarity(distance: Tensor, exponents: _Exponents, geometry: StencilGeometry, workspace: Workspace) -> Averaging:
+    half = workspace.empty("half", distance, *distance.shape)
+    torch.mul(distance, exponents.similarity[:, None, None], out=half).exp2_()
+    return Averaging(half, 1.0, geometry, workspace)
+
+
+def _weights(distance: Tensor, exponents: _Exponents, geometry: StencilGeometry, workspace: Workspace) -> Averaging:
+    half = workspace.empty("half", distance, *distance.shape)
+    torch.addcmul(exponents.spatial[:, :, None], distance, exponents.weight[:, None, None], out=half).exp2_()
+    return Averaging(half, SELF_WEIGHT, geometry, workspace)

@@ -1,0 +1,254 @@
+r"""A pixel graph as a stencil: shifted slices of flattened images, no edge list.
+
+An image is flattened row by row with enough empty columns after each row, and enough empty rows above and below, that
+the neighbour q+δ of every pixel q lies at one and the same distance in memory for a given offset δ = (row, column), and
+outside the image for certain where it should: one contiguous slice instead of a rectangle for each offset.
+
+M is the number of half offsets, one of each pair ±δ. A *map* holds a value for each pair: entry m of pixel p belongs to
+the pair (p, p+δ_m). A pair of maps (there, back) therefore holds a value for both directions of each edge.
+
+Letters of the shapes: L = H·pitch pixels of the flattened image; n = margin + L pixels, the rows above it included, on
+which maps live; N = n + margin pixels, the rows below included, on which flattened images live.
+"""
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_modules.graph.topology import half_offsets
+
+# Squared distance of pairs that leave the image: no kernel of a width under 10⁵ lets any weight through, and unlike an
+# infinity it gives no NaN in the gradient.
+FAR = 1e12
+
+
+class StencilGeometry(NamedTuple):
+    """What depends on the image's size alone.
+
+    Attributes:
+        height: H.
+        width: W.
+        pitch: Pixels from a row to the next.
+        margin: Pixels above and below the image.
+        shifts: Distance in memory of each half offset, ascending.
+        rows: Runs of half offsets next to each other in an image row: (first, number, shift of the first).
+        valid: 1 where both pixels of a pair lie in the image, `[M, n]`.
+        scale: p² over the number of terms of the window that are valid for δ, 0 where the pair is not, `[M, n]`.
+        far: A distance without similarity where the pair is not valid, 0 elsewhere, `[M, n]`.
+        inside: 1 for the pixels of the image, 0 for the empty columns, `[L]`.
+        length: ‖δ‖, `[M]`.
+        num_half_edges: Number of valid pairs.
+        patch_size: Side p of the windows.
+    """
+
+    height: int
+    width: int
+    pitch: int
+    margin: int
+    shifts: tuple[int, ...]
+    rows: tuple[tuple[int, int, int], ...]
+    valid: Tensor
+    scale: Tensor
+    far: Tensor
+    inside: Tensor
+    length: Tensor
+    num_half_edges: int
+    patch_size: int
+
+    @property
+    def size(self) -> int:
+        """L."""
+        return self.height * self.pitch
+
+    def unflatten(self, flat: Tensor) -> Tensor:
+        """Images `[B, C, H, W]`, as a view of flattened ones without margins, `[B, C, L]`."""
+        return flat.unflatten(2, (self.height, self.pitch))[..., : self.width]
+
+    def pad(self, flat: Tensor) -> Tensor:
+        """With empty margins: `[..., N]` of `[..., L]`."""
+        return F.pad(flat, (self.margin, self.margin))
+
+    def core(self, padded: Tensor) -> Tensor:
+        """Without margins: `[..., L]` of `[..., N]` or of `[..., n]`."""
+        return padded[..., self.margin : self.margin + self.size]
+
+
+class Workspace:
+    """Memory that the chunks of a call use one after the other.
+
+    Fresh memory costs a page fault for every 4 KiB, which is more than what is computed in it.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def empty(self, name: str, like: Tensor, *shape: int) -> Tensor:
+        """Uninitialised tensor; what was given out under the same name before is overwritten."""
+        size = math.prod(shape)
+        if name not in self._buffers or self._buffers[name].numel() < size:
+            self._buffers[name] = like.new_empty(size)
+        return self._buffers[name][:size].view(shape)
+
+    def padded(self, name: str, like: Tensor, channels: int, geometry: StencilGeometry) -> Tensor:
+        """Buffer for flattened images, `[B, channels, N]`; zero where nobody has written, such as in the margins."""
+        shape = (len(like), channels, geometry.size + 2 * geometry.margin)
+        if name not in self._buffers or self._buffers[name].shape != shape:
+            self._buffers[name] = like.new_zeros(shape)
+        return self._buffers[name]
+
+
+class Signal:
+    """Flattened images in a buffer with empty margins, and the views on it that sums over neighbours need.
+
+    Attributes:
+        padded: The buffer, `[B, C, N]`.
+        core: The images in it, `[B, C, L]`.
+        neighbors: What each pixel has at +δ and −δ in turn, `[B, C, L]` each.
+    """
+
+    def __init__(self, padded: Tensor, geometry: StencilGeometry) -> None:
+        margin, size = geometry.margin, geometry.size
+        self.padded, self.core = padded, geometry.core(padded)
+        starts = (start for shift in geometry.shifts for start in (margin + shift, margin - shift))
+        self.neighbors = [padded[..., start : start + size] for start in starts]
+
+
+def box_sum_(maps: Tensor, patch_size: int, pitch: int, workspace: Workspace) -> Tensor:
+    """Sum over the centred window of flattened images or maps that are zero outside the image, in place.
+
+    Shape:
+        - maps: `[..., n]`, contiguous
+        - output: as maps; right at every pixel of the image, arbitrary elsewhere
+    """
+    source, total = maps, workspace.empty("box", maps, *maps.shape)
+    for step in (1, pitch) if patch_size > 1 else ():
+        torch.add(source[..., :-step], source[..., step:], out=total[..., :-step])
+        total[..., -step:] = source[..., -step:]
+        total[..., step:] += source[..., :-step]
+        for distance in range(2 * step, patch_size // 2 * step + 1, step):
+            total[..., :-distance] += source[..., distance:]
+            total[..., distance:] += source[..., :-distance]
+        source, total = total, source
+    return maps
+
+
+def squared_differences(padded: Tensor, geometry: StencilGeometry, workspace: Workspace) -> Tensor:
+    """‖y(p) − y(p+δ)‖² of flattened images, 0 where the pair is not valid.
+
+    Shape:
+        - padded: `[B, F, N]`
+        - output: `[B, M, n]`
+    """
+    batch, channels, _ = padded.shape
+    n = geometry.margin + geometry.size
+    squared = workspace.empty("distance", padded, batch, len(geometry.shifts), n)
+    for first, count, _ in geometry.rows:
+        run = squared[:, first : first + count]
+        # A buffer: what torch would allocate for the difference of a view that overlaps itself is not contiguous.
+        difference = workspace.empty("difference", padded, batch, count, n)
+        for channel in range(channels):
+            torch.sub(at_neighbor(padded[:, channel], geometry, first), padded[:, channel, None, :n], out=difference)
+            if channel == 0:
+                torch.mul(difference, difference, out=run)
+            else:
+                run.addcmul_(difference, difference)
+    return squared.mul_(geometry.valid)
+
+
+def at_neighbor(padded: Tensor, geometry: StencilGeometry, first: int) -> Tensor:
+    """Values at p+δ for the run of offsets that starts at `first`, as a view: `[B, count, n]` of `[B, N]`."""
+    count, shift = next((count, shift) for start, count, shift in geometry.rows if start == first)
+    n = geometry.margin + geometry.size
+    return padded[:, shift : shift + n + count - 1].unfold(1, n, 1)
+
+
+def incident_sum(there: Tensor, back: Tensor, geometry: StencilGeometry) -> Tensor:
+    """Sum over a pixel's edges: `there` of those that start there and `back` of those that end there.
+
+    Shape:
+        - there, back: `[B, M, n]`, zero where the pair is not valid
+        - output: `[B, L]`
+    """
+    total = geometry.core(there).sum(1)
+    for shift, maps in zip(geometry.shifts, back.unbind(1), strict=True):
+        start = geometry.margin - shift
+        total += maps[:, start : start + geometry.size]
+    return total
+
+
+def edge_views(there: Tensor, back: Tensor, geometry: StencilGeometry) -> list[Tensor]:
+    """The values of each pixel's edges: of +δ and −δ in turn, as views `[B, 1, L]` of two maps `[B, M, n]`."""
+    margin, size = geometry.margin, geometry.size
+    views = []
+    for shift, ahead, behind in zip(geometry.shifts, there.split(1, 1), back.split(1, 1), strict=True):
+        views += [ahead[..., margin:], behind[..., margin - shift : margin - shift + size]]
+    return views
+
+
+def add_products_(total: Tensor, left: list[Tensor], right: list[Tensor]) -> Tensor:
+    """Add the products of the views to `total`: with edge and neighbour views, the weighted sum of the neighbours."""
+    for one, other in zip(left, right, strict=True):
+        total.addcmul_(one, other)
+    return total
+
+
+def correlate(left: Tensor, right: Tensor, geometry: StencilGeometry, workspace: Workspace) -> Tensor:
+    """Σ_c left_c(p) right_c(p+δ) and Σ_c left_c(p+δ) right_c(p): what `add_products_` takes from the weights.
+
+    Shape:
+        - left, right: `[B, C, N]`
+        - output: `[B, 2M, n]`
+    """
+    n, count_all = geometry.margin + geometry.size, len(geometry.shifts)
+    both = workspace.empty("correlation", left, len(left), 2 * count_all, n).zero_()
+    for first, count, _ in geometry.rows:
+        there, back = both[:, first : first + count], both[:, count_all + first : count_all + first + count]
+        for channel in range(left.shape[1]):
+            there.addcmul_(left[:, channel, None, :n], at_neighbor(right[:, channel], geometry, first))
+            back.addcmul_(right[:, channel, None, :n], at_neighbor(left[:, channel], geometry, first))
+    return both
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)  # made in a validation and cached, it must still serve a training step
+def stencil_geometry(
+    height: int, width: int, patch_size: int, max_radius: float, device: torch.device, dtype: torch.dtype
+) -> StencilGeometry:
+    """Geometry of images of a size: a few hundred bytes for each pixel, which is why few are kept."""
+    offsets = tuple((a, b) for a, b in half_offsets(max_radius) if a < height and abs(b) < width)
+    pad = max(int(max_radius), patch_size // 2)
+    pitch, margin = width + pad, (pad + 1) * (width + pad)
+    size = height * pitch
+    shifts = tuple(a * pitch + b for a, b in offsets)
+    starts = [m for m, (a, _) in enumerate(offsets) if m == 0 or a != offsets[m - 1][0]]
+    rows = tuple((m, end - m, shifts[m]) for m, end in zip(starts, [*starts[1:], len(offsets)], strict=True))
+
+    one = F.pad(torch.ones(height, width, dtype=torch.float64), (0, pad, pad + 1, pad + 1)).flatten()
+    n = margin + size
+    valid = torch.stack([one[:n] * one[shift : shift + n] for shift in shifts]) if shifts else one.new_zeros(0, n)
+    scale = valid * patch_size**2 / box_sum_(valid.clone(), patch_size, pitch, Workspace()).clamp_min(1)
+    length = torch.tensor([(a * a + b * b) ** 0.5 for a, b in offsets], dtype=torch.float64)
+    inside = one[margin:n].contiguous()
+    valid_on, scale_on, far_on, inside_on, length_on = (
+        tensor.to(device, dtype) for tensor in (valid, scale, FAR * (1 - valid), inside, length)
+    )
+    num_half_edges = int(valid.sum())
+    return StencilGeometry(
+        height,
+        width,
+        pitch,
+        margin,
+        shifts,
+        rows,
+        valid_on,
+        scale_on,
+        far_on,
+        inside_on,
+        length_on,
+        num_half_edges,
+        patch_size,
+    )

@@ -1,0 +1,69 @@
+"""Images of any size in bounded memory: tiles that overlap far enough to leave no seam."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def in_tiles(
+    operator: Callable[[Tensor, Tensor], Tensor],
+    images: Tensor,
+    guide: Tensor,
+    tile_size: int,
+    halo: int,
+    patch_size: int = 1,
+    stride: int = 1,
+) -> Tensor:
+    """Apply an operator tile by tile, each with a halo of its surroundings that is computed and thrown away.
+
+    The result equals `operator(images, guide)` if no output pixel depends on a pixel more than `halo` away, and the
+    operator treats a border of the image as a border of its input. Gradients flow as they do without tiles.
+
+    Args:
+        operator: Maps images and guide to images.
+        images: Images.
+        guide: What goes along with them, pixel by pixel.
+        tile_size: Side of the tiles without their halo.
+        halo: Pixels around a tile.
+        patch_size: Side of the patches that the operator takes from its input.
+        stride: Distance of the patches; a tile begins and ends where a patch does.
+
+    Shape:
+        - images: `[B, C, H, W]`; guide: `[B, F, H, W]`
+        - output: `[B, C, H, W]`
+    """
+    height, width = images.shape[-2:]
+    spans = [_spans(length, tile_size, halo, patch_size, stride) for length in (height, width)]
+    if all(len(axis) == 1 for axis in spans):
+        return operator(images, guide)
+    output = torch.empty_like(images)
+    for row, row_around in spans[0]:
+        for column, column_around in spans[1]:
+            part = (..., row_around, column_around)
+            whole = operator(images[part].contiguous(), guide[part].contiguous())
+            inner = (..., _within(row, row_around), _within(column, column_around))
+            output[..., row, column] = whole[inner]
+    return output
+
+
+def _spans(length: int, tile_size: int, halo: int, patch_size: int, stride: int) -> list[tuple[slice, slice]]:
+    """Tiles along an axis, each with the part of the image that it is computed from."""
+    around = tile_size + 2 * halo
+    if length <= around:
+        return [(slice(0, length), slice(0, length))]
+    count = -(-length // tile_size)
+    spans = []
+    for index in range(count):
+        tile = slice(index * length // count, (index + 1) * length // count)
+        # All of one size, so that what depends on the size is computed once; only the stride may add some pixels.
+        first = min(max(tile.start - halo, 0), length - around) // stride * stride
+        last = first + patch_size + -(-(around - patch_size) // stride) * stride
+        if last < tile.stop + halo:
+            last += -(-(tile.stop + halo - last) // stride) * stride
+        spans.append((tile, slice(first, min(last, length))))
+    return spans
+
+
+def _within(inner: slice, outer: slice) -> slice:
+    return slice(inner.start - outer.start, inner.stop - outer.start)
