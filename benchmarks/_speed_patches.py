@@ -1,4 +1,4 @@
-"""Signals on patches, the textbook graph: dense products beside message passing, SciPy, and the fused kernel on CUDA."""
+"""Signals on patches, the textbook graph: dense products beside SciPy and message passing; the fused kernel on CUDA."""
 
 import argparse
 from collections.abc import Iterator
@@ -48,10 +48,10 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def restore(images: Tensor, gradient: bool = False, reference: bool = False, stride: int = 5) -> Tensor:
     """Restored images; with `gradient`, of a loss with respect to each image's five parameters, as in training."""
-    leaves = {
-        name: torch.full((len(images),), value, device=images.device, requires_grad=gradient)
-        for name, value in PARAMETERS.items()
-    }
+    leaves: dict[str, Tensor | float] = dict(PARAMETERS)
+    if gradient:
+        size, device = len(images), images.device
+        leaves = {name: torch.full((size,), v, device=device, requires_grad=True) for name, v in PARAMETERS.items()}
     with torch.set_grad_enabled(gradient):
         diffusion = GraphDiffusion(8, stride, "patches", reference=reference)
         restored = diffusion(images, **leaves, smooth_steps=STEPS, noise_std=NOISE_STD, max_radius=RADIUS)

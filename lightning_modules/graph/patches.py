@@ -99,7 +99,7 @@ class PatchGrid:
             - patches: `[B, N, D]`
             - output: `[B, C, H, W]`
         """
-        return self.fold(patches) / self.coverage(patches.device, patches.dtype)
+        return self.fold(patches).div_(self.coverage(patches.device, patches.dtype))
 
     def coverage(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
         """Number of patches that cover each pixel, `[1, 1, H, W]`."""
@@ -128,9 +128,15 @@ def _fold(patches: Tensor, grid: PatchGrid) -> Tensor:
     size, tops, lefts = grid.patch_size, grid._tops, grid._lefts
     patches = patches.reshape(len(patches), len(tops), len(lefts), -1, size, size)
     channels = patches.shape[3]
-    strips = patches.new_zeros(len(patches), len(lefts), channels, grid.height, size)
+    strips = patches.new_empty(len(patches), len(lefts), channels, grid.height, size)
+    end = 0
     for row, top in enumerate(tops):
-        strips[:, :, :, top : top + size] += patches[:, row]
+        # Rows that an earlier patch has reached are added to, the others written: none is set to zero first.
+        shared = end - top
+        if shared:
+            strips[:, :, :, top:end] += patches[:, row, :, :, :shared]
+        strips[:, :, :, end : top + size] = patches[:, row, :, :, shared:]
+        end = top + size
     images = patches.new_zeros(len(patches), channels, grid.height, grid.width)
     for column, left in enumerate(lefts):
         images[..., left : left + size] += strips[:, column]
