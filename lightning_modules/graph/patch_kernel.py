@@ -49,7 +49,10 @@ def diffuse_patches_fused(
     values = torch.stack([each(value) for value in (sigma, tau, radius, sigma_s, sigma_f, noise_std)], dim=1)
     if not torch.is_tensor(steps):
         steps = torch.full((size,), steps, dtype=torch.int32, device=device)
-    return _Diffusion.apply(images, guide, values, steps.int().expand(size), grid, laplacian, max_radius)
+    with torch.cuda.device_of(images):  # Triton launches on the current device, whatever that of the tensors is
+        return _Diffusion.apply(
+            images, guide, values, steps.to(device, torch.int32).expand(size), grid, laplacian, max_radius
+        )
 
 
 class _Tables(NamedTuple):

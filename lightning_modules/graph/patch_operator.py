@@ -26,7 +26,8 @@ def diffuse_patches(
     max_radius: float,
 ) -> Tensor:
     """`diffuse_patches_dense`, by the fused kernel of `patch_kernel` where there is CUDA and Triton for it."""
-    if images.is_cuda and images.dtype == torch.float32 and laplacian != "unnormalized" and _has_triton():
+    single = images.dtype == guide.dtype == torch.float32
+    if images.is_cuda and single and laplacian != "unnormalized" and _has_triton():
         from lightning_modules.graph.patch_kernel import diffuse_patches_fused
 
         return diffuse_patches_fused(images, guide, parameters, noise_std, grid, laplacian, max_radius)

@@ -121,13 +121,13 @@ def _extract(images: Tensor, grid: PatchGrid) -> Tensor:
     size = grid.patch_size
     strips = torch.stack([images[..., left : left + size] for left in grid._lefts], dim=1)  # [B, N_W, C, H, p]
     patches = torch.stack([strips[:, :, :, top : top + size] for top in grid._tops], dim=1)
-    return patches.view(len(images), grid.num_patches, -1)
+    return patches.view(len(images), grid.num_patches, images.shape[1] * size**2)
 
 
 def _fold(patches: Tensor, grid: PatchGrid) -> Tensor:
     size, tops, lefts = grid.patch_size, grid._tops, grid._lefts
-    patches = patches.reshape(len(patches), len(tops), len(lefts), -1, size, size)
-    channels = patches.shape[3]
+    channels = patches.shape[2] // size**2
+    patches = patches.reshape(len(patches), len(tops), len(lefts), channels, size, size)
     strips = patches.new_empty(len(patches), len(lefts), channels, grid.height, size)
     end = 0
     for row, top in enumerate(tops):
