@@ -1,10 +1,126 @@
-"""The patches section of the speed benchmark."""
+"""Signals on patches, the textbook graph: dense products beside SciPy and message passing; the fused kernel on CUDA."""
 
 import argparse
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
+
+import numpy as np
+import torch
+from _timing import floor_ms, median_ms, record
+from scipy.sparse import csr_matrix, diags
+from torch import Tensor
+
+from datamodules import CIFAR10DataModule
+from lightning_modules.graph import GraphDiffusion, PatchGrid, radius_graph
+from lightning_modules.graph.parameters import DiffusionParameters
+from lightning_modules.graph.patch_operator import diffuse_patches_dense
+
+NOISE_STD = 25 / 255
+RADIUS, STEPS = 10.0, 5
+PARAMETERS = {"sigma": 0.3, "tau": 0.1, "radius": RADIUS, "sigma_s": 10.0, "sigma_f": 0.3}
+BATCH = 256
+_SCIPY_IMAGES = 32
 
 
 def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Results of this section, as records of `_timing.record`."""
-    yield from ()
+    images = _noisy(options, BATCH)
+    grid = PatchGrid(32, 32, 8, 5)
+    pipeline = SciPyPipeline(grid)
+    expected = np.stack([pipeline(image) for image in images[:4].numpy()])
+    difference = np.abs(restore(images[:4]).numpy() - expected).max()
+    print(f"per image, batch {BATCH}; largest difference to SciPy {difference:.1e}")
+
+    ours = median_ms(lambda: restore(images), repeats=21, warm_up=3) / BATCH
+    floor = _floor(images, grid)
+    work = "textbook graph (patch 8, stride 5), 32×32"
+    peer = median_ms(lambda: [pipeline(image) for image in images[:_SCIPY_IMAGES].numpy()]) / _SCIPY_IMAGES
+    yield record(f"{work}, forward", ours, "SciPy sparse, image by image", peer, floor_ms=floor)
+    peer = median_ms(lambda: restore(images, reference=True)) / BATCH
+    yield record(f"{work}, forward", ours, "our MessagePassing reference", peer, floor_ms=floor)
+    ours = median_ms(lambda: restore(images, gradient=True), repeats=9, warm_up=2) / BATCH
+    peer = median_ms(lambda: restore(images, gradient=True, reference=True)) / BATCH
+    yield record(f"{work}, forward + backward", ours, "our MessagePassing reference", peer, floor_ms=3 * floor)
+    if torch.cuda.is_available():
+        yield from _cuda_rows()
+
+
+def restore(images: Tensor, gradient: bool = False, reference: bool = False, stride: int = 5) -> Tensor:
+    """Restored images; with `gradient`, of a loss with respect to each image's five parameters, as in training."""
+    leaves: dict[str, Tensor | float] = dict(PARAMETERS)
+    if gradient:
+        size, device = len(images), images.device
+        leaves = {name: torch.full((size,), v, device=device, requires_grad=True) for name, v in PARAMETERS.items()}
+    with torch.set_grad_enabled(gradient):
+        diffusion = GraphDiffusion(8, stride, "patches", reference=reference)
+        restored = diffusion(images, **leaves, smooth_steps=STEPS, noise_std=NOISE_STD, max_radius=RADIUS)
+    if gradient:
+        restored.square().mean().backward()
+    return restored
+
+
+class SciPyPipeline:
+    """The same operator as one would write it with NumPy and SciPy: one image, one sparse matrix. Edges are given."""
+
+    def __init__(self, grid: PatchGrid) -> None:
+        self.grid = grid
+        self.source, self.target = radius_graph(grid.centers, RADIUS).numpy()
+        centers = grid.centers.numpy()
+        self.length = np.linalg.norm(centers[self.source] - centers[self.target], axis=1).astype(np.float32)
+        self.origins = (centers - (grid.patch_size - 1) / 2).astype(int)
+        self.coverage = grid.coverage()[0].numpy()
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        size, nodes = self.grid.patch_size, self.grid.num_patches
+        patches = np.stack([image[:, top : top + size, left : left + size].ravel() for top, left in self.origins])
+        distance = np.square(patches[self.source] - patches[self.target]).sum(1)
+        distance = np.maximum(distance - 2 * NOISE_STD**2 * patches.shape[1], 0)
+        sigma, tau, radius, sigma_s, sigma_f = PARAMETERS.values()
+        cutoff = 0.5 * (1 + np.cos(np.pi * np.minimum(self.length / radius, 1)))
+        spatial = np.exp(-(self.length**2) / (2 * sigma_s**2)) * cutoff
+        edges = (self.target, self.source)
+        similarity = csr_matrix((np.exp(-distance / (2 * sigma**2)), edges), shape=(nodes, nodes))
+        weight = csr_matrix((spatial * np.exp(-distance / (2 * sigma_f**2)), edges), shape=(nodes, nodes))
+        root = diags(1 / np.sqrt(np.maximum(np.asarray(weight.sum(1)).ravel(), 1e-12)))
+        inner = root @ weight @ root
+        signal = np.hstack([patches, np.ones((nodes, 1), patches.dtype)])
+        signal = signal + similarity @ signal
+        for _ in range(STEPS):
+            signal = (1 - tau) * signal + tau * (inner @ signal)
+        restored = (signal[:, :-1] / signal[:, -1:]).reshape(nodes, -1, size, size)
+        total = np.zeros_like(image)
+        for (top, left), patch in zip(self.origins, restored, strict=True):
+            total[:, top : top + size, left : left + size] += patch
+        return total / self.coverage
+
+
+def _cuda_rows() -> Iterator[dict[str, Any]]:
+    """The fused kernel on 512 images of 64×64, 64 patches each, beside the same mathematics in torch."""
+    images = torch.rand(512, 3, 64, 64, device="cuda")
+    grid = PatchGrid(64, 64, 8, 8)
+    values = [torch.full((len(images),), value, device="cuda") for value in PARAMETERS.values()]
+    parameters = DiffusionParameters(*values, STEPS)
+    dense = partial(diffuse_patches_dense, images, images, parameters, NOISE_STD, grid, "symmetric", RADIUS)
+    fused = partial(restore, images, stride=8)
+    name = torch.cuda.get_device_name()
+    ours, peer = (median_ms(call, repeats=21, warm_up=5) for call in (fused, dense))
+    moved = 2 * images.numel() * images.element_size()
+    floor = floor_ms(moved, 0, "cuda")  # of the bandwidth alone
+    yield record(f"dense path, 512 of 64×64, forward, {name}", ours, "the torch path", peer, floor_ms=floor)
+    ours = median_ms(lambda: restore(images, gradient=True, stride=8), repeats=21, warm_up=5)
+    yield record(f"dense path, 512 of 64×64, forward + backward, {name}", ours, floor_ms=3 * floor)
+
+
+def _floor(images: Tensor, grid: PatchGrid) -> float:
+    """Milliseconds an image: in and out once; the products S'P, PP' and those of the steps."""
+    nodes, dimension = grid.num_patches, images.shape[1] * grid.patch_size**2
+    operations = 2 * (2 * nodes**2 * dimension) + STEPS * 2 * nodes**3
+    return floor_ms(2 * images[0].numel() * images.element_size(), operations)
+
+
+def _noisy(options: argparse.Namespace, count: int) -> Tensor:
+    data = CIFAR10DataModule(root=str(options.data), batch_size=count)
+    data.setup("test")
+    clean = data.on_after_batch_transfer(next(iter(data.test_dataloader())), 0)["image"]
+    return clean + NOISE_STD * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Augmentation of a whole batch by one gather, drawn from the samples' keys."""
+"""Augmentation of a whole batch at once, drawn from the samples' keys."""
 
 import torch
 from torch import Tensor
@@ -18,15 +18,19 @@ def flip_and_shift(images: Tensor, key: Tensor, max_shift: int = 0) -> Tensor:
         - key: [B], int64.
         - result: as ``images``.
     """
-    height, width = images.shape[-2:]
     bits = mix(key + _STREAM)
-    flip = (bits & 1).bool()[:, None]
-    down, right = (((bits >> start) & 0xFFFFFF) % (2 * max_shift + 1) - max_shift for start in (1, 25))
-    rows = mirror(torch.arange(height, device=key.device) + down[:, None], height)
-    columns = mirror(torch.arange(width, device=key.device) + right[:, None], width)
-    columns = torch.where(flip, width - 1 - columns, columns)
-    batch, channel = (torch.arange(size, device=key.device) for size in images.shape[:2])
-    return images[batch[:, None, None, None], channel[:, None, None], rows[:, None, :, None], columns[:, None, None, :]]
+    # Both versions, of which whole images are taken: copies of memory, where a choice pixel by pixel is slow.
+    chosen = torch.arange(len(images), device=key.device) + len(images) * (bits & 1)
+    images = torch.cat([images, images.flip(-1)]).index_select(0, chosen)
+    if max_shift == 0:
+        return images
+    # One axis after the other: twice H·W·C single steps, but several times as fast as indexing by four tensors at once.
+    for axis, start in ((2, 1), (3, 25)):
+        size = images.shape[axis]
+        shift = ((bits >> start) & 0xFFFFFF) % (2 * max_shift + 1) - max_shift
+        source = mirror(torch.arange(size, device=key.device) + shift[:, None], size)
+        images = images.gather(axis, source.unflatten(1, (1, -1, 1) if axis == 2 else (1, 1, -1)).expand_as(images))
+    return images
 
 
 def mirror(position: Tensor, size: int) -> Tensor:

@@ -100,7 +100,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         augment, image = batch.pop("augment", False), batch["image"]
         if augment:
             image = flip_and_shift(image, batch["key"], self.max_shift)
-        batch["image"] = image.float() / 255 if image.dtype == torch.uint8 else image
+        batch["image"] = image.float().div_(255) if image.dtype == torch.uint8 else image
         return batch
 
     def _dataset(self, split: Split) -> Dataset[Batch]:

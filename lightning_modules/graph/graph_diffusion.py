@@ -16,7 +16,7 @@ from lightning_modules.graph.message_passing import (
     patch_graph,
 )
 from lightning_modules.graph.parameters import DiffusionParameters
-from lightning_modules.graph.patch_operator import MAX_DENSE_NODES, diffuse_patches_dense, mean_similarity_dense
+from lightning_modules.graph.patch_operator import MAX_DENSE_NODES, diffuse_patches, mean_similarity_dense
 from lightning_modules.graph.patches import PatchGrid, check_patch_geometry
 from lightning_modules.graph.smoothness import Smoothness
 from lightning_modules.graph.tiles import in_tiles
@@ -163,12 +163,10 @@ class GraphDiffusion(nn.Module):
             operator = diffuse_image_reference if self.reference else diffuse_image
             return operator(images, guide, parameters, noise_std, self.patch_size, reach)
         if self._is_dense(grid):
-            patches = diffuse_patches_dense(images, guide, parameters, noise_std, grid, self.laplacian, reach)
-        else:
-            graph = patch_graph(images, guide, grid, reach)
-            restored = diffuse_graph(graph, parameters, noise_std, self.laplacian, reach)
-            patches = restored.view(len(images), grid.num_patches, -1)
-        return grid.average(patches)
+            return diffuse_patches(images, guide, parameters, noise_std, grid, self.laplacian, reach)
+        graph = patch_graph(images, guide, grid, reach)
+        restored = diffuse_graph(graph, parameters, noise_std, self.laplacian, reach)
+        return grid.average(restored.view(len(images), grid.num_patches, -1))
 
     @torch.compiler.disable
     def smoothness(self, images: Tensor, sigma: Tensor | float, max_radius: float) -> Smoothness:

@@ -1,6 +1,8 @@
 """Graph diffusion of patch vectors for graphs of few nodes: dense batched matrix products."""
 
+import importlib.util
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,10 +10,33 @@ from torch import Tensor
 from lightning_modules.graph.laplacian import Laplacian, normalized_weight, stable_step
 from lightning_modules.graph.parameters import DiffusionParameters, repeat_step
 from lightning_modules.graph.patches import PatchGrid
-from lightning_modules.graph.weights import debias_distance, edge_weight, gaussian
+from lightning_modules.graph.weights import gaussian, smallest_weight, spatial_weight
 
 # Up to this many nodes the products of dense matrices win over gathering and scattering along edges.
 MAX_DENSE_NODES = 64
+
+
+def diffuse_patches(
+    images: Tensor,
+    guide: Tensor,
+    parameters: DiffusionParameters,
+    noise_std: Tensor | float,
+    grid: PatchGrid,
+    laplacian: Laplacian,
+    max_radius: float,
+) -> Tensor:
+    """`diffuse_patches_dense`, by the fused kernel of `patch_kernel` where there is CUDA and Triton for it."""
+    single = images.dtype == guide.dtype == torch.float32
+    if images.is_cuda and single and laplacian != "unnormalized" and _has_triton():
+        from lightning_modules.graph.patch_kernel import diffuse_patches_fused
+
+        return diffuse_patches_fused(images, guide, parameters, noise_std, grid, laplacian, max_radius)
+    return diffuse_patches_dense(images, guide, parameters, noise_std, grid, laplacian, max_radius)
+
+
+@lru_cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None  # comes with torch's wheels for Linux only
 
 
 def diffuse_patches_dense(
@@ -23,7 +48,10 @@ def diffuse_patches_dense(
     laplacian: Laplacian,
     max_radius: float,
 ) -> Tensor:
-    """Restored patches of the images; equal to `message_passing.diffuse_graph` on `message_passing.patch_graph`.
+    """Restored images; equal to `message_passing.diffuse_graph` on `message_passing.patch_graph`, folded.
+
+    With fewer nodes than a patch has entries it is cheaper to form :math:`S' = (I - τL)^k S` and to multiply by the
+    patches once than to multiply by them k + 1 times.
 
     Args:
         images: Images whose patches are the signal.
@@ -36,49 +64,72 @@ def diffuse_patches_dense(
 
     Shape:
         - images: `[B, C, H, W]`; guide: `[B, F, H, W]`
-        - output: `[B, N, C·p²]`
+        - output: as images
     """
+    # Rows of S'/S'1 sum to one, so a constant passes through: both uses of the patches can do without the mean.
+    mean = images.mean((2, 3), keepdim=True)
+    patches = grid.extract(images - mean)
+    features = patches if guide is images else grid.extract(_centered(guide))
+    operator = _smoothing_operator(features, parameters, noise_std, _topology(grid, max_radius, features), laplacian)
+    return grid.average(operator @ patches).add_(mean)
+
+
+def _smoothing_operator(
+    features: Tensor,
+    parameters: DiffusionParameters,
+    noise_std: Tensor | float,
+    topology: "_Topology",
+    laplacian: Laplacian,
+) -> Tensor:
+    """Matrices S'/S'1 that take patches to restored patches, `[B, N, N]`, from centred features `[B, N, D]`."""
     per_image = parameters.map(lambda value: value.view(-1, 1, 1))
-    noise = noise_std.view(-1, 1, 1) if torch.is_tensor(noise_std) else noise_std
-    length, adjacency, _ = _topology(grid, max_radius, guide.device, guide.dtype)
-    features = grid.extract(guide)
-    distance = debias_distance(pairwise_squared_distance(features), noise, features.shape[2])
+    distance = debiased_distance(features, noise_std)
     # A node's similarity to itself is 1 whatever the noise: distance 0 sits on the diagonal already.
-    similarity = gaussian(distance, per_image.sigma) * adjacency.clone().fill_diagonal_(1)
-    weight = edge_weight(distance, length, per_image.sigma_s, per_image.sigma_f, per_image.radius) * adjacency
+    similarity = gaussian(distance, per_image.sigma) * topology.adjacency_and_self
+    weight = gaussian(distance, per_image.sigma_f) * topology.spatial_weight(per_image.sigma_s, per_image.radius)
     degree = weight.sum(2, keepdim=True)
     inner = normalized_weight(weight, degree, degree.transpose(1, 2), laplacian)
-
     if laplacian == "unnormalized":
-        step_size = stable_step(per_image.tau, degree.amax(1, keepdim=True))
-
-        def step(signal: Tensor) -> Tensor:
-            return signal + step_size * (inner @ signal - degree * signal)
+        step_size: Tensor | float = stable_step(per_image.tau, degree.amax(1, keepdim=True))
+        given: Tensor | float = step_size * degree
     else:
+        step_size = given = per_image.tau
+    step_matrix = step_size * inner
+    # What a node keeps of itself stands on the diagonal, which `inner` leaves at 0.
+    step_matrix.diagonal(dim1=1, dim2=2).add_(1 - (given.squeeze(2) if torch.is_tensor(given) else given))
+    step_matrix = without_traces(step_matrix)
+    smoothed = repeat_step(lambda signal: step_matrix @ without_traces(signal), similarity, per_image.smooth_steps)
+    return smoothed / smoothed.sum(2, keepdim=True)
 
-        def step(signal: Tensor) -> Tensor:
-            return (1 - per_image.tau) * signal + per_image.tau * (inner @ signal)
 
-    patches = features if guide is images else grid.extract(images)
-    signal = similarity @ torch.cat([patches, patches.new_ones(*patches.shape[:2], 1)], dim=2)
-    signal = repeat_step(step, signal, per_image.smooth_steps)
-    return signal[..., :-1] / signal[..., -1:]
+def debiased_distance(features: Tensor, noise_std: Tensor | float) -> Tensor:
+    """Squared L2 distances of all pairs of nodes, less what noise adds (see `weights.debias_distance`).
 
-
-def pairwise_squared_distance(features: Tensor) -> Tensor:
-    """Squared L2 distances of all pairs of nodes of each graph, the diagonal exactly 0.
-
-    The mean node is subtracted first: distances do not change, and the Gram form loses no digits to a large offset.
+    Args:
+        features: Node features, close to centred: the Gram form loses the digits of an offset that they share.
+        noise_std: Noise σ_n of the features; a number or one for each graph.
 
     Shape:
         - features: `[B, N, D]`
-        - output: `[B, N, N]`
+        - noise_std: scalar or `[B]`
+        - output: `[B, N, N]`, the diagonal exactly 0
     """
-    centered = features - features.mean(1, keepdim=True)
-    square = centered.square().sum(2)
-    distance = square[:, :, None] + square[:, None, :] - 2 * centered @ centered.transpose(1, 2)
-    off_diagonal = 1 - torch.eye(features.shape[1], device=features.device, dtype=features.dtype)
-    return distance.clamp_min(0) * off_diagonal
+    gram = features @ features.transpose(1, 2)
+    square = gram.diagonal(dim1=1, dim2=2)
+    bias = 2 * features.shape[2] * noise_std**2
+    biased = square - (bias.view(-1, 1) if torch.is_tensor(bias) else bias)
+    # In place: what autograd needs of these three is the result of the last.
+    return (biased[:, :, None] + square[:, None, :]).sub_(gram, alpha=2).relu_()
+
+
+def without_traces(matrix: Tensor) -> Tensor:
+    """The matrix with 0 for numbers so small that products of two of them are subnormal; see `smallest_weight`.
+
+    Shape:
+        - matrix: any
+        - output: as matrix
+    """
+    return torch.nn.functional.threshold(matrix, 1.01 * smallest_weight(matrix.dtype), 0.0)
 
 
 def mean_similarity_dense(
@@ -90,18 +141,63 @@ def mean_similarity_dense(
         - images: `[B, C, H, W]`
         - output: `[B]`
     """
-    _, adjacency, num_edges = _topology(grid, max_radius, images.device, images.dtype)
+    features = grid.extract(_centered(images))
+    topology = _topology(grid, max_radius, features)
     width = sigma.view(-1, 1, 1) if torch.is_tensor(sigma) else sigma
-    similarity = gaussian(pairwise_squared_distance(grid.extract(images)), width) * adjacency
-    return similarity.sum((1, 2)) / max(num_edges, 1), num_edges
+    similarity = gaussian(debiased_distance(features, 0.0), width) * topology.adjacency
+    return similarity.sum((1, 2)) / max(topology.num_edges, 1), topology.num_edges
+
+
+def _centered(images: Tensor) -> Tensor:
+    return images - images.mean((2, 3), keepdim=True)
+
+
+class _Topology(NamedTuple):
+    """Which patches are joined, and how far apart they are.
+
+    Attributes:
+        adjacency: 1 for an edge, 0 elsewhere, `[N, N]`.
+        adjacency_and_self: The same with 1 on the diagonal, `[N, N]`.
+        lengths: The distinct lengths of edges in pixels, `[U]`.
+        members: 1 where an edge has a length, `[U, N²]`.
+        num_edges: Number of edges, both directions counted.
+    """
+
+    adjacency: Tensor
+    adjacency_and_self: Tensor
+    lengths: Tensor
+    members: Tensor
+    num_edges: int
+
+    def spatial_weight(self, sigma_s: Tensor | float, radius: Tensor | float) -> Tensor:
+        """Spatial weights of the edges, 0 elsewhere, `[B or 1, N, N]`.
+
+        A grid has few distinct lengths: one weight for each, spread by a product, whose backward pass is a product too.
+        """
+        nodes = len(self.adjacency)
+        of_length = spatial_weight(self.lengths[None], *(_flat(value) for value in (sigma_s, radius)))
+        return (of_length @ self.members).unflatten(1, (nodes, nodes))
+
+
+def _flat(value: Tensor | float) -> Tensor | float:
+    return value.view(-1, 1) if torch.is_tensor(value) else value
+
+
+def _topology(grid: PatchGrid, max_radius: float, like: Tensor) -> _Topology:
+    return _cached_topology(grid, max_radius, like.device, like.dtype)
 
 
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)  # made in a validation and cached, it must still serve a training step
-def _topology(
-    grid: PatchGrid, max_radius: float, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, int]:
-    """Distances of the patch centres and which of them are edges, `[N, N]` each; the number of edges."""
+def _cached_topology(grid: PatchGrid, max_radius: float, device: torch.device, dtype: torch.dtype) -> _Topology:
     length = torch.cdist(grid.centers, grid.centers, compute_mode="donot_use_mm_for_euclid_dist")
     adjacency = (length > 0) & (length <= max_radius)
-    return length.to(device, dtype), adjacency.to(device, dtype), int(adjacency.sum())
+    lengths = length[adjacency].unique()
+    members = (length.flatten() == lengths[:, None]) & adjacency.flatten()
+
+    def there(part: Tensor) -> Tensor:
+        return part.to(device, dtype)
+
+    itself = length == 0
+    num_edges = int(adjacency.sum())
+    return _Topology(there(adjacency), there(adjacency | itself), there(lengths), there(members), num_edges)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,25 +47,23 @@ class PatchGrid:
             )
 
     @cached_property
-    def _origins(self) -> Tensor:
-        rows = _axis_origins(self.height, self.patch_size, self.stride)
-        columns = _axis_origins(self.width, self.patch_size, self.stride)
-        with torch.inference_mode(False):  # cached: see `_pixels`
-            return torch.cartesian_prod(torch.tensor(rows), torch.tensor(columns)).view(-1, 2)
+    def _tops(self) -> list[int]:
+        return _axis_origins(self.height, self.patch_size, self.stride)
+
+    @cached_property
+    def _lefts(self) -> list[int]:
+        return _axis_origins(self.width, self.patch_size, self.stride)
 
     @property
     def num_patches(self) -> int:
         """Number N of patches, row by row."""
-        return len(self._origins)
+        return len(self._tops) * len(self._lefts)
 
     @property
     def centers(self) -> Tensor:
         """Patch centres (row, column) in pixels, float64 `[N, 2]`."""
-        return self._origins.double() + (self.patch_size - 1) / 2
-
-    def _pixels(self, device: torch.device) -> Tensor:
-        """Index of each patch entry in the flattened image plane, `[N, p²]`."""
-        return _pixel_indices(self, device)
+        origins = torch.cartesian_prod(torch.tensor(self._tops), torch.tensor(self._lefts)).view(-1, 2)
+        return origins.double() + (self.patch_size - 1) / 2
 
     def extract(self, images: Tensor) -> Tensor:
         """Patch vectors of the images.
@@ -76,9 +75,7 @@ class PatchGrid:
             - images: `[B, C, H, W]`
             - output: `[B, N, D]` with D = C·p², channel by channel
         """
-        batch, channels = images.shape[:2]
-        patches = images.flatten(2)[:, :, self._pixels(images.device)]  # [B, C, N, p²]
-        return patches.transpose(1, 2).reshape(batch, self.num_patches, channels * self.patch_size**2)
+        return _Extract.apply(images, self)
 
     def fold(self, patches: Tensor) -> Tensor:
         """Sum of the patches in the image plane: the adjoint of `extract`.
@@ -90,12 +87,7 @@ class PatchGrid:
             - patches: `[B, N, D]` with D = C·p²
             - output: `[B, C, H, W]`
         """
-        batch, nodes, dimension = patches.shape
-        area = self.patch_size**2
-        values = patches.view(batch, nodes, dimension // area, area).transpose(1, 2).flatten(2)
-        plane = values.new_zeros(batch, dimension // area, self.height * self.width)
-        plane = plane.index_add(2, self._pixels(patches.device).flatten(), values)
-        return plane.view(batch, -1, self.height, self.width)
+        return _Fold.apply(patches, self)
 
     def average(self, patches: Tensor) -> Tensor:
         """Image in which each pixel is the mean of the patches that cover it.
@@ -107,20 +99,74 @@ class PatchGrid:
             - patches: `[B, N, D]`
             - output: `[B, C, H, W]`
         """
-        return self.fold(patches) / self.coverage(patches.device, patches.dtype)
+        return self.fold(patches).div_(self.coverage(patches.device, patches.dtype))
 
     def coverage(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
         """Number of patches that cover each pixel, `[1, 1, H, W]`."""
-        ones = torch.ones(1, self.num_patches, self.patch_size**2, device=device, dtype=dtype)
-        return self.fold(ones)
+        return _coverage(self, torch.device(device), dtype)
 
 
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)  # made in a validation and cached, it must still serve a training step
-def _pixel_indices(grid: PatchGrid, device: torch.device) -> Tensor:
-    offsets = torch.cartesian_prod(torch.arange(grid.patch_size), torch.arange(grid.patch_size)).view(-1, 2)
-    position = grid._origins[:, None] + offsets
-    return (position[..., 0] * grid.width + position[..., 1]).to(device)
+def _coverage(grid: PatchGrid, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return _fold(torch.ones(1, grid.num_patches, grid.patch_size**2, device=device, dtype=dtype), grid)
+
+
+# One axis after the other, by slices: several times as fast as a gather and a scatter of single pixels, and the sums
+# are the same on every run, also on an accelerator. The rows, which come second here and first there, move p²
+# neighbouring numbers at a time.
+
+
+def _extract(images: Tensor, grid: PatchGrid) -> Tensor:
+    size = grid.patch_size
+    strips = torch.stack([images[..., left : left + size] for left in grid._lefts], dim=1)  # [B, N_W, C, H, p]
+    patches = torch.stack([strips[:, :, :, top : top + size] for top in grid._tops], dim=1)
+    return patches.view(len(images), grid.num_patches, images.shape[1] * size**2)
+
+
+def _fold(patches: Tensor, grid: PatchGrid) -> Tensor:
+    size, tops, lefts = grid.patch_size, grid._tops, grid._lefts
+    channels = patches.shape[2] // size**2
+    patches = patches.reshape(len(patches), len(tops), len(lefts), channels, size, size)
+    strips = patches.new_empty(len(patches), len(lefts), channels, grid.height, size)
+    end = 0
+    for row, top in enumerate(tops):
+        # Rows that an earlier patch has reached are added to, the others written: none is set to zero first.
+        shared = end - top
+        if shared:
+            strips[:, :, :, top:end] += patches[:, row, :, :, :shared]
+        strips[:, :, :, end : top + size] = patches[:, row, :, :, shared:]
+        end = top + size
+    images = patches.new_zeros(len(patches), channels, grid.height, grid.width)
+    for column, left in enumerate(lefts):
+        images[..., left : left + size] += strips[:, column]
+    return images
+
+
+class _Extract(torch.autograd.Function):
+    """`PatchGrid.extract`, whose backward pass is its adjoint instead of the scatter that autograd would derive."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, grid: PatchGrid) -> Tensor:
+        ctx.grid = grid
+        return _extract(images, grid)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _Fold.apply(grad, ctx.grid), None
+
+
+class _Fold(torch.autograd.Function):
+    """`PatchGrid.fold`, the adjoint of `_Extract`."""
+
+    @staticmethod
+    def forward(ctx: Any, patches: Tensor, grid: PatchGrid) -> Tensor:
+        ctx.grid = grid
+        return _fold(patches, grid)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _Extract.apply(grad, ctx.grid), None
 
 
 def check_patch_geometry(patch_size: int, stride: int) -> None:

@@ -13,6 +13,15 @@ SELF_WEIGHT = 1e-3
 GAUSSIAN_EXPONENT = -0.5 / math.log(2)
 
 
+def smallest_weight(dtype: torch.dtype) -> float:
+    """Weights at or under this one count for nothing beside a node's own: the product of two is still a normal number.
+
+    Arithmetic on subnormal numbers is a hundred times as slow on a CPU as on others, and the weights of unlike patches
+    are full of them.
+    """
+    return math.sqrt(torch.finfo(dtype).tiny)
+
+
 def debias_distance(distance: Tensor, noise_std: Tensor | float, dimension: int) -> Tensor:
     r"""Squared patch distance without the part that noise is expected to add.
 
@@ -36,7 +45,7 @@ def debias_distance(distance: Tensor, noise_std: Tensor | float, dimension: int)
 
 
 def gaussian(distance: Tensor, scale: Tensor | float) -> Tensor:
-    r"""Gaussian kernel :math:`\exp(-D / 2 s^2)` of a squared distance.
+    r"""Gaussian kernel :math:`\exp(-D / 2 s^2)` of a squared distance, not below `smallest_weight`.
 
     Args:
         distance: Squared distances D.
@@ -46,7 +55,8 @@ def gaussian(distance: Tensor, scale: Tensor | float) -> Tensor:
         - distance, scale: broadcastable to each other
         - output: their broadcast shape
     """
-    return torch.exp2(distance * (GAUSSIAN_EXPONENT / scale**2))
+    exponent = (distance * (GAUSSIAN_EXPONENT / scale**2)).clamp_min(math.log2(smallest_weight(distance.dtype)))
+    return exponent.exp2_()
 
 
 def cosine_cutoff(length: Tensor, radius: Tensor | float) -> Tensor:
@@ -65,6 +75,23 @@ def cosine_cutoff(length: Tensor, radius: Tensor | float) -> Tensor:
     """
     ratio = (length / radius).clamp_max(1)
     return 0.5 * (1 + torch.cos(math.pi * ratio))
+
+
+def spatial_weight(length: Tensor, sigma_s: Tensor | float, radius: Tensor | float) -> Tensor:
+    r"""The factor of an edge weight that depends on the edge's length alone.
+
+    .. math:: \exp(-r^2 / 2\sigma_s^2) \, \mathrm{cutoff}(r / \rho)
+
+    Args:
+        length: Edge lengths r in pixels.
+        sigma_s: Spatial width in pixels.
+        radius: Cut-off radius ρ in pixels.
+
+    Shape:
+        - all arguments: broadcastable to each other
+        - output: their broadcast shape
+    """
+    return gaussian(length**2, sigma_s) * cosine_cutoff(length, radius)
 
 
 def edge_weight(
@@ -86,4 +113,4 @@ def edge_weight(
         - all arguments: broadcastable to each other
         - output: their broadcast shape
     """
-    return gaussian(distance, sigma_f) * (gaussian(length**2, sigma_s) * cosine_cutoff(length, radius))
+    return gaussian(distance, sigma_f) * spatial_weight(length, sigma_s, radius)
