@@ -44,6 +44,8 @@ def main() -> None:
 def _line(row: dict[str, Any]) -> str:
     """One result, for reading."""
     text = f"{row['work']}: {row['ours_ms']:.4g} ms"
+    if "share" in row:
+        return f"{text} of {row['peer_ms']:.4g} ms: {row['share']:.2%}"
     if "psnr" in row:
         text += f", {row['psnr']:.2f} dB"
     if "peer" in row:

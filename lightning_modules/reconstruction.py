@@ -195,6 +195,12 @@ class GraphDiffusionReconstruction(L.LightningModule):
         output = {"restored": restored.clamp(0, 1), "noisy": noisy, "name": batch["name"], "noise_std": level}
         return {**output, "parameters": used, **({"clean": image} if "key" in batch else {})}
 
+    def mean_edge_weight(self, batch: Batch) -> Tensor:
+        """Mean edge weight of each image's graph of patches, `[B]`; see `GraphDiffusion.mean_edge_weight`."""
+        noisy, level = self._observe(batch)
+        _, parameters = self._assign(noisy, level, batch["label"])
+        return self.diffusion.mean_edge_weight(noisy, parameters["sigma_f"], level, self._max_radius)
+
     def configure_optimizers(self) -> Any:
         """Optimiser and schedule as injected."""
         optimizer = self.optimizer(parameter for parameter in self.parameters() if parameter.requires_grad)

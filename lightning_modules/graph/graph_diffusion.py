@@ -183,17 +183,44 @@ class GraphDiffusion(nn.Module):
         """
         grid = self._grid(images)
         with torch.autocast(images.device.type, enabled=False):
-            similarity, num_edges = self._mean_similarity(_full_precision(images), sigma, grid, max_radius)
+            similarity, num_edges = self._mean_similarity(_full_precision(images), sigma, 0.0, grid, max_radius)
         num_nodes = images.shape[-2] * images.shape[-1] if self.signal == "image" else grid.num_patches
         return Smoothness.from_similarity(similarity, num_edges, num_nodes)
 
+    @torch.compiler.disable
+    def mean_edge_weight(
+        self, images: Tensor, sigma_f: Tensor | float, noise_std: Tensor | float, max_radius: float
+    ) -> Tensor:
+        """Mean over the edges of what the patches have to say in the weights, exp(−D / 2σ_f²): 0 in a graph that joins
+        nothing, 1 in one that joins all alike.
+
+        Args:
+            images: Noisy images.
+            sigma_f: Patch-distance width of the weights.
+            noise_std: Noise standard deviation, whose part is taken off the distances.
+            max_radius: Radius of the topology in pixels.
+
+        Shape:
+            - images: `[B, C, H, W]`
+            - sigma_f, noise_std: scalar or `[B]`
+            - output: `[B]`
+        """
+        grid = self._grid(images)
+        with torch.autocast(images.device.type, enabled=False):
+            return self._mean_similarity(_full_precision(images), sigma_f, noise_std, grid, max_radius)[0]
+
     def _mean_similarity(
-        self, images: Tensor, sigma: Tensor | float, grid: PatchGrid, max_radius: float
+        self,
+        images: Tensor,
+        sigma: Tensor | float,
+        noise_std: Tensor | float,
+        grid: PatchGrid,
+        max_radius: float,
     ) -> tuple[Tensor, int]:
         if self.signal == "image":
-            return mean_similarity(images, sigma, self.patch_size, max_radius)
+            return mean_similarity(images, sigma, noise_std, self.patch_size, max_radius)
         measure = mean_similarity_dense if self._is_dense(grid) else mean_patch_similarity
-        return measure(images, sigma, grid, max_radius)
+        return measure(images, sigma, noise_std, grid, max_radius)
 
     def _is_dense(self, grid: PatchGrid) -> bool:
         return grid.num_patches <= MAX_DENSE_NODES and not self.reference

@@ -68,8 +68,12 @@ def diffuse_image(
     return _ImageDiffusion.apply(images, guide, *exponents, geometry)
 
 
-def mean_similarity(images: Tensor, sigma: Tensor | float, patch_size: int, max_radius: float) -> tuple[Tensor, int]:
+def mean_similarity(
+    images: Tensor, sigma: Tensor | float, noise_std: Tensor | float, patch_size: int, max_radius: float
+) -> tuple[Tensor, int]:
     """Mean similarity over the edges of each image, and the number of edges (both directions counted).
+
+    It passes no gradient to `noise_std`.
 
     Shape:
         - images: `[B, C, H, W]`
@@ -77,7 +81,8 @@ def mean_similarity(images: Tensor, sigma: Tensor | float, patch_size: int, max_
     """
     geometry = stencil_geometry(*images.shape[-2:], patch_size, max_radius, images.device, images.dtype)
     scale = GAUSSIAN_EXPONENT / _column(sigma, images)[:, 0] ** 2
-    sums = _SimilaritySum.apply(images, scale, geometry)
+    noise = 2 * images.shape[1] * patch_size**2 * _column(noise_std, images)[:, 0] ** 2
+    sums = _SimilaritySum.apply(images, scale, noise, geometry)
     return sums / max(geometry.num_half_edges, 1), 2 * geometry.num_half_edges
 
 
@@ -169,36 +174,35 @@ class _SimilaritySum(torch.autograd.Function):
     """Sum of the similarities of all pairs, `[B]`, some images at a time."""
 
     @staticmethod
-    def forward(ctx: Any, images: Tensor, scale: Tensor, geometry: StencilGeometry) -> Tensor:
-        ctx.save_for_backward(images, scale)
+    def forward(ctx: Any, images: Tensor, scale: Tensor, noise: Tensor, geometry: StencilGeometry) -> Tensor:
+        ctx.save_for_backward(images, scale, noise)
         ctx.geometry = geometry
         workspace = Workspace()
         sums = torch.empty_like(scale)
         for part in _chunks(images, geometry):
-            distance = _distances(images[part], None, geometry, workspace)
+            distance = _distances(images[part], noise[part], geometry, workspace)
             sums[part] = distance.mul_(scale[part, None, None]).exp2_().sum((1, 2))
         return sums
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        images, scale = ctx.saved_tensors
+        images, scale, noise = ctx.saved_tensors
         geometry, workspace = ctx.geometry, Workspace()
         grads = [
             torch.empty_like(t) if need else None
-            for t, need in zip(ctx.saved_tensors, ctx.needs_input_grad[:2], strict=True)
+            for t, need in zip((images, scale), ctx.needs_input_grad[:2], strict=True)
         ]
         for part in _chunks(images, geometry):
             factor = (grad[part] * math.log(2))[:, None, None]
-            distance = _distances(images[part], None, geometry, workspace)
+            distance = _distances(images[part], noise[part], geometry, workspace)
             power = torch.exp2(distance * scale[part, None, None]).mul_(factor)
             if grads[1] is not None:
                 grads[1][part] = (power * distance).sum((1, 2))
             if grads[0] is not None:
-                grads[0][part] = _distances_backward(
-                    power.mul_(scale[part, None, None]), images[part], geometry, workspace
-                )
-        return (*grads, None)
+                power.mul_(scale[part, None, None]).mul_(distance > 0)
+                grads[0][part] = _distances_backward(power, images[part], geometry, workspace)
+        return (*grads, None, None)
 
 
 def _chunks(guide: Tensor, geometry: StencilGeometry) -> list[slice]:
@@ -301,12 +305,11 @@ def _store(images: Tensor, signal: Signal, geometry: StencilGeometry) -> None:
     geometry.unflatten(signal.core).copy_(images)
 
 
-def _distances(guide: Tensor, noise: Tensor | None, geometry: StencilGeometry, workspace: Workspace) -> Tensor:
+def _distances(guide: Tensor, noise: Tensor, geometry: StencilGeometry, workspace: Workspace) -> Tensor:
     """Squared distances of the windows, `[B, M, n]`, without the part that noise is expected to add."""
     squared = squared_differences(_load(guide, "guide", geometry, workspace).padded, geometry, workspace)
     box_sum_(squared, geometry.patch_size, geometry.pitch, workspace)
-    squared.mul_(geometry.scale).add_(geometry.far)
-    return squared if noise is None else squared.sub_(noise[:, None, None]).clamp_min_(0)
+    return squared.mul_(geometry.scale).add_(geometry.far).sub_(noise[:, None, None]).clamp_min_(0)
 
 
 def _distances_backward(grad: Tensor, guide: Tensor, geometry: StencilGeometry, workspace: Workspace) -> Tensor:

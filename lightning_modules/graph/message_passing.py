@@ -129,7 +129,7 @@ def _grid_edges(grid: PatchGrid, max_radius: float, device: torch.device) -> Ten
 
 
 def mean_patch_similarity(
-    images: Tensor, sigma: Tensor | float, grid: PatchGrid, max_radius: float
+    images: Tensor, sigma: Tensor | float, noise_std: Tensor | float, grid: PatchGrid, max_radius: float
 ) -> tuple[Tensor, int]:
     """Mean similarity over the edges of each image's patch graph, and the number of edges (both directions counted).
 
@@ -140,7 +140,8 @@ def mean_patch_similarity(
     graph = patch_graph(images, images, grid, max_radius)
     source, target = graph.edge_index
     distance = (graph.x[source] - graph.x[target]).square().sum(1).view(len(images), -1)
-    similarity = gaussian(distance, sigma[:, None] if torch.is_tensor(sigma) else sigma)
+    width, noise = (value[:, None] if torch.is_tensor(value) else value for value in (sigma, noise_std))
+    similarity = gaussian(debias_distance(distance, noise, graph.x.shape[1]), width)
     num_edges = distance.shape[1]
     return similarity.sum(1) / max(num_edges, 1), num_edges
 

@@ -133,7 +133,7 @@ def without_traces(matrix: Tensor) -> Tensor:
 
 
 def mean_similarity_dense(
-    images: Tensor, sigma: Tensor | float, grid: PatchGrid, max_radius: float
+    images: Tensor, sigma: Tensor | float, noise_std: Tensor | float, grid: PatchGrid, max_radius: float
 ) -> tuple[Tensor, int]:
     """Mean similarity over the edges of each image, and the number of edges (both directions counted).
 
@@ -144,7 +144,8 @@ def mean_similarity_dense(
     features = grid.extract(_centered(images))
     topology = _topology(grid, max_radius, features)
     width = sigma.view(-1, 1, 1) if torch.is_tensor(sigma) else sigma
-    similarity = gaussian(debiased_distance(features, 0.0), width) * topology.adjacency
+    noise = noise_std.view(-1, 1, 1) if torch.is_tensor(noise_std) else noise_std
+    similarity = gaussian(debiased_distance(features, noise), width) * topology.adjacency
     return similarity.sum((1, 2)) / max(topology.num_edges, 1), topology.num_edges
 
 

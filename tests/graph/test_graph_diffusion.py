@@ -1,5 +1,6 @@
 """Diffusion: the literal formula, the reference, the fast paths and their gradients."""
 
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -358,3 +359,38 @@ def test_cached_geometry_of_a_validation_serves_training() -> None:
         sigma = torch.tensor([0.5], requires_grad=True)
         diffusion(images, **{**p, "sigma": sigma}).sum().backward()
         assert sigma.grad is not None
+
+
+@pytest.mark.parametrize(("signal", "patch_size", "stride"), [("image", 3, 1), ("patches", 4, 3)])
+def test_mean_edge_weight_is_that_of_the_reference(signal: str, patch_size: int, stride: int) -> None:
+    """Against a loop over all pairs."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 2, 9, 11, generator=generator, dtype=torch.float64)
+    sigma, noise = torch.tensor([0.5, 0.9]).double(), torch.tensor([0.05, 0.2]).double()
+    diffusion = GraphDiffusion(patch_size, stride, signal=signal)  # type: ignore[arg-type]
+    found = diffusion.mean_edge_weight(images, sigma, noise, 4.0)
+    weights: list[torch.Tensor] = []
+    half = patch_size // 2
+    grid = PatchGrid(9, 11, patch_size, stride)
+    if signal == "patches":
+        centers, vectors = grid.centers, grid.extract(images)
+        for i in range(len(centers)):
+            for j in range(len(centers)):
+                if 0 < (centers[i] - centers[j]).norm() <= 4:
+                    distance = (vectors[:, i] - vectors[:, j]).square().sum(1)
+                    distance = (distance - 2 * noise**2 * vectors.shape[2]).clamp_min(0)
+                    weights.append(torch.exp(-distance / (2 * sigma**2)))
+    else:
+        dimension = 2 * patch_size**2
+        for a, b in itertools.product(range(9), range(11)):
+            for c, d in itertools.product(range(9), range(11)):
+                if not 0 < (a - c) ** 2 + (b - d) ** 2 <= 16:
+                    continue
+                terms = [
+                    (images[:, :, a + u, b + v] - images[:, :, c + u, d + v]).square().sum(1)
+                    for u, v in itertools.product(range(-half, half + 1), repeat=2)
+                    if min(a + u, b + v, c + u, d + v) >= 0 and max(a, c) + u < 9 and max(b, d) + v < 11
+                ]
+                distance = patch_size**2 / len(terms) * torch.stack(terms).sum(0) - 2 * noise**2 * dimension
+                weights.append(torch.exp(-distance.clamp_min(0) / (2 * sigma**2)))
+    torch.testing.assert_close(found, torch.stack(weights).mean(0), rtol=1e-9, atol=0)
