@@ -152,6 +152,7 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--rules", nargs="+", default=["gradient"])
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--precision", default="32-true")
     parser.add_argument("--kill", type=int)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -164,6 +165,7 @@ def main() -> None:
             options.batch_size,
             devices=options.devices,
             strategy=strategy,
+            precision=options.precision,
             callbacks=[Kill(options.kill)] if options.kill is not None else [],
         )
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
