@@ -1,6 +1,5 @@
 """What can go wrong while parameters are learned, seen while it happens and said once, with the remedy."""
 
-from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +17,12 @@ if TYPE_CHECKING:
 LEAST_SIMILARITY = 0.3
 # Mean edge weights outside which a graph joins nothing, or everything alike.
 DEAD_WEIGHT, COMPLETE_WEIGHT = 1e-3, 0.95
-# Correlation of successive proxies below which they alternate; independent ones of a window of 40 reach −0.5 once in
-# a thousand times.
-ALTERNATION = -0.5
+# Correlation of successive proxies below which they alternate. Independent ones of a window of 40 reach −0.5 once in a
+# thousand times; two batches that share out an epoch have −0.5 by themselves.
+ALTERNATION = -0.7
+LEAST_BATCHES = 4
+# Images that a row would have in an equal share before it is said to get none.
+IMAGES_PER_ROW = 10
 # Relative movement over the last fifth of the run above which a parameter has not come to rest.
 STILL_MOVING = 0.1
 
@@ -28,14 +30,15 @@ STILL_MOVING = 0.1
 class EMHealth(Callback):
     """Reads the run while it runs, and names what it sees, once, with what to do about it.
 
-    It looks for a parameter that rests on a bound, a loss proxy that alternates, a graph whose patches have nothing in
-    common, or whose edges are all dead or all alike, a row that gets no images, and parameters that still move at the
-    end. Findings go to the log, to TensorBoard's text page under `em/health`, and below the closing table of
-    `EMReport`. It reads the device only on steps that log (`log_every_n_steps`).
+    It looks for parameters (the global ones, or those of the rows where a parameter has rows) that rest on a bound, a
+    loss proxy that alternates, a graph whose patches have nothing in common or whose edges are all dead or all alike, a
+    row that gets no images, and parameters that still move at the end. Findings go to the log, to TensorBoard's text
+    page under `em/health`, and below the closing table of `EMReport`. It reads the device only on steps that log
+    (`log_every_n_steps`).
 
     Args:
         patience: Looks in a row that must see the same before it is said.
-        window: Optimiser steps over which the proxy is watched for alternation.
+        window: Optimiser steps over which the proxy is watched for alternation; each window is looked at once.
 
     Raises:
         ValueError: If an argument is below its least value.
@@ -47,21 +50,21 @@ class EMHealth(Callback):
 
     def __init__(self, patience: int = 3, window: int = 40) -> None:
         require_positive(self, patience=patience)
-        if window < 10:
-            raise ValueError(f"EMHealth: window must be at least 10 steps, or chance alternates too, got {window}")
+        if window < 40:
+            raise ValueError(f"EMHealth: window must be at least 40 steps, or chance alternates too, got {window}")
         self.patience = patience
         self.window = window
         self.findings: dict[str, str] = {}
         self._seen: dict[str, int] = {}
-        self._proxies: deque[Tensor] = deque(maxlen=window)
+        self._proxies: list[Tensor] = []
         self._sums: Tensor | None = None
-        self._path: list[tuple[int, list[float]]] = []
+        self._rows: list[float] = []
+        self._path: list[tuple[int, list[list[float]]]] = []
         self._last_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins a new record."""
-        self.findings, self._seen, self._path = {}, {}, []
-        self._proxies.clear()
+        self.findings, self._seen, self._path, self._proxies, self._rows = {}, {}, [], [], []
         self._sums, self._last_step = None, trainer.global_step
 
     def on_train_batch_end(
@@ -77,7 +80,9 @@ class EMHealth(Callback):
         if trainer.global_step == self._last_step:
             return  # a micro-batch of an accumulation
         self._last_step = trainer.global_step
-        self._proxies.append(step.proxy.mean().detach())
+        # A few batches that take turns alternate by their own contents.
+        if len(self._proxies) < self.window and trainer.num_training_batches >= LEAST_BATCHES:
+            self._proxies.append(_mean_proxy(step))
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every > 0 and trainer.global_step % every == 0:
             self._look(trainer, pl_module, table, batch)
@@ -87,12 +92,17 @@ class EMHealth(Callback):
         table = em_table(pl_module)
         if table is None:
             return
-        for name, change in still_moving(table, self._path, trainer.global_step).items():
-            self._say(
-                trainer,
-                f"moving/{name}",
-                f"{name} moved by {change:+.0%} over the last fifth of the run: train longer, or raise the rule's step",
-            )
+        moving = still_moving(table, self._path, trainer.global_step)
+        for name in table.learned:
+            changes = {row: change for (parameter, row), change in moving.items() if parameter == name}
+            if changes:
+                largest = max(changes.values(), key=abs)
+                self._say(
+                    trainer,
+                    f"moving/{name}",
+                    f"{_named(table, name, list(changes))} moved by {largest:+.0%} over the last fifth of the run: "
+                    "train longer, or raise the rule's step",
+                )
 
     def _look(self, trainer: Trainer, pl_module: LightningModule, table: "ParameterTable", batch: Any) -> None:
         assert self._sums is not None
@@ -100,22 +110,13 @@ class EMHealth(Callback):
         local = self._sums if weight is None else torch.cat([self._sums, weight])
         total = trainer.strategy.reduce(local.clone(), reduce_op="sum").tolist()
         self._sums = torch.zeros_like(self._sums)
-        values = table.values()[0].tolist()
+        values = table.values().tolist()
         self._path.append((trainer.global_step, values))
-        named = dict(zip(table.names, values, strict=True))
         images, similarity, with_similarity, *rows = total[: 3 + len(table.row_names)]
-
-        for name in table.learned:
-            for side, bound in zip(("lower", "upper"), table.bounds[name], strict=True):
-                self._note(
-                    trainer,
-                    f"bound/{name}/{side}",
-                    table.bounds[name][0] < table.bounds[name][1] and rests_on_bound(named[name], bound),
-                    f"{name} rests on its {side} bound {bound:g}: widen em_parameters.bounds for it, unless it is "
-                    "meant to stop there",
-                )
+        self._look_at_bounds(trainer, table, values)
         if len(self._proxies) == self.window:
-            correlation = alternation([float(proxy) for proxy in self._proxies])
+            correlation = alternation(torch.stack(self._proxies).tolist())
+            self._proxies.clear()
             self._note(
                 trainer,
                 "alternation",
@@ -134,12 +135,37 @@ class EMHealth(Callback):
             )
         if weight is not None and total[-1]:
             self._look_at_weight(trainer, total[-2] / total[-1])
+        self._look_at_rows(trainer, table, [images, *rows])
+
+    def _look_at_bounds(self, trainer: Trainer, table: "ParameterTable", values: list[list[float]]) -> None:
+        for name in table.learned:
+            lower, upper = table.bounds[name]
+            for side, bound in (("lower", lower), ("upper", upper)):
+                column = table.names.index(name)
+                resting = [row for row in _watched(table, name) if rests_on_bound(values[row][column], bound)]
+                rests = "rests" if len(resting) == 1 else "rest"
+                self._note(
+                    trainer,
+                    f"bound/{name}/{side}",
+                    lower < upper and bool(resting),
+                    f"{_named(table, name, resting)} {rests} on its {side} bound {bound:g}: widen em_parameters.bounds "
+                    "for it, unless it is meant to stop there",
+                )
+
+    def _look_at_rows(self, trainer: Trainer, table: "ParameterTable", counts: list[float]) -> None:
+        """Judge the rows once each of them could have had enough images."""
+        self._rows = [a + b for a, b in zip(self._rows or [0.0] * len(counts), counts, strict=True)]
+        images, *rows = self._rows
+        if not rows or images < IMAGES_PER_ROW * len(rows):
+            return
+        self._rows = []
         for row, count in zip(table.row_names, rows, strict=True):
             self._note(
                 trainer,
                 f"empty/{row}",
-                images > 0 and count <= 1e-3 * images / len(rows),
-                f"row {row!r} of the parameter table gets no images: check the labels, or take fewer rows",
+                count <= 1e-3 * images / len(rows),
+                f"row {row!r} of the parameter table gets no images: take fewer rows, or check what assigns images to "
+                "them (labels, regimes)",
             )
 
     def _look_at_weight(self, trainer: Trainer, weight: float) -> None:
@@ -154,8 +180,8 @@ class EMHealth(Callback):
             trainer,
             "graph/complete",
             weight > COMPLETE_WEIGHT,
-            f"the graph joins everything alike: its mean edge weight is {weight:.2f}. Lower sigma_f or sigma_s, or the "
-            "noise level the diffusion is told",
+            f"the graph joins everything alike: its mean edge weight is {weight:.2f}. Lower sigma_f or the noise level "
+            "the diffusion is told",
         )
 
     def _note(self, trainer: Trainer, key: str, seen: bool, message: str) -> None:
@@ -174,6 +200,17 @@ class EMHealth(Callback):
                 logger.experiment.add_text("em/health", text, trainer.global_step)
 
 
+def _watched(table: "ParameterTable", name: str) -> list[int]:
+    """Rows of `table.values()` that restore images: 0 is the global set, which serves where a parameter has no rows."""
+    return list(range(1, len(table.row_names) + 1)) if name in table.per_row and table.row_names else [0]
+
+
+def _named(table: "ParameterTable", name: str, rows: list[int]) -> str:
+    """A parameter with the rows in question, for a sentence."""
+    labels = [table.row_names[row - 1] for row in rows if row > 0]
+    return f"{name} of {', '.join(labels)}" if labels else name
+
+
 def alternation(proxies: Sequence[float]) -> float:
     """Correlation of successive values about their linear trend: −1 where they alternate, 0 where unrelated."""
     values = torch.tensor(proxies, dtype=torch.float64)
@@ -186,15 +223,17 @@ def alternation(proxies: Sequence[float]) -> float:
     return float((values[1:] @ values[:-1]) / power) if power > 1e-12 * spread else 0.0
 
 
-def still_moving(table: "ParameterTable", path: Sequence[tuple[int, list[float]]], last: int) -> dict[str, float]:
-    """Relative change of each parameter over the last fifth of a run, for those that moved by more than a tenth.
+def still_moving(
+    table: "ParameterTable", path: Sequence[tuple[int, list[list[float]]]], last: int
+) -> dict[tuple[str, int], float]:
+    """Relative change over the last fifth of a run, by parameter and row, where it is more than a tenth.
 
     The change is that of the means over the two halves of that fifth, doubled: a value that shakes about its place has
     come to rest.
 
     Args:
         table: The table whose values they are.
-        path: Optimiser step and values of each look.
+        path: Optimiser step of each look, and the values then, as `table.values()` has them.
         last: The run's last step.
     """
     late = [values for step, values in path if step > 0.8 * last]
@@ -203,7 +242,16 @@ def still_moving(table: "ParameterTable", path: Sequence[tuple[int, list[float]]
     logs = torch.tensor(late, dtype=torch.float64).clamp_min(torch.finfo(torch.float64).tiny).log()
     half = len(late) // 2
     change = (2 * (logs[-half:].mean(0) - logs[:half].mean(0))).expm1().tolist()
-    return {name: value for name, value in zip(table.names, change, strict=True) if abs(value) > STILL_MOVING}
+    found = {(n, row): change[row][table.names.index(n)] for n in table.learned for row in _watched(table, n)}
+    return {place: value for place, value in found.items() if abs(value) > STILL_MOVING}
+
+
+def _mean_proxy(step: "EStep") -> Tensor:
+    """Mean proxy of the images of this process that count."""
+    if step.weight is None:
+        return step.proxy.mean().detach()
+    used = step.weight > 0
+    return torch.where(used, step.proxy.detach(), 0.0).sum() / used.sum().clamp_min(1)
 
 
 def _sums(step: "EStep") -> Tensor:
@@ -222,5 +270,8 @@ def _edge_weight(pl_module: LightningModule, batch: Any) -> Tensor | None:
     if measure is None:
         return None
     with torch.no_grad():
-        weight = measure(batch).double()
+        weight = measure(batch)
+    if weight is None:
+        return None
+    weight = weight.double()
     return torch.stack([weight.sum(), weight.new_tensor(float(len(weight)))])

@@ -64,7 +64,7 @@ class EMParameterCallback(Callback):
         self._statistics = Statistics(0, 0)
         self._last_step = 0
         self._scale: Tensor | None = None
-        self._reseeded = 0.0
+        self._said: set[str] = set()
 
     # For whoever prefers numbers to TensorBoard ------------------------------------------------------------------
 
@@ -289,14 +289,10 @@ class EMParameterCallback(Callback):
         numbers = assignment.diagnostics()
         for logger in trainer.loggers:
             logger.log_metrics({f"em/assignment/{name}": value for name, value in numbers.items()}, trainer.global_step)
-        reseeded = numbers.get("reseeded", 0.0)
-        if reseeded > self._reseeded:
-            rank_zero_warn(
-                f"{type(assignment).__name__}: {reseeded - self._reseeded:.0f} starving regime(s) were re-seeded by "
-                "splitting the largest one. If this goes on, the data hold fewer regimes than the table has rows: take "
-                "fewer, or add a feature that tells them apart"
-            )
-        self._reseeded = reseeded
+        for notice in assignment.notices():
+            if notice not in self._said:
+                self._said.add(notice)
+                rank_zero_warn(f"{type(assignment).__name__}: {notice}")
 
 
 def _loss_scale(trainer: Trainer, pl_module: LightningModule) -> Tensor | None:

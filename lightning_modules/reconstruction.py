@@ -62,6 +62,8 @@ class GraphDiffusionReconstruction(L.LightningModule):
         torch.Size([1, 3, 24, 16])
     """
 
+    noise_levels: Tensor | None
+
     def __init__(
         self,
         diffusion: GraphDiffusion,
@@ -98,7 +100,8 @@ class GraphDiffusionReconstruction(L.LightningModule):
         self.assignment = GlobalAssignment() if assignment is None else assignment
         self.perceptual = perceptual
         self.noise_range = (float(levels[0]), float(levels[1]))
-        self.noise_levels = None if noise_levels is None else [float(level) for level in noise_levels]
+        choices = None if noise_levels is None else torch.tensor(noise_levels, dtype=torch.float32)
+        self.register_buffer("noise_levels", choices, persistent=False)
         self.estimate_noise = estimate_noise
         self.objective = objective
         self.data_range = data_range
@@ -108,9 +111,11 @@ class GraphDiffusionReconstruction(L.LightningModule):
         self.lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
         # Groups would take metrics with equal states for the same one.
-        metrics: dict[str, Metric | MetricCollection] = {
-            name: MeanMetric() for name in ("loss", "psnr", "psnr_noisy", "gain", "ssim")
-        }
+        # Images that keep the noise they came with have no clean side to be compared with.
+        self.adds_noise = max(noise_levels or levels) > 0
+        names = ("loss", "psnr", "psnr_noisy", "gain", "ssim") if self.adds_noise or objective != "sure" else ("loss",)
+        self._metric_names = names
+        metrics: dict[str, Metric | MetricCollection] = {name: MeanMetric() for name in names}
         self.val_metrics = MetricCollection(metrics, prefix="val/", compute_groups=False)
         self.test_metrics = self.val_metrics.clone(prefix="test/")
 
@@ -195,8 +200,13 @@ class GraphDiffusionReconstruction(L.LightningModule):
         output = {"restored": restored.clamp(0, 1), "noisy": noisy, "name": batch["name"], "noise_std": level}
         return {**output, "parameters": used, **({"clean": image} if "key" in batch else {})}
 
-    def mean_edge_weight(self, batch: Batch) -> Tensor:
-        """Mean edge weight of each image's graph of patches, `[B]`; see `GraphDiffusion.mean_edge_weight`."""
+    def mean_edge_weight(self, batch: Batch) -> Tensor | None:
+        """Mean edge weight of each image's graph, `[B]`; see `GraphDiffusion.mean_edge_weight`.
+
+        None where the backbone builds the graph on anything but the noisy patches.
+        """
+        if self.backbone is not None and getattr(self.backbone, "graph_on", None) != "patches":
+            return None
         noisy, level = self._observe(batch)
         _, parameters = self._assign(noisy, level, batch["label"])
         return self.diffusion.mean_edge_weight(noisy, parameters["sigma_f"], level, self._max_radius)
@@ -225,7 +235,7 @@ class GraphDiffusionReconstruction(L.LightningModule):
             return image, batch["noise_std"] if "noise_std" in batch else estimate_noise_std(image)
         if self.noise_levels is not None:
             place = (seeded_uniform(batch["key"] ^ _LEVEL_STREAM, 1)[:, 0] * len(self.noise_levels)).long()
-            level = image.new_tensor(self.noise_levels)[place]
+            level = self.noise_levels[place].to(image.dtype)
         elif low == high:
             level = image.new_full((len(image),), low)
         else:
@@ -272,7 +282,10 @@ class GraphDiffusionReconstruction(L.LightningModule):
         noisy, level = self._observe(batch)
         _, parameters = self._assign(noisy, level, batch["label"])
         restored = self._restore(noisy, level, parameters)
-        reconstruction, perceptual = self._losses(restored, clean)
+        if self.objective == "sure":
+            reconstruction, perceptual = self._risk(noisy, restored, level, parameters, batch["key"]), None
+        else:
+            reconstruction, perceptual = self._losses(restored, clean)
         restored = restored.clamp(0, 1)
         psnr, psnr_noisy = (_psnr(image, clean) for image in (restored, noisy.clamp(0, 1)))
         ssim = structural_similarity_index_measure(restored, clean, data_range=1.0, reduction="none")
@@ -285,8 +298,8 @@ class GraphDiffusionReconstruction(L.LightningModule):
             "gain": psnr - psnr_noisy,
             "ssim": ssim,
         }
-        for name, value in values.items():
-            metrics[name].update(value, counted)
+        for name in self._metric_names:
+            metrics[name].update(values[name], counted)
         self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=len(clean))
         return {"clean": clean, "noisy": noisy, "restored": restored, "label": batch["label"], "index": batch["index"]}
 

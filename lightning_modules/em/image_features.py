@@ -105,7 +105,32 @@ class ImageFeatures(nn.Module):
         super().__init__()
         if not features:
             raise ValueError("features is empty: give at least one, such as NoiseLevel()")
-        self.features = nn.ModuleList(features)
+        self.features = nn.ModuleList(features).requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "ImageFeatures":
+        """As `nn.Module.train`, but the features stay in evaluation: they are measures, which must not drift."""
+        super().train(mode)
+        self.features.eval()
+        return self
+
+    def width(self, channels: int) -> int:
+        """How many numbers the features give for an image, by one look at some of random pixels.
+
+        Args:
+            channels: Channels of the images.
+
+        Raises:
+            ValueError: If a feature cannot be worked out on them.
+        """
+        images = torch.rand(2, channels, 16, 16, generator=torch.Generator().manual_seed(0))
+        try:
+            return self(images, torch.full((2,), 0.1)).shape[1]
+        except RuntimeError as error:
+            raise ValueError(
+                f"the features cannot be worked out on images of {channels} channels and 16×16 pixels, which was tried "
+                f"to learn how many numbers they give: {error}. Set `channels` to that of your images, and let "
+                "features take images of any size"
+            ) from error
 
     @torch.no_grad()
     def forward(self, images: Tensor, noise_std: Tensor) -> Tensor:
@@ -113,7 +138,7 @@ class ImageFeatures(nn.Module):
 
         Raises:
             ValueError: If a feature returns anything but one row of finite numbers for each image. On an accelerator a
-                look would stall every step: there a number that is not finite makes the M-step be skipped and counted.
+                look would stall every step: there the M-step is skipped and counted, and the loss is not finite.
         """
         columns = []
         for feature in self.features:

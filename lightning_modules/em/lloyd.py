@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +17,8 @@ CHUNKS_AT_ONCE = 8
 
 @dataclass
 class LloydResult:
-    """Centres ``[K, D]``, labels ``[N]``, the sum of squared distances, passes used, and whether the labels came to
-    rest.
+    """Centres ``[K, D]``, labels ``[N]``, the sum of squared distances, passes used, and whether the labels (or,
+    within `tol`, the centres) came to rest.
     """
 
     centers: Tensor
@@ -42,7 +43,9 @@ def lloyd(z: Tensor, centers: Tensor, max_iter: int = 300, tol: float = 0.0) -> 
 
     Shape: ``z`` ``[N, D]``, ``centers`` ``[K, D]``.
     """
-    search = _NearestCenters(z, centers)
+    unit = _unit(z)
+    z, tol = z / unit if unit != 1 else z, tol / unit**2
+    search = _NearestCenters(z, centers / unit)
     converged, n_iter = False, 0
     for n_iter in range(1, max_iter + 1):
         changed = search.assign() if n_iter > 1 else -1
@@ -50,7 +53,16 @@ def lloyd(z: Tensor, centers: Tensor, max_iter: int = 300, tol: float = 0.0) -> 
             converged = True
             break
     labels, squares = assign(search.centers[None], z)
-    return LloydResult(search.centers, labels[0], float(squares.sum(dtype=torch.float64)), n_iter, converged)
+    inertia = float(squares.sum(dtype=torch.float64)) * unit**2
+    return LloydResult(search.centers * unit, labels[0], inertia, n_iter, converged)
+
+
+def _unit(z: Tensor) -> float:
+    """A power of two, by which division is exact, that brings rows far from 1 within float32's reach; 1 for others."""
+    largest = float(z.abs().amax()) if z.numel() else 1.0
+    if largest == 0 or 1e-3 < largest < 1e3:
+        return 1.0
+    return 2.0 ** round(math.log2(largest))
 
 
 class _NearestCenters:
@@ -106,7 +118,8 @@ class _NearestCenters:
             # the label rides in the last bits: a reduction that returns indices takes one number at a time
             scores.view(torch.int32).bitwise_and_(-(2**bits)).bitwise_or_(self.names)
             nearest = scores.amin(dim=0)
-            label = nearest.view(torch.int32).bitwise_and(2**bits - 1).long()
+            # a centre out of float32's reach scores NaN, whose bits are no label: such rows are compared again below
+            label = nearest.view(torch.int32).bitwise_and(2**bits - 1).long().clamp_(max=self.num_components - 1)
             second = scores.scatter_(0, label[None], torch.inf).amin(dim=0).to(self.z)
             nearest = nearest.to(self.z)
             margin = norms.add(squares.amax()).mul_(error)

@@ -1,12 +1,14 @@
 """Bounded parameters with a global set and rows, which an M-step learns."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from lightning_modules.em._float64 import Float64Buffers
 
 # Name: (initial value, lower bound, upper bound) of the parameters of graph diffusion.
 DIFFUSION_PARAMETERS = {
@@ -31,7 +33,7 @@ class TableValues(NamedTuple):
     offsets: Tensor
 
 
-class ParameterTable(nn.Module):
+class ParameterTable(Float64Buffers):
     r"""Bounded parameters, one global set and one offset for each row, outside any optimiser's reach.
 
     An image with responsibilities r over the rows uses :math:`\log\theta = g + \sum_k r_k \delta_k`, clamped into the
@@ -245,17 +247,6 @@ class ParameterTable(nn.Module):
         return self._mask(names)
 
     # Inside ------------------------------------------------------------------------------------------------------
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ParameterTable":
-        # `module.half()` and Lightning's "bf16-true" cast every floating-point buffer: follow them to the device, but
-        # keep float64, whose digits the M-step needs.
-        before = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            after = getattr(self, name)
-            if buffer.dtype != after.dtype:
-                setattr(self, name, buffer.to(after.device))
-        return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         stored, layout = state_dict.get(prefix + "offsets"), state_dict.get(prefix + "_extra_state")

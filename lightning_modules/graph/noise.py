@@ -1,6 +1,7 @@
 """Noise: its level in an image, and reproducible draws that depend on a sample's key alone."""
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -43,9 +44,15 @@ def estimate_noise_std(images: Tensor) -> Tensor:
     level = _median_deviation(diagonal)
     if images.shape[1] != 3:
         return level
-    opponent = torch.einsum("kc,bchw->bkhw", images.new_tensor(_OPPONENT), diagonal)
+    opponent = torch.einsum("kc,bchw->bkhw", _opponent(images.device, images.dtype), diagonal)
     colour = _median_deviation(opponent)
     return torch.where(3 * colour < level, level, colour)
+
+
+@lru_cache(maxsize=8)  # copied to a device once: a copy in every step would wait for it
+@torch.inference_mode(False)
+def _opponent(device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(_OPPONENT, dtype=dtype, device=device)
 
 
 def _median_deviation(coefficients: Tensor) -> Tensor:

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from em_runs import CLASSES, SmoothImages, make_module, make_rule, make_trainer
+from em_runs import CLASSES, SmoothImages, make_assignment, make_module, make_rule, make_trainer
 
 from callbacks import EMParameterCallback
 from lightning_modules import EStep, ParameterTable
+from lightning_modules.em import Assignment
 
 
 class Scaler:
@@ -31,21 +32,26 @@ def trainer_on_paper(scaler: Scaler | None) -> Any:
     )
 
 
-def m_steps(rule: str, scaler: Scaler | None, last: int) -> EMParameterCallback:
+def m_steps(rule: str, scaler: Scaler | None, last: int, assignment: Assignment | None = None) -> EMParameterCallback:
     """Steps up to `last` on the meta device: it has no values, so whoever reads one on the host fails."""
     device = torch.device("meta")
     table = ParameterTable(per_row=["sigma", "smooth_steps"], row_names=CLASSES).to(device)
-    module: Any = SimpleNamespace(em_parameters=table, device=device)
+    module: Any = SimpleNamespace(em_parameters=table, device=device, assignment=assignment)
     callback, trainer = EMParameterCallback(make_rule(rule)), trainer_on_paper(scaler)
     callback.setup(trainer, module, "validate")
     callback.on_train_start(trainer, module)
     for _ in range(last):
         for micro_batch in range(2):
             losses = torch.zeros(4, device=device)
-            parameters = table(torch.zeros(4, len(CLASSES), device=device))
+            rows, latent = torch.zeros(4, len(CLASSES), device=device), None
+            if assignment is not None:
+                images, labels = torch.zeros(4, 3, 8, 8, device=device), torch.zeros(4, device=device, dtype=torch.long)
+                rows = assignment(images, labels, losses, len(CLASSES))
+                latent = assignment.statistics(images, labels, losses, rows)
+            parameters = table(rows)
             (losses + parameters["sigma"]).mean().backward()
             callback.on_after_backward(trainer, module)
-            e_step = EStep(torch.zeros(4, len(CLASSES), device=device), torch.ones_like(losses), losses, None, losses)
+            e_step = EStep(rows, torch.ones_like(losses), losses, None, losses, latent=latent)
             trainer.global_step += micro_batch
             callback.on_train_batch_end(trainer, module, {"em": e_step}, None, 0)
     return callback
@@ -55,6 +61,12 @@ def m_steps(rule: str, scaler: Scaler | None, last: int) -> EMParameterCallback:
 @pytest.mark.parametrize("rule", ["gradient", "sign"])
 def test_steps_that_do_not_log_read_nothing(rule: str, scaler: Scaler | None) -> None:
     assert len(m_steps(rule, scaler, last=49)._proxies) == 49
+
+
+@pytest.mark.parametrize("name", ["mixture", "similarity"])
+def test_assignments_that_learn_read_nothing(name: str) -> None:
+    assignment = make_assignment(name).to("meta").train()
+    assert len(m_steps("gradient", None, last=49, assignment=assignment)._proxies) == 49
 
 
 def test_a_step_that_logs_does_read() -> None:
@@ -74,9 +86,9 @@ class Watched(EMParameterCallback):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("rule", ["gradient", "sign"])
-def test_on_an_accelerator(rule: str, tmp_path: Path) -> None:
-    callback = Watched(make_rule(rule))
+@pytest.mark.parametrize("kind", ["gradient", "sign", "mixture", "similarity"])
+def test_on_an_accelerator(kind: str, tmp_path: Path) -> None:
+    callback = Watched(make_rule(kind if kind in ("gradient", "sign") else "gradient"))
     trainer = make_trainer(tmp_path, callback, epochs=3, accelerator="cuda", log_every_n_steps=1000)
-    trainer.fit(make_module(), SmoothImages(16))
+    trainer.fit(make_module(assignment=kind), SmoothImages(16))
     assert len(callback.loss_history) == 9

@@ -1,5 +1,7 @@
 """Regimes and prototypes: against scikit-learn, by hand, and with input that cannot be right."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -81,13 +83,16 @@ def test_the_likelihood_never_falls_on_a_full_batch(seed: int, regimes: int, wid
     assignment = MixtureAssignment(regimes, [Table(width)])
     assignment.step_exponent = 0.0  # nothing is remembered of earlier steps: exact EM
     last = -torch.inf
-    for step in range(25):
+    seen = []
+    for _ in range(25):
         assignment.age.fill_(0)  # no regime is re-seeded on the way
         learn(assignment, rows)
-        now = assignment.diagnostics()["log_likelihood"]
-        if step > 0:  # the first step starts the mixture
+        now = assignment.diagnostics().get("log_likelihood")  # none before the start
+        if now is not None:
             assert now >= last - 1e-9 * abs(last)
             last = now
+            seen.append(now)
+    assert len(seen) >= 20
 
 
 def test_an_m_step_is_that_of_the_running_means() -> None:
@@ -135,6 +140,64 @@ def test_regimes_of_noise_are_found_from_few_images_a_step() -> None:
     assert (r.amax(1) > 0.9).all()
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_small_batches_start_from_enough_images(batch: int) -> None:
+    assignment = MixtureAssignment(3, [Table(1)])
+    rows = torch.cat([clusters(step, width=1) for step in range(10)])
+    for part in rows.split(batch):
+        learn(assignment, part)
+    places = (assignment.means * assignment.scale + assignment.offset).flatten().sort().values
+    torch.testing.assert_close(places, torch.tensor([-3.0, 0.0, 4.0]).double(), atol=0.6, rtol=0)
+
+
+def test_the_likelihood_is_that_of_the_images_it_has_seen_even_past_a_rescue() -> None:
+    assignment = MixtureAssignment(3, [Table(1)])
+    for step in range(60):
+        learn(assignment, clusters(step, width=1))
+    before = assignment.diagnostics()["log_likelihood"]
+    rows = clusters(100, width=1)
+    z = (rows - assignment.offset) / assignment.scale
+    truth = float(torch.logsumexp(assignment._log_joint(z), 1).mean() - assignment.scale.log().sum())
+    assert abs(before - truth) < 0.2
+    assignment.means[0] = -60.0
+    assignment.average.copy_(statistics_of(assignment._theta()).flat())
+    values = []
+    for step in range(60):
+        learn(assignment, clusters(step, width=1))
+        values.append(assignment.diagnostics()["log_likelihood"])
+    assert assignment.reseeded >= 1
+    assert max(abs(b - a) for a, b in itertools.pairwise(values)) < 3  # no fall to an invented value
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "float"])
+def test_casting_a_module_leaves_the_state_its_digits(cast: str) -> None:
+    rows = clusters(0)
+    images, labels, noise = as_images(rows)
+    for assignment in (MixtureAssignment(3, [Table(2)]), SimilarityAssignment(nn.Flatten(), 48, 3)):
+        getattr(assignment, cast)()
+        assert all(b.dtype == torch.float64 for b in assignment.buffers(recurse=False))
+        r = assignment(images, labels, noise, 3)
+        assignment.maximise(assignment.statistics(images, labels, noise, r).sum(0), YES)
+
+
+def test_features_are_measures_that_do_not_drift() -> None:
+    class Learned(ImageFeature):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+        def forward(self, images: Tensor, noise_std: Tensor) -> Tensor:
+            return self.layers(images)
+
+    feature = Learned()
+    assignment = MixtureAssignment(2, [feature], channels=1).train()
+    assignment(torch.rand(3, 1, 8, 8), torch.full((3,), -1), torch.ones(3), 2)
+    assert int(feature.layers[1].num_batches_tracked) == 0
+    assert not any(parameter.requires_grad for parameter in assignment.parameters())
+    with pytest.raises(ValueError, match=r"images of 3 channels.*Set `channels`"):
+        MixtureAssignment(2, [feature])
+
+
 def test_a_starving_regime_is_reseeded_and_finds_images() -> None:
     assignment = MixtureAssignment(3, [Table(1)])
     generator = torch.Generator().manual_seed(0)
@@ -154,8 +217,8 @@ def test_a_constant_feature_is_left_out_and_said() -> None:
         rows = clusters(step)
         rows[:, 1] = 0.1 + 0.2
         learn(assignment, rows)
-    with pytest.warns(UserWarning, match=r"column\(s\) \[1\] had one value"):
-        assignment.diagnostics()
+    (notice,) = assignment.notices()
+    assert notice.startswith("feature column(s) [1] had one value for all of the first images")
     rows = clusters(0)
     both = assignment(*as_images(rows), 2)
     rows[:, 1] = -7.0

@@ -119,3 +119,29 @@ def test_levels_are_drawn_from_those_given() -> None:
     assert torch.equal(level.unique(), torch.tensor([0.1, 0.4]))
     assert 150 < int((level > 0.2).sum()) < 250
     torch.testing.assert_close((noisy - 0.5).std((1, 2, 3)), level, rtol=0.2, atol=0)
+
+
+class Report:
+    """Takes the place of the Trainer's logging."""
+
+    def __init__(self, module: GraphDiffusionReconstruction) -> None:
+        self.values: dict[str, float] = {}
+        module.log_dict = lambda metrics, **_: self.values.update(metrics.compute())  # type: ignore[method-assign]
+
+
+def test_validation_by_the_risk_needs_no_clean_image() -> None:
+    """Photographs with noise of their own: no PSNR against themselves, and the risk of the restoration."""
+    clean = F.avg_pool2d(torch.rand(60, 3, 14, 14, generator=torch.Generator().manual_seed(0)), 3, 1)
+    noisy = clean + 0.1 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
+    module = make(noise_std=0.0, estimate_noise=True).eval()
+    report = Report(module)
+    with torch.no_grad():
+        restored = module.validation_step(batch(noisy), 0)["restored"]
+    assert list(report.values) == ["val/loss"]
+    truth = float(squared_error(restored, clean).mean())
+    assert abs(float(report.values["val/loss"]) - truth) < 0.35 * truth
+
+    module = make(noise_std=0.1).eval()
+    report = Report(module)
+    module.validation_step(batch(clean), 0)
+    assert {"val/loss", "val/psnr", "val/gain"} <= set(report.values)

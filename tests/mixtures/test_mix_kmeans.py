@@ -68,6 +68,28 @@ def test_lloyd_equals_scikit_learn_at_every_iteration(dtype: torch.dtype, iterat
     np.testing.assert_allclose(result.centers, reference.cluster_centers_, atol=1e-9 if rounding < 1e-9 else 1e-4)
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1e-12, 1.0, 1e12, 1e25])
+@pytest.mark.parametrize("components", [1, 5, 8])
+def test_lloyd_is_the_plain_algorithm_at_any_scale(scale: float, components: int) -> None:
+    x = torch.randn(300, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    centers = x[:components].clone()
+    for _ in range(20):
+        labels = torch.cdist(x, centers).argmin(1)
+        centers = torch.stack([x[labels == k].mean(0) for k in range(components)])
+    result = lloyd(x * scale, x[:components] * scale, 20)
+    np.testing.assert_allclose(result.centers / scale, centers, atol=1e-9)
+
+
+def test_a_start_out_of_reach_of_single_precision() -> None:
+    x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    start = torch.cat([x[:4], torch.full((1, 3), 1e25, dtype=torch.float64)])
+    result = lloyd(x, start)
+    assert result.converged
+    labels = torch.cdist(x, result.centers).argmin(1)
+    assert torch.equal(labels, result.labels)
+    assert len(labels.unique()) == 5  # the lost centre has been restarted
+
+
 @pytest.mark.parametrize("standardize", [False, True])
 def test_streaming_equals_lloyd(standardize: bool) -> None:
     x = 1e4 + 30 * blobs()

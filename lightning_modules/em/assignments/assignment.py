@@ -2,10 +2,12 @@
 
 from abc import ABC, abstractmethod
 
-from torch import Tensor, nn
+from torch import Tensor
+
+from lightning_modules.em._float64 import Float64Buffers
 
 
-class Assignment(nn.Module, ABC):
+class Assignment(Float64Buffers, ABC):
     """Gives every image its responsibilities over the rows of a parameter table: the E-step's posterior.
 
     A new way to decide is a new subclass in a file of its own, named by `class_path` in a configuration.
@@ -67,6 +69,10 @@ class Assignment(nn.Module, ABC):
             - sums: float64 `[M]`
             - accepted: boolean scalar
         """
+
+    def notices(self) -> list[str]:
+        """Sentences that the user should read, each of which is said once; asked for on steps that log."""
+        return []
 
     def diagnostics(self) -> dict[str, float]:
         """Numbers to log about the assignment's own model, by name; read only on steps that log."""

@@ -1,7 +1,6 @@
 """Rows by regime: an unobserved latent variable, learned by expectation-maximisation."""
 
 import math
-import warnings
 
 import torch
 from torch import Tensor
@@ -19,6 +18,10 @@ from lightning_modules.em.reference_frame import CONSTANT_FEATURE_ULPS, Referenc
 
 # A regime with less than this part of an equal share starves.
 STARVING_SHARE = 0.02
+# Images, for each regime, that the start is made from.
+START_IMAGES = 16
+# Power iterations for the direction of the largest spread: an eigenvalue solver would make the host wait.
+POWER_ITERATIONS = 8
 # Steps that a new regime has to find images before it can count as starving.
 GRACE_STEPS = 20.0
 
@@ -30,17 +33,19 @@ class MixtureAssignment(Assignment):
     from running means of the sufficient statistics (stepwise EM; Cappé & Moulines, JRSS B 71, 2009, section 2), one
     update for each optimiser step. It needs no label, neither in training nor later.
 
-    The first step's images give the features' mean and spread, the frame in which the mixture lives, and the start:
-    means at equal quantiles along the direction of the largest spread. Until then every regime has the same
-    responsibility. A batch with fewer images than regimes is no obstacle, because the running means remember. A regime
-    that starves is re-seeded by splitting the largest one. A feature that is the same for all images of the first step
-    tells nothing apart and is left out of account from then on.
+    The first images, 16 for each regime, give the features' mean and spread, the frame in which the mixture lives, and
+    the start: means at equal quantiles of a normal along the direction of the largest spread. Until then every regime
+    has the same responsibility. A batch with fewer images than regimes is no obstacle, because the running means
+    remember. A regime that starves is re-seeded by splitting the largest one; its row of the table stays and learns on.
+    A feature that is the same for all of the first images tells nothing apart and is left out of account from then on.
 
     Args:
         num_regimes: Regimes K, as many as the table has rows.
-        features: What the regimes are told apart by; the noise level by default.
+        features: What the regimes are told apart by; the noise level by default. They are used as they are, and do not
+            learn.
         step_exponent: How fast the running means forget: step t weighs `(t + 2)^-step_exponent`; above 0.5, at most 1.
-        reg_covar: Added to the variances, in units of the first step's variance of each feature.
+        reg_covar: Added to the variances, in units of each feature's variance over the first images.
+        channels: Channels of the images, for one look at how many numbers the features give.
 
     Raises:
         ValueError: If an argument is outside its range.
@@ -48,7 +53,7 @@ class MixtureAssignment(Assignment):
     Example:
         >>> assignment = MixtureAssignment(num_regimes=2)
         >>> images, labels, noise = torch.rand(4, 3, 8, 8), torch.full((4,), -1), torch.tensor([0.02, 0.02, 0.2, 0.2])
-        >>> for _ in range(3):
+        >>> for _ in range(10):
         ...     r = assignment(images, labels, noise, num_rows=2)
         ...     assignment.maximise(assignment.statistics(images, labels, noise, r).sum(0), torch.tensor(True))
         >>> assignment(images, labels, noise, num_rows=2).argmax(1).tolist()
@@ -68,7 +73,11 @@ class MixtureAssignment(Assignment):
     informative: Tensor
     #: running mean of the statistics, flat
     average: Tensor
-    #: accepted M-steps, and those since a regime was re-seeded
+    #: sums of the features' moments, and their number, before the start
+    gathered: Tensor
+    #: mean log-likelihood of an image, forgetting as the average does
+    log_likelihood: Tensor
+    #: M-steps since the start, and those since a regime was re-seeded
     steps: Tensor
     age: Tensor
     #: how often a regime was re-seeded
@@ -80,8 +89,10 @@ class MixtureAssignment(Assignment):
         features: list[ImageFeature] | None = None,
         step_exponent: float = 0.6,
         reg_covar: float = 1e-3,
+        channels: int = 3,
     ) -> None:
         super().__init__()
+        self._seen: tuple[Tensor, Tensor] | None = None  # what `forward` has worked out and `statistics` asks for
         if num_regimes < 1:
             raise ValueError(f"num_regimes must be at least 1, got {num_regimes}")
         if not 0.5 < step_exponent <= 1:
@@ -90,8 +101,7 @@ class MixtureAssignment(Assignment):
             raise ValueError(f"reg_covar must be positive, got {reg_covar}")
         self.features = ImageFeatures([NoiseLevel()] if features is None else features)
         self.num_regimes, self.step_exponent, self.reg_covar = num_regimes, step_exponent, reg_covar
-        # one look at a blank image tells how many numbers the features give
-        width = self.features(torch.zeros(1, 3, 16, 16), torch.ones(1)).shape[1]
+        width = self.features.width(channels)
 
         def number(*shape: int, value: float = 0.0) -> Tensor:
             return torch.full(shape, value, dtype=torch.float64)
@@ -103,6 +113,8 @@ class MixtureAssignment(Assignment):
             "offset": number(width),
             "scale": number(width, value=1.0),
             "informative": number(width, value=1.0),
+            "gathered": number(width + width**2 + 1),
+            "log_likelihood": number(),
             "average": number(num_regimes * (1 + width + width**2) + 3),
             "steps": number(),
             "age": number(),
@@ -120,13 +132,17 @@ class MixtureAssignment(Assignment):
                 f"the parameter table has {num_rows} rows, the assignment num_regimes={self.num_regimes}: give the "
                 "table one row name for each regime (em_parameters.row_names) or change num_regimes"
             )
-        joint = self._log_joint(self._enter(self.features(images, noise_std)))
+        features = self.features(images, noise_std)
+        if self.training:
+            self._seen = (images, features)
+        joint = self._log_joint(self._enter(features))
         return torch.where(self.steps > 0, torch.softmax(joint, dim=1), 1 / self.num_regimes)
 
     @torch.no_grad()
     def statistics(self, images: Tensor, labels: Tensor, noise_std: Tensor, responsibilities: Tensor) -> Tensor:
         """Moments of the features, then those of each regime in the frame; see `Assignment.statistics`."""
-        features = self.features(images, noise_std)
+        seen, self._seen = self._seen, None
+        features = seen[1] if seen is not None and seen[0] is images else self.features(images, noise_std)
         z = self._enter(features)
         log_norm = torch.logsumexp(self._log_joint(z), dim=1, keepdim=True)
         entropy = torch.special.entr(responsibilities).sum(1, keepdim=True)
@@ -167,27 +183,35 @@ class MixtureAssignment(Assignment):
         reg_covar = torch.full_like(self.scale, self.reg_covar)
         theta = maximisation(self._from_flat(average), reg_covar, self._theta())
         theta, average, rescued = self._rescue(theta, average)
+        # the mixture of the start has not seen a likelihood: the first step's is taken whole
+        likelihood = torch.lerp(
+            self.log_likelihood, flat[-3] / count.clamp_min(1), torch.where(self.steps > 1, rate, 1.0)
+        )
 
-        offset, scale, informative, first = self._start(moments, count)
-        start = self._flat_of(first)
+        gathered = self.gathered + torch.cat([moments, count[None]])
+        enough = gathered[-1] >= START_IMAGES * self.num_regimes
+        offset, scale, informative, first = self._start(gathered[:-1], gathered[-1])
         taken = accepted & (count > 0)
-        for name, now, before in (
+        for name, later, at_start in (
             ("weights", theta.weights[0], first.weights),
             ("means", theta.means[0], first.means),
             ("covariances", theta.covariances[0], first.covariances),
-            ("average", average, start),
+            ("average", average, statistics_of(first).flat()),
             ("offset", self.offset, offset),
             ("scale", self.scale, scale),
             ("informative", self.informative, informative),
+            ("log_likelihood", likelihood, self.log_likelihood),
             ("reseeded", self.reseeded + rescued, self.reseeded),
             ("age", torch.where(rescued, 0.0, self.age + 1), self.age),
             ("steps", self.steps + 1, self.steps + 1),
         ):
             buffer: Tensor = getattr(self, name)
-            buffer.copy_(torch.where(taken, torch.where(started, now, before), buffer))
+            before = torch.where(enough, at_start, buffer)
+            buffer.copy_(torch.where(taken, torch.where(started, later, before), buffer))
+        self.gathered.copy_(torch.where(taken & ~started, gathered, self.gathered))
 
     def _start(self, moments: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor, MixtureParameters]:
-        """Frame and first mixture from one step's moments of the features."""
+        """Frame and first mixture from the moments of the first images' features."""
         width = len(self.offset)
         count = count.clamp_min(1)
         mean = moments[:width] / count
@@ -198,14 +222,11 @@ class MixtureAssignment(Assignment):
         informative = (deviation > rounding).double()
         scale = torch.where(informative > 0, deviation, 1.0)
         correlation = covariance / (scale[:, None] * scale) * informative[:, None] * informative
-        values, vectors = torch.linalg.eigh(correlation)
-        # An eigenvector has no sign of its own: the largest entry is taken as positive.
-        axis = vectors[:, -1] * torch.sign(vectors[:, -1].gather(0, vectors[:, -1].abs().argmax(0, keepdim=True)))
+        axis, spread = _largest_spread(correlation)
         places = (torch.arange(self.num_regimes, dtype=torch.float64, device=mean.device) + 0.5) / self.num_regimes
-        spread = values[-1].clamp_min(0).sqrt()
         means = math.sqrt(2) * torch.erfinv(2 * places - 1)[:, None] * spread * axis
         # What lies along the axis is shared out among the regimes; across it they are as wide as the data.
-        along = values[-1] * (1 - 1 / self.num_regimes**2) * axis[:, None] * axis
+        along = spread.square() * (1 - 1 / self.num_regimes**2) * axis[:, None] * axis
         within = correlation - along + self.reg_covar * torch.eye(width, dtype=torch.float64, device=mean.device)
         weights = torch.full_like(self.weights, 1 / self.num_regimes)
         return mean, scale, informative, MixtureParameters("full", weights, means, within.expand_as(self.covariances))
@@ -213,21 +234,22 @@ class MixtureAssignment(Assignment):
     def _rescue(self, theta: MixtureParameters, average: Tensor) -> tuple[MixtureParameters, Tensor, Tensor]:
         """The mixture with its most starving regime, if any, made one half of the largest."""
         weights, means, covariances = theta.weights[0], theta.means[0], theta.covariances[0]
-        poor, rich = weights.argmin(), weights.argmax()
-        rescued = (weights[poor] < STARVING_SHARE / self.num_regimes) & (self.age >= GRACE_STEPS)
-        values, vectors = torch.linalg.eigh(covariances[rich])
-        step = vectors[:, -1] * values[-1].clamp_min(0).sqrt() / 2
-        is_poor = torch.arange(self.num_regimes, device=weights.device) == poor
-        is_rich = torch.arange(self.num_regimes, device=weights.device) == rich
+        regimes = torch.arange(self.num_regimes, device=weights.device)
+        is_poor, is_rich = regimes == weights.argmin(), regimes == weights.argmax()
+        rescued = (weights.amin() < STARVING_SHARE / self.num_regimes) & (self.age >= GRACE_STEPS)
+        # sums with a mask, because an index on the device would have to come to the host
+        rich_mean = (means * is_rich[:, None]).sum(0)
+        rich_covariance = (covariances * is_rich[:, None, None]).sum(0)
+        axis, spread = _largest_spread(rich_covariance)
         either = rescued & (is_poor | is_rich)
         side = is_poor.double() - is_rich.double()
         split = MixtureParameters(
             "full",
-            torch.where(either, weights[rich] / 2, weights) / torch.where(rescued, 1 - weights[poor], 1.0),
-            torch.where(either[:, None], means[rich] + side[:, None] * step, means),
-            torch.where(either[:, None, None], covariances[rich], covariances),
+            torch.where(either, weights.amax() / 2, weights) / torch.where(rescued, 1 - weights.amin(), 1.0),
+            torch.where(either[:, None], rich_mean + side[:, None] * axis * spread / 2, means),
+            torch.where(either[:, None, None], rich_covariance, covariances),
         )
-        return split.batched(), torch.where(rescued, self._flat_of(split), average), rescued
+        return split.batched(), torch.where(rescued, statistics_of(split).flat(), average), rescued
 
     def _from_flat(self, flat: Tensor) -> MixtureStatistics:
         width = len(self.offset)
@@ -245,28 +267,43 @@ class MixtureAssignment(Assignment):
         )
         return like.with_flat(flat)
 
-    def _flat_of(self, theta: MixtureParameters) -> Tensor:
-        return statistics_of(theta).flat()
-
     # For the eye -------------------------------------------------------------------------------------------------
 
     def diagnostics(self) -> dict[str, float]:
         """Weights and means of the regimes, in units of the features, and how many were re-seeded."""
-        self._warn_of_constant_features()
         means = ReferenceFrame(self.offset, self.scale).leave(self.means).tolist()
         numbers = {f"weight/{k}": weight for k, weight in enumerate(self.weights.tolist())}
         for k, row in enumerate(means):
             numbers |= {f"mean_{f}/{k}": value for f, value in enumerate(row)}
-        count = self.average[-1].clamp_min(torch.finfo(torch.float64).tiny)
-        numbers["log_likelihood"] = float(self.average[-3] / count) - float(self.scale.log().sum())
+        if float(self.steps) > 1:
+            # columns left out of account have the density of reg_covar at its peak, which says nothing
+            left_out = 0.5 * float((1 - self.informative).sum()) * math.log(2 * math.pi * self.reg_covar)
+            numbers["log_likelihood"] = float(self.log_likelihood - self.scale.log().sum()) + left_out
         return numbers | {"reseeded": float(self.reseeded)}
 
-    def _warn_of_constant_features(self) -> None:
-        constant = (self.informative == 0).nonzero()[:, 0].tolist()
-        if constant:
-            warnings.warn(
-                f"MixtureAssignment: feature column(s) {constant} had one value for all images of the first step and "
-                "tell no regimes apart; they are left out of account. Remove them from `features`, or give data in "
-                "which they vary",
-                stacklevel=2,
+    def notices(self) -> list[str]:
+        """Features that tell nothing apart, and regimes that had to be re-seeded."""
+        notices = []
+        if constant := (self.informative == 0).nonzero()[:, 0].tolist():
+            notices.append(
+                f"feature column(s) {constant} had one value for all of the first images and tell no regimes apart; "
+                "they are left out of account. Remove them from `features`, or give data in which they vary"
             )
+        if count := int(self.reseeded):
+            notices.append(
+                f"{count} starving regime(s) so far were re-seeded by splitting the largest one. If this goes on, the "
+                "data hold fewer regimes than the table has rows: take fewer, or add a feature that tells them apart"
+            )
+        return notices
+
+
+def _largest_spread(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Direction of the largest spread `[F]`, its largest entry positive, and the standard deviation along it."""
+    largest = covariance.diagonal().argmax()
+    axis = covariance.index_select(1, largest[None])[:, 0]
+    tiny = torch.finfo(axis.dtype).tiny
+    for _ in range(POWER_ITERATIONS):
+        axis = covariance @ axis
+        axis = axis / axis.norm().clamp_min(tiny)
+    sign = torch.sign(axis.gather(0, axis.abs().argmax(0, keepdim=True)))
+    return axis * sign, (axis @ covariance @ axis).clamp_min(0).sqrt()

@@ -21,7 +21,7 @@ class SimilarityAssignment(Assignment):
         embedding_size: Length E of the vectors.
         num_classes: Classes K, as many as the table has rows.
         temperature: T, the difference of cosines that matters by a factor e.
-        decay: How much of the running sums an optimiser step keeps.
+        decay: How much of a class's running sums an optimiser step with images of it keeps.
 
     Raises:
         ValueError: If an argument is outside its range.
@@ -45,6 +45,7 @@ class SimilarityAssignment(Assignment):
         decay: float = 0.99,
     ) -> None:
         super().__init__()
+        self._seen: tuple[Tensor, Tensor] | None = None  # what `forward` has worked out and `statistics` asks for
         for name, value in (("embedding_size", embedding_size), ("num_classes", num_classes)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -80,7 +81,10 @@ class SimilarityAssignment(Assignment):
                 f"the parameter table has {num_rows} rows, the assignment num_classes={self.num_classes}: give the "
                 "table one row name for each class (em_parameters.row_names) or change num_classes"
             )
-        cosine = self._embed(images) @ F.normalize(self.totals[:, 1:], dim=1).T
+        vectors = self._embed(images)
+        if self.training:
+            self._seen = (images, vectors)
+        cosine = vectors @ F.normalize(self.totals[:, 1:], dim=1).T
         known = self.totals[:, 0] > 0
         share = torch.softmax(torch.where(known, cosine / self.temperature, -torch.inf), dim=1)
         return torch.where(known.any(), share, 0.0)
@@ -89,7 +93,8 @@ class SimilarityAssignment(Assignment):
     def statistics(self, images: Tensor, labels: Tensor, noise_std: Tensor, responsibilities: Tensor) -> Tensor:
         """Count and unit embedding under the image's own label; see `Assignment.statistics`."""
         own = F.one_hot(labels + 1, self.num_classes + 1)[:, 1:].double()
-        vector = self._embed(images)
+        seen, self._seen = self._seen, None
+        vector = seen[1] if seen is not None and seen[0] is images else self._embed(images)
         vector = torch.cat([torch.ones_like(vector[:, :1]), vector], dim=1)
         return (own[:, :, None] * vector[:, None, :]).flatten(1)
 
@@ -101,7 +106,7 @@ class SimilarityAssignment(Assignment):
         self.totals.copy_(torch.where(seen, self.decay * self.totals + sums, self.totals))
 
     def diagnostics(self) -> dict[str, float]:
-        """How many images each prototype is the mean of."""
+        """How many images each prototype is the mean of, older ones counted for less."""
         return {f"images/{k}": count for k, count in enumerate(self.totals[:, 0].tolist())}
 
     def _embed(self, images: Tensor) -> Tensor:
