@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_modules import ParameterTable
 from lightning_modules.em import MixtureAssignment, SimilarityAssignment
+from lightning_modules.em.assignments.mixture import _largest_spread
 from lightning_modules.em.gaussian_mixture import statistics_of
 from lightning_modules.em.image_features import (
     ColourSpread,
@@ -138,6 +139,24 @@ def test_regimes_of_noise_are_found_from_few_images_a_step() -> None:
     r = assignment(images[:1].expand(4, -1, -1, -1), torch.full((4,), -1), levels, 4)
     assert sorted(r.argmax(1).tolist()) == [0, 1, 2, 3]
     assert (r.amax(1) > 0.9).all()
+
+
+def test_the_largest_spread_is_the_first_eigenvector_and_no_matter_of_rounding() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for width in (1, 2, 3, 5):
+        factor = torch.randn(width, 8, generator=generator, dtype=torch.float64)
+        covariance = factor @ factor.T
+        axis, deviation = _largest_spread(covariance)
+        values, vectors = torch.linalg.eigh(covariance)
+        assert abs(float(axis @ vectors[:, -1])) == pytest.approx(1, abs=1e-6)
+        assert float(deviation) == pytest.approx(float(values[-1]) ** 0.5, rel=1e-6)
+    for sign in (1, -1):  # two standardised features: entries of equal size, the direction open to chance
+        for rounding in (-1e-15, 0.0, 1e-15):
+            correlation = torch.tensor([[1.0 + rounding, sign * 0.1], [sign * 0.1, 1.0]], dtype=torch.float64)
+            axis, _ = _largest_spread(correlation)
+            expected = torch.tensor([sign, 1.0], dtype=torch.float64) / 2**0.5
+            torch.testing.assert_close(axis, expected, atol=1e-9, rtol=0)
+    torch.testing.assert_close(_largest_spread(torch.zeros(2, 2).double())[1], torch.zeros(()).double())
 
 
 @pytest.mark.parametrize("batch", [1, 2])

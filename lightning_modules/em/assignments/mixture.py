@@ -20,8 +20,8 @@ from lightning_modules.em.reference_frame import CONSTANT_FEATURE_ULPS, Referenc
 STARVING_SHARE = 0.02
 # Images, for each regime, that the start is made from.
 START_IMAGES = 16
-# Power iterations for the direction of the largest spread: an eigenvalue solver would make the host wait.
-POWER_ITERATIONS = 8
+# 2^7 power iterations for the direction of the largest spread: an eigenvalue solver would make the host wait.
+SQUARINGS = 7
 # Steps that a new regime has to find images before it can count as starving.
 GRACE_STEPS = 20.0
 
@@ -298,12 +298,19 @@ class MixtureAssignment(Assignment):
 
 
 def _largest_spread(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """Direction of the largest spread `[F]`, its largest entry positive, and the standard deviation along it."""
-    largest = covariance.diagonal().argmax()
-    axis = covariance.index_select(1, largest[None])[:, 0]
-    tiny = torch.finfo(axis.dtype).tiny
-    for _ in range(POWER_ITERATIONS):
-        axis = covariance @ axis
-        axis = axis / axis.norm().clamp_min(tiny)
-    sign = torch.sign(axis.gather(0, axis.abs().argmax(0, keepdim=True)))
-    return axis * sign, (axis @ covariance @ axis).clamp_min(0).sqrt()
+    """Direction of the largest spread `[F]` and the standard deviation along it.
+
+    Repeated squares of the matrix tend to the projection on its first eigenvector. What they are applied to, and the
+    direction's sign, come from a fixed vector without symmetries: standardised features are so alike that anything read
+    off the matrix itself would be a matter of rounding, and differ from process to process.
+    """
+    tiny = torch.finfo(covariance.dtype).tiny
+    power = covariance
+    for _ in range(SQUARINGS):
+        power = power / power.norm().clamp_min(tiny)
+        power = power @ power
+    reference = torch.arange(1, len(covariance) + 1, dtype=covariance.dtype, device=covariance.device).sqrt()
+    axis = power @ reference
+    axis = axis / axis.norm().clamp_min(tiny)
+    axis = axis * torch.where(axis @ reference < 0, -1.0, 1.0)
+    return axis, (axis @ covariance @ axis).clamp_min(0).sqrt()
