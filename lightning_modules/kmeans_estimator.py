@@ -88,7 +88,8 @@ class KMeansEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Cluster
         X = validate_data(self, X, dtype=[np.float64, np.float32])
         if X.shape[0] < self.n_clusters:
             raise ValueError(f"n_samples={X.shape[0]} should be >= n_clusters={self.n_clusters}.")
-        rows = torch.tensor(X, device=self.device)
+        # a view where numpy allows one: nothing writes to it
+        rows = (torch.from_numpy(X) if X.flags.writeable else torch.tensor(X)).to(self.device)
         self._frame = StreamMoments.of(rows).frame("feature" if self.standardize else "common")
         z = self._frame.enter(rows).to(rows.dtype)
         starts = [lloyd(z, centers, self.max_iter, self.tol) for centers in self._starts(z, X.shape[1])]

@@ -59,7 +59,7 @@ def lloyd(z: Tensor, centers: Tensor, max_iter: int = 300, tol: float = 0.0) -> 
 
 def _unit(z: Tensor) -> float:
     """A power of two, by which division is exact, that brings rows far from 1 within float32's reach; 1 for others."""
-    largest = float(z.abs().amax()) if z.numel() else 1.0
+    largest = max(-float(z.min()), float(z.max())) if z.numel() else 1.0  # |z| would be a copy of all the data
     if largest == 0 or 1e-3 < largest < 1e3:
         return 1.0
     return 2.0 ** round(math.log2(largest))
@@ -85,13 +85,17 @@ class _NearestCenters:
         self.labels, self.gap = self._nearest(None)
         self.weight = torch.bincount(self.labels, minlength=self.num_components).double()
         self.sums = torch.zeros(self.num_components, z.shape[1], dtype=torch.float64, device=z.device)
-        self._add(self.labels, z, 1.0)
+        self._add(z, self.labels)
 
-    def _add(self, labels: Tensor, rows: Tensor, sign: float) -> None:
+    def _add(self, rows: Tensor, labels: Tensor, old: Tensor | None = None) -> None:
+        """Add rows to the sums of their centres, and take them from their old ones'."""
         step = chunk_rows(self.num_components + rows.shape[1], rows.device)
         for first in range(0, rows.shape[0], step):
-            one_hot = (labels[first : first + step] == self.names).to(rows.dtype)
-            self.sums += sign * (one_hot @ rows[first : first + step]).double()
+            part = slice(first, first + step)
+            share = (labels[part] == self.names).to(rows.dtype)
+            if old is not None:
+                share -= (old[part] == self.names).to(rows.dtype)
+            self.sums += (share @ rows[part]).double()
 
     def _nearest(self, index: Tensor | None) -> tuple[Tensor, Tensor]:
         """Label, and a lower bound on the distance to the second nearest centre less that to the nearest.
@@ -152,9 +156,7 @@ class _NearestCenters:
             moved = (labels != old).nonzero()[:, 0]
             index, old, labels = index[moved], old[moved], labels[moved]
             self.labels[index] = labels
-        rows = self.z.index_select(0, index)
-        self._add(old, rows, -1.0)
-        self._add(labels, rows, 1.0)
+        self._add(self.z.index_select(0, index), labels, old)
         self.weight += torch.bincount(labels, minlength=self.num_components)
         self.weight -= torch.bincount(old, minlength=self.num_components)
         return len(index)
