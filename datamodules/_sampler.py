@@ -60,19 +60,18 @@ class EpochBatches(DistributedSampler[Any]):
     def __iter__(self) -> Iterator[Draw]:
         # a generator: nothing is fixed before the first batch is asked for
         order = permutation(self.length, self.seed, self.epoch, _ORDER) if self.shuffle else torch.arange(self.length)
-        position = torch.arange(self.num_samples) * self.num_replicas + self.rank
-        own = order[position % self.length]
-        counted = (position < self.length).float()
-        keys = draw(stream(self.seed, self.epoch, _KEYS), own)
+        keys = stream(self.seed, self.epoch, _KEYS)
         accumulate, cut = self.accumulation() if self.accumulation else (1, math.inf)
         last_batch = int(min(len(self), cut))
         for batch in range(self.first_batch, len(self)):
             begin, end = self._rows(batch, batch + 1)
+            position = torch.arange(begin, end) * self.num_replicas + self.rank
+            index = order[position % self.length]
             group = batch // accumulate * accumulate
             group_begin, group_end = self._rows(group, max(min(group + accumulate, last_batch), batch + 1))
             valid = min(self.length, group_end * self.num_replicas) - group_begin * self.num_replicas
-            weight = counted[begin:end] * ((end - begin) * self.num_replicas * accumulate / valid)
-            yield own[begin:end], weight, keys[begin:end]
+            weight = (position < self.length) * ((end - begin) * self.num_replicas * accumulate / valid)
+            yield index, weight.float(), draw(keys, index)
 
     def _rows(self, first: int, last: int) -> tuple[int, int]:
         """Returns the rows that the batches from ``first`` up to ``last`` cover; a row is one sample for each rank."""
