@@ -118,6 +118,7 @@ def test_setup_twice_reads_once(fake_cifar, monkeypatch):
     monkeypatch.setattr(cifar10_module, "_read", None)
     data.setup("fit")
     data.setup("validate")
+    assert len(data._data["train"]) > 0
 
 
 def test_absent(tmp_path):
@@ -220,6 +221,7 @@ class TestDownload:
         (tmp_path / "new" / "cifar-10-batches-py" / "data_batch_2").write_bytes(b"half")
         data.prepare_data()
         data.setup("fit")
+        assert len(data._data["train"]) == 15
 
     def test_an_archive_placed_by_hand_needs_no_network(self, archive, tmp_path):
         (tmp_path / "new").mkdir()
@@ -227,6 +229,7 @@ class TestDownload:
         data = CIFAR10DataModule(str(tmp_path / "new"), download=True, url="file:///nowhere", val_size=5)
         data.prepare_data()
         data.setup("fit")
+        assert len(data._data["train"]) == 15
 
     @pytest.mark.parametrize("served", ["nothing", "half"])
     def test_failure_leaves_nothing_that_counts_as_good(self, archive, url, tmp_path, served):

@@ -88,7 +88,9 @@ def test_no_network(monkeypatch):
         raise AssertionError("a connection was opened")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    PhotoCropsDataModule(train_crops=10, val_crops=10).setup()
+    data = PhotoCropsDataModule(train_crops=10, val_crops=10)
+    data.setup("fit")
+    assert len(data.train_dataloader().dataset) == 10
 
 
 def test_a_photograph_that_is_missing(monkeypatch):
