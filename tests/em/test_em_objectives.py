@@ -69,10 +69,14 @@ def batch(images: Tensor) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("backbone", [None, ConvAutoencoder(width=4)])
-def test_training_by_the_risk_follows_the_error_it_does_not_see(backbone: nn.Module | None) -> None:
+@pytest.mark.parametrize("network", [False, True])
+def test_training_by_the_risk_follows_the_error_it_does_not_see(network: bool) -> None:
     """Gradients of risk and error agree over many images, for the table and for the network."""
-    images = F.avg_pool2d(torch.rand(150, 3, 14, 14, generator=torch.Generator().manual_seed(0)), 3, 1)
+    images = F.avg_pool2d(torch.rand(300, 3, 14, 14, generator=torch.Generator().manual_seed(0)), 3, 1)
+    # Of so narrow a network some draws begin with half their units dead, where the gradient is less than the probe's
+    # noise: this one (0.999 and above) has a gradient to agree on.
+    torch.manual_seed(1)
+    backbone = ConvAutoencoder(width=4) if network else None
     gradients = []
     for objective in ("sure", "supervised"):
         torch.manual_seed(0)
@@ -87,7 +91,7 @@ def test_training_by_the_risk_follows_the_error_it_does_not_see(backbone: nn.Mod
         parts += [p.grad.flatten().double() for p in module.parameters() if p.grad is not None and p.ndim > 1]
         gradients.append([part / part.norm() for part in parts if part.norm() > 0])
     for one, other in zip(*gradients, strict=True):
-        assert float(one @ other) > 0.9
+        assert float(one @ other) > 0.98
 
 
 def test_a_second_step_gives_the_same_risk() -> None:
