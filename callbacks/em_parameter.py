@@ -170,8 +170,11 @@ class EMParameterCallback(Callback):
                 self._log_assignment(trainer, assignment)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so if steps were skipped after the last step that logged."""
+        """Say what has come up after the last step that logged: skipped steps, and what the assignment has to tell."""
         self._check_skipped()
+        assignment = getattr(pl_module, "assignment", None)
+        if isinstance(assignment, Assignment):
+            self._say_notices(assignment, ended=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Rule state, counts and history as plain numbers and tensors on the CPU."""
@@ -289,7 +292,10 @@ class EMParameterCallback(Callback):
         numbers = assignment.diagnostics()
         for logger in trainer.loggers:
             logger.log_metrics({f"em/assignment/{name}": value for name, value in numbers.items()}, trainer.global_step)
-        for notice in assignment.notices():
+        self._say_notices(assignment)
+
+    def _say_notices(self, assignment: Assignment, ended: bool = False) -> None:
+        for notice in assignment.notices(ended):
             if notice not in self._said:
                 self._said.add(notice)
                 rank_zero_warn(f"{type(assignment).__name__}: {notice}")
