@@ -87,7 +87,7 @@ def measure(module: L.LightningModule, batches: list[dict[str, Any]]) -> dict[st
     return {"mse": float(errors.mean()), "psnr": float(-10 * errors.log10().mean())}
 
 
-def build(setting: str, variant: str) -> GraphDiffusionReconstruction:
+def build(setting: str, variant: str, steps: int) -> GraphDiffusionReconstruction:
     regimes = 4 if "regimes" in variant else 0
     table = ParameterTable(
         bounds=BOUNDS,
@@ -107,7 +107,7 @@ def build(setting: str, variant: str) -> GraphDiffusionReconstruction:
         noise_std=25 / 255,
         estimate_noise=blind,
         optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
-        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1200),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps),
         lr_interval="step",
     )
 
@@ -115,7 +115,7 @@ def build(setting: str, variant: str) -> GraphDiffusionReconstruction:
 def run(setting: str, variant: str, seed: int, data: CIFAR10DataModule, options: Any) -> dict[str, Any]:
     """Train one variant; its record, with the course of the test error."""
     L.seed_everything(seed, verbose=False)
-    module = build(setting, variant)
+    module = build(setting, variant, options.steps)
     network = module.backbone is not None
     steps = options.steps if network else options.diffusion_steps
     data.setup("predict")
@@ -184,7 +184,7 @@ def comparison(records: list[dict[str, Any]]) -> Iterator[str]:
 
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1200, help="of the networks")
+    parser.add_argument("--steps", type=int, default=600, help="of the networks")
     parser.add_argument("--diffusion-steps", type=int, default=100, help="of diffusion alone")
     parser.add_argument("--every", type=int, default=50, help="steps between two measurements")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
