@@ -95,7 +95,8 @@ class EMParameterCallback(Callback):
         Shape:
             - output: `[K + 1, P]`, row 0 for the global set
         """
-        return self.rule.standard_deviation(self._require_table(), self._rule_state) if self._rule_state else None
+        table = self._require_table()
+        return self.rule.standard_deviation(table, self._rule_state or self.rule.initial_state(table))
 
     @property
     def loss_history(self) -> list[float]:
