@@ -7,9 +7,10 @@ from callbacks.em_report import EMReport
 from callbacks.image_grid import ImageGrid
 from callbacks.mixture_dashboard import MixtureDashboard
 from callbacks.restored_image_writer import RestoredImageWriter
-from callbacks.rules import GradientRule, Rule, SignRule
+from callbacks.rules import BayesianRule, GradientRule, NewtonRule, Rule, SignRule
 
 __all__ = [
+    "BayesianRule",
     "EMDashboard",
     "EMHealth",
     "EMParameterCallback",
@@ -17,6 +18,7 @@ __all__ = [
     "GradientRule",
     "ImageGrid",
     "MixtureDashboard",
+    "NewtonRule",
     "RestoredImageWriter",
     "Rule",
     "SignRule",
