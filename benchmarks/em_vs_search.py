@@ -15,15 +15,16 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import lightning as L
 import optuna
 import torch
 from _common import arguments, write_json
-from recovery import BOUNDS, DEFAULT, FIXED, NOISE_STD, TestImages, learn
+from _recovery import BOUNDS, DEFAULT, FIXED, NOISE_STD, TestImages
 from torch import Tensor
 
-from callbacks import GradientRule, NewtonRule, Rule
+from callbacks import EMParameterCallback, GradientRule, NewtonRule, Rule
 from datamodules import CIFAR10DataModule
-from lightning_modules import GraphDiffusion
+from lightning_modules import GraphDiffusion, GraphDiffusionReconstruction, ParameterTable
 from lightning_modules.em.objectives import squared_error
 from lightning_modules.graph import seeded_normal
 
@@ -72,6 +73,38 @@ def search(trial: Trial, sampler: optuna.samplers.BaseSampler, trials: int) -> l
     return course
 
 
+class Course(L.Callback):
+    """Seconds since the start of the run, and the parameters, after each step."""
+
+    def __init__(self) -> None:
+        self.points: list[tuple[float, dict[str, float]]] = []
+        self._begin = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        values = pl_module.em_parameters.get_parameters()
+        self.points.append((time.perf_counter() - self._begin, {name: values[name] for name in BOUNDS}))
+
+
+def learn(data: CIFAR10DataModule, steps: int, rule: Rule) -> list[tuple[float, dict[str, float]]]:
+    """Seconds since the start, with that of the Trainer, and the parameters after each step."""
+    data.setup("fit")  # as a search has its data before it begins
+    table = ParameterTable(initial={**DEFAULT, **FIXED}, bounds={**BOUNDS, "radius": (3.0, 3.0)}, learned=list(BOUNDS))
+    module = GraphDiffusionReconstruction(GraphDiffusion(patch_size=3), table, noise_std=NOISE_STD)
+    course = Course()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        callbacks=[EMParameterCallback(rule), course],
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, data)
+    return course.points
+
+
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=50, help="batches of a learning run, and of a trial")
@@ -96,36 +129,33 @@ def main() -> None:
         with torch.no_grad():
             return float(images.quality(parameters))
 
-    def report(work: str, seed: int, trials: int, passes: int, seconds: float, parameters: dict[str, float]) -> None:
-        psnr = judge(parameters)
-        records.append(
-            {"work": work, "seed": seed, "trials": trials, "images": passes, "seconds": seconds, "psnr": psnr}
-            | {"psnr_oracle": best}
-            | parameters
-        )
+    def report(work: str, seed: int, passes: int, seconds: float, parameters: dict[str, float]) -> None:
+        record = {"work": work, "seed": seed, "images": passes, "seconds": seconds, "psnr": judge(parameters)}
+        records.append({**record, "psnr_oracle": best, **parameters})
         write_json(options.json, records)
 
     length = options.steps * BATCH_SIZE
     for seed in options.seeds:
-        for name, make in RULES.items():
-            begin = time.perf_counter()
-            parameters = learn(DEFAULT, data(seed), options.steps, make())[-1]
-            report(name, seed, 1, length, time.perf_counter() - begin, parameters)
         trial = Trial(data(seed), options.steps)
+        for name, make in RULES.items():
+            for step, (seconds, parameters) in enumerate(learn(data(seed), options.steps, make()), 1):
+                report(name, seed, step * BATCH_SIZE, seconds, parameters)
         for name, sampler in SAMPLERS.items():
             for count, (seconds, parameters) in enumerate(search(trial, sampler(seed), options.trials), 1):
-                report(name, seed, count, count * length, seconds, parameters)
+                report(name, seed, count * length, seconds, parameters)
 
-    print(f"{'':34}{'images':>8}{'seconds':>9}   PSNR by seed")
-    for name in (*RULES, *SAMPLERS):
-        for count in (1, 5, 10, 20, options.trials):
-            rows = [row for row in records if row["work"] == name and row["trials"] == count]
-            if not rows:
-                continue
-            label = name if name in RULES else f"{name}, best of {count} trial{'s' if count > 1 else ''}"
-            seconds = statistics.median(row["seconds"] for row in rows)
-            scores = "  ".join(f"{row['psnr']:.3f}" for row in rows)
-            print(f"{label:34}{rows[0]['images']:8}{seconds:9.1f}   {scores}")
+    print(f"{'':44}{'images':>8}{'seconds':>9}   PSNR by seed")
+    for name, unit, sizes in (
+        *((name, "batches", [count * BATCH_SIZE for count in (5, 10, 15, 20, 30, options.steps)]) for name in RULES),
+        *((name, "best of trials", [count * length for count in (1, 5, 10, 20, options.trials)]) for name in SAMPLERS),
+    ):
+        for size in sizes:
+            rows = [row for row in records if row["work"] == name and row["images"] == size]
+            if rows:
+                label = f"{name}, {size // (BATCH_SIZE if name in RULES else length)} {unit}"
+                seconds = statistics.median(row["seconds"] for row in rows)
+                scores = "  ".join(f"{row['psnr']:.3f}" for row in rows)
+                print(f"{label:44}{size:8}{seconds:9.2f}   {scores}")
 
 
 if __name__ == "__main__":
