@@ -15,7 +15,8 @@ from callbacks.rules.rule import Rule, RuleState
 from lightning_modules.em import ParameterTable, Statistics, TableValues
 from lightning_modules.graph import seeded_normal
 
-# Variance of the rows' offsets before any row has been seen: half a log unit either way.
+# Variance of the rows' offsets before any row has been seen, half a log unit either way. It goes on to count as one
+# row: variances learned from a few rows alone collapse to 0 and stay there.
 _FIRST_POOLING_VARIANCE = 0.25
 
 
@@ -38,7 +39,7 @@ class BayesianRule(Rule):
     Rows are pooled by empirical Bayes (Gelman & Hill 2007, chapter 12): their offsets are draws of
     :math:`\mathcal N(0, \tau^2)`, an offset that its own images put at d with variance s² is given the posterior mean
     :math:`d\,\tau^2 / (\tau^2 + s^2)`, and τ², one for each parameter, is learned by EM from the posterior means and
-    variances of all rows.
+    variances of all rows, under a weak prior of half a log unit.
 
     Args:
         radius: First trust radius in log units; see `NewtonRule`.
@@ -80,12 +81,12 @@ class BayesianRule(Rule):
 
     def initial_state(self, table: ParameterTable) -> RuleState:
         """The filters of the global set and of each row, the pooling variances and the number of steps."""
-        pooling = table.offsets.square().mean(0) if len(table.row_names) else torch.zeros_like(table.shared)
+        rows = len(table.row_names) + 1
         return {
             **initial_state(table, self.radius),
-            "pooling_variance": pooling.clamp_min(_FIRST_POOLING_VARIANCE),
+            "pooling_variance": torch.full_like(table.shared, _FIRST_POOLING_VARIANCE),
             # Before the first gradient: that of the uniform distribution between the bounds.
-            "deviation": ((table.upper - table.lower) / 12**0.5).repeat(len(table.row_names) + 1, 1),
+            "deviation": ((table.upper - table.lower) / 12**0.5).repeat(rows, 1),
             "steps": torch.zeros(1, dtype=torch.long, device=table.shared.device),
         }
 
@@ -107,12 +108,12 @@ class BayesianRule(Rule):
         share = _share(state["pooling_variance"], variance[1:])
         target = share * (table.offsets + step[1:] - step[0])
         offsets = table.offsets + (target - table.offsets).clamp(-model.radius[1:], model.radius[1:])
-        spread = (met * (target.square() + share * variance[1:])).sum(0) / met.sum(0).clamp_min(1)
+        spread = (met * (target.square() + share * variance[1:])).sum(0)
         # What has no rows is as uncertain in a row as it is in the global set.
         rows = torch.where(table.mask(table.per_row), share * variance[1:], variance[:1])
         next_state = {
             **filters,
-            "pooling_variance": torch.where(met.sum(0) > 0, spread, state["pooling_variance"]),
+            "pooling_variance": (_FIRST_POOLING_VARIANCE + spread) / (1 + met.sum(0)),
             "deviation": torch.cat([variance[:1], rows]).sqrt(),
             "steps": state["steps"] + 1,
         }
