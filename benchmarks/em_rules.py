@@ -3,7 +3,8 @@
 CIFAR-10, diffusion alone, batches of 16. Every rule learns σ, τ, σ_s and σ_f from the same starts (those of
 `recovery.py`) on the same batches: with noise of 25/255, or blind with {5, 15, 25, 50}/255, of which the restoration is
 told its own estimate; from clean images (`supervised`) or without (`sure`). The oracle is the best single set on the
-noisy test images themselves. "Reached" is the batch after which a run is within 0.05 dB of it and stays so to the end.
+noisy test images themselves, by the mean of their PSNR, or blind by the PSNR of their mean squared error. "Reached" is
+the batch after which a run is within 0.05 dB of it and stays so to the end.
 
     python benchmarks/em_rules.py --json em_rules.json
 
@@ -103,6 +104,7 @@ def main() -> None:
     parser.add_argument("--starts", type=int, default=9, help="starts in the first setting")
     parser.add_argument("--other-starts", type=int, default=9, help="starts in the other three settings")
     parser.add_argument("--lrs", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.3, 0.5], help="of GradientRule")
+    parser.add_argument("--noise", nargs="+", choices=["25/255", "blind"], default=["25/255", "blind"])
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -150,7 +152,7 @@ def main() -> None:
         return statistics.median(needed)
 
     best_lr = given.lrs[0]
-    for blind in (False, True):
+    for blind in (noise == "blind" for noise in given.noise):
         for objective in ("supervised", "sure"):
             count = given.other_starts if records and (blind or objective == "sure") else given.starts
             if not records:
