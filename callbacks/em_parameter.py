@@ -96,7 +96,9 @@ class EMParameterCallback(Callback):
             - output: `[K + 1, P]`, row 0 for the global set
         """
         table = self._require_table()
-        return self.rule.standard_deviation(table, self._rule_state or self.rule.initial_state(table))
+        # Before training the state of a checkpoint is on the host, and afterwards the table may be.
+        state = {name: tensor.to(table.shared.device) for name, tensor in self._rule_state.items()}
+        return self.rule.standard_deviation(table, state or self.rule.initial_state(table))
 
     @property
     def loss_history(self) -> list[float]:
@@ -188,6 +190,11 @@ class EMParameterCallback(Callback):
         assignment = getattr(pl_module, "assignment", None)
         if isinstance(assignment, Assignment):
             self._say_notices(assignment, ended=True)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the table with what was learned: an interrupted run has no end at which it stops straying."""
+        if self._table is not None:
+            self._table.explore(None)
 
     def state_dict(self) -> dict[str, Any]:
         """Rule state, counts and history as plain numbers and tensors on the CPU."""

@@ -77,10 +77,12 @@ def observe(
 
     with the scale s of the images' gradients and the reach ℓ. Half of what the drift does to the gradient over the
     move is added to the gradient's variance. The measurement is the mean gradient of n images, whose noise is known
-    from how far the images differ: :math:`\nu_i = (\overline{g_i^2} - \bar g_i^2)/n`. Where the measured gradients
-    surprise the filter much more than it expects (the objective is no quadratic), all its variances grow by that factor
-    (strong tracking; Zhou & Frank, IFAC 1991). Secant pairs of noisy gradients are thereby weighed by what they are
-    worth (Hennig & Kiefel, "Quasi-Newton methods: a new direction", JMLR 14, 2013).
+    from how far the images differ: :math:`\nu_i = (\overline{g_i^2} - \bar g_i^2)/n`. A single image does not tell;
+    there it is what the filter's variance leaves unexplained of its surprise (Mehra, IEEE TAC 15, 1970), a rougher
+    estimate. Where the measured gradients surprise the filter much more than it expects (the objective is no
+    quadratic), all its variances grow by that factor (strong tracking; Zhou & Frank, IFAC 1991). Secant pairs of noisy
+    gradients are thereby weighed by what they are worth (Hennig & Kiefel, "Quasi-Newton methods: a new direction",
+    JMLR 14, 2013).
 
     Args:
         state: State of the filter.
@@ -97,21 +99,26 @@ def observe(
     products = statistics.mean_gradient_products
     square = products.diagonal(dim1=1, dim2=2)
     seen, first = count > 0, state["images"] == 0
-    square = torch.where(first, square, torch.lerp(square, state["square"], _DECAY))
+    # Components that have had no gradient yet: a network may begin without using what the parameter acts on.
+    fresh = state["square"] == 0
+    square = torch.where(fresh, square, torch.lerp(square, state["square"], _DECAY))
     unit = square.clamp_min(_TINY)
-    # How far the images of one batch differ, pooled over the last batches.
-    apart = products - gradient[:, :, None] * gradient[:, None, :]
-    within = _DECAY * state["within"] + count[..., None] * apart
-    freedom = _DECAY * state["freedom"] + (count - 1).clamp_min(0)
     move = torch.where(first, 0.0, place - state["place"])
     eye = torch.eye(place.shape[1], dtype=place.dtype, device=place.device)
 
     known, curvature = state["mean"][:, :, 0], state["mean"][:, :, 1:]
-    curvature = torch.where(first[..., None], eye * unit.sqrt()[:, :, None] / radius, curvature)
+    curvature = torch.where(fresh[..., None], eye * unit.sqrt()[:, :, None] / radius, curvature)
     predicted = known + (curvature @ move[..., None])[..., 0]
-    covariance = _carried(state["covariance"], move, centre - state["centre"], unit, first, radius, reach)
-    noise = within.diagonal(dim1=1, dim2=2).clamp_min(0) / (freedom * count).clamp_min(_TINY) + _LEAST_NOISE * unit
+    covariance = _carried(state["covariance"], move, centre - state["centre"], unit, fresh, radius, reach)
     surprise = gradient - predicted
+    # How far the images of one batch differ, pooled over the last batches. One image alone does not tell: then, what of
+    # the surprise the filter does not explain.
+    apart = products - gradient[:, :, None] * gradient[:, None, :]
+    alone = (2 - count).clamp(0, 1)
+    unexplained = alone * (surprise.square() - covariance[:, :, 0, 0]).clamp_min(0)
+    within = _DECAY * state["within"] + count[..., None] * (apart + torch.diag_embed(unexplained))
+    freedom = _DECAY * state["freedom"] + (count - 1).clamp_min(0) + alone
+    noise = within.diagonal(dim1=1, dim2=2).clamp_min(0) / (freedom * count).clamp_min(_TINY) + _LEAST_NOISE * unit
     alive = square > 0
     excess = torch.where(alive, surprise.square() / (covariance[:, :, 0, 0] + noise), 0.0).sum(1, keepdim=True)
     excess = excess / alive.sum(1, keepdim=True).clamp_min(1)
@@ -245,7 +252,7 @@ def places(shared: Tensor, offsets: Tensor, lower: Tensor, upper: Tensor) -> Ten
 
 
 def _carried(
-    covariance: Tensor, move: Tensor, travelled: Tensor, unit: Tensor, first: Tensor, radius: float, reach: float
+    covariance: Tensor, move: Tensor, travelled: Tensor, unit: Tensor, fresh: Tensor, radius: float, reach: float
 ) -> Tensor:
     """Covariances of the filter after a move."""
     rows, size = move.shape
@@ -256,10 +263,10 @@ def _carried(
     # Curvatures are of the order of scale over radius; those between two coordinates half as large.
     spread = ((0.5 + 0.5 * eye) / radius).square() * unit[:, :, None]
     drift = _lost(travelled, reach)[..., None]
-    drift = torch.where(first[..., None], 1.0, drift)
+    drift = torch.where(fresh[..., None], 1.0, drift)
     bend = 0.5 * _lost(move, reach) * (move.square()[:, None, :] * spread).sum(2)
     # Before the first evaluation nothing is known of the gradient.
-    bend = torch.where(first, 1e6 * unit, bend)
+    bend = torch.where(fresh, 1e6 * unit, bend)
     return covariance + torch.diag_embed(torch.cat([bend[..., None], drift * spread], 2))
 
 

@@ -122,13 +122,15 @@ class GraphDiffusion(nn.Module):
             - output: as images, or `[N, D]`
 
         Raises:
-            ValueError: If the images are not `[B, C, H, W]` or smaller than a patch.
+            ValueError: If the images are not floating-point `[B, C, H, W]` or smaller than a patch, or the features or
+                the numbers of steps not those of as many images.
         """
         parameters = DiffusionParameters(sigma, tau, radius, sigma_s, sigma_f, smooth_steps)
         reach = float(torch.as_tensor(radius).max()) if max_radius is None else max_radius
         if isinstance(images, Data):
             _check_graph(images)
             return diffuse_graph(images, parameters, noise_std, self.laplacian, reach)
+        _check_images(images, features, smooth_steps)
         # Distances of near-equal patches and sums of many small weights need the digits of float32, autocast or not.
         with torch.autocast(images.device.type, enabled=False):
             full = _full_precision(images)
@@ -247,6 +249,21 @@ class GraphDiffusion(nn.Module):
 
 def _full_precision(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _check_images(images: Tensor, features: Tensor | None, smooth_steps: Tensor | int) -> None:
+    if not images.is_floating_point():
+        raise ValueError(f"images must be floating-point, got {images.dtype}: divide by 255 what has whole numbers")
+    size = (len(images), *images.shape[-2:])
+    if features is not None and (features.ndim != 4 or (len(features), *features.shape[-2:]) != size):
+        raise ValueError(
+            f"features must be [B, F, H, W] of the images' B, H and W, got {list(features.shape)} beside "
+            f"{list(images.shape)}"
+        )
+    if torch.is_tensor(smooth_steps) and smooth_steps.numel() not in (1, len(images)):
+        raise ValueError(
+            f"smooth_steps must be one number or one for each of {len(images)} images, got {smooth_steps.numel()}"
+        )
 
 
 def _check_graph(data: Data) -> None:

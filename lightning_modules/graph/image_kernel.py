@@ -142,6 +142,8 @@ def _run(task: int, geometry: StencilGeometry, **tensors: Tensor | None) -> None
     images, guide, tau = tensors["images"], tensors["guide"], tensors.get("tau")
     assert images is not None
     assert guide is not None
+    # The kernel reads where these say there is something, and nothing stops it.
+    assert (len(guide), *guide.shape[2:]) == (len(images), *images.shape[2:]), "images and guide differ in size"
     kernel = library(images.dtype)
     assert kernel is not None, "ask `serves` before"
     rows, columns = torch.tensor(geometry.offsets, dtype=torch.int64).view(-1, 2).T.contiguous()

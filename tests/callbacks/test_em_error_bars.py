@@ -1,10 +1,12 @@
 """A rule that knows how well it knows the parameters: its error bars in TensorBoard, the dashboard and the report."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from em_runs import CLASSES, SmoothImages, make_module, make_rule, make_trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -41,6 +43,33 @@ def test_tensorboard_gets_deviations_and_bands(tmp_path: Path) -> None:
     assert deviation == pytest.approx(float(known[0, 0]), rel=1e-6)
     # What is written was learned: training steps stray, the table does not.
     assert value == pytest.approx(callback.get_parameters()["sigma"], rel=1e-6)
+
+
+class Stop(Callback):
+    """Interrupts a run in its second step."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1:
+            raise ValueError("interrupted")
+
+
+def test_an_interrupted_run_leaves_what_was_learned(tmp_path: Path) -> None:
+    callback, module = EMParameterCallback(make_rule("bayesian")), make_module(network=False)
+    with pytest.raises(ValueError, match="interrupted"):
+        make_trainer(tmp_path, callback, callbacks=[Stop()]).fit(module, SmoothImages(16))
+    table, rows = module.em_parameters.train(), torch.zeros(1, len(CLASSES))
+    assert table(rows)["sigma"].item() == pytest.approx(table.get_parameters()["sigma"], rel=1e-6)
+
+
+def test_the_state_of_a_checkpoint_may_lie_elsewhere_than_the_table() -> None:
+    """Before training the table is on the accelerator and the state on the host; afterwards the other way round."""
+    table = make_module(network=False).em_parameters
+    callback = EMParameterCallback(make_rule("bayesian"))
+    callback._rule_state = callback.rule.initial_state(table)
+    callback._table = table.to("meta")
+    known = callback.standard_deviation()
+    assert known is not None
+    assert known.device.type == "meta"
 
 
 def test_other_rules_have_none(tmp_path: Path) -> None:

@@ -108,6 +108,32 @@ def test_a_first_step_is_as_long_as_the_radius_at_most() -> None:
     assert path[1].tolist() == pytest.approx([-0.3, 0.3, 0.0], rel=0.01)
 
 
+def test_noise_of_single_images_is_noise() -> None:
+    """One image a step does not show how far images differ; to take its gradient as exact is to follow the noise."""
+    path, _ = follow(NewtonRule(), table(names=["a"]), lambda x: 2 * (x - 1), 60, images=1, noise=1.0)
+    exact = 0.5 / math.sqrt(60)
+    assert distance(path[-20:], torch.ones(1))[-1] < 3 * exact
+    t, rule = table(names=["a"]), BayesianRule()
+    _, state = follow(rule, t, lambda x: 2 * (x - 1), 60, images=1, noise=1.0)
+    assert exact / 4 < float(rule.standard_deviation(t, state)) < 8 * exact
+
+
+@pytest.mark.parametrize("rule", [NewtonRule(), BayesianRule(exploration=0)])
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_a_gradient_that_comes_later(rule: Rule, noise: float) -> None:
+    """A network that begins with zeros after the diffusion gives the parameters no gradient in its first steps."""
+    generator, t = torch.Generator().manual_seed(0), table(names=["a", "b"])
+    state = rule.initial_state(t)
+    for step in range(40):
+        each = 2 * (t.shared - 1) + noise * torch.randn(16, 2, generator=generator, dtype=torch.float64)
+        each = each * (step > 2)
+        stats = Statistics(0, 2)
+        stats.add(EStep(torch.zeros(16, 0), None, torch.zeros(16)), each)
+        proposal, state = rule.step(t, stats, state)
+        t.write(t.project(proposal))
+    assert t.shared.tolist() == pytest.approx([1.0, 1.0], abs=0.1)
+
+
 @pytest.mark.parametrize("size", [1, 3, 6])
 def test_magnitude_equals_the_eigendecomposition(size: int) -> None:
     generator = torch.Generator().manual_seed(size)

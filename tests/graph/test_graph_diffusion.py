@@ -342,8 +342,25 @@ def test_refuses_wrong_inputs() -> None:
         GraphDiffusion(3)(torch.rand(3, 8, 8), **p)
     with pytest.raises(ValueError, match="smaller than a patch"):
         GraphDiffusion(5)(torch.rand(1, 3, 4, 8), **p)
+    with pytest.raises(ValueError, match=r"images must be floating-point, got torch.uint8"):
+        GraphDiffusion(3)(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), **p)
     with pytest.raises(ValueError, match="the graph has no pos"):
         GraphDiffusion(3)(Data(x=torch.rand(3, 2)), **p)
+
+
+@pytest.mark.usefixtures("image_backend")
+@pytest.mark.parametrize("shape", [(1, 2, 12, 12), (2, 2, 6, 6), (2, 2, 20, 20), (2, 12, 12)])
+def test_features_of_another_size_are_refused(shape: tuple[int, ...]) -> None:
+    """Compiled code would read beyond them."""
+    images, p = torch.rand(2, 3, 12, 12), parameters(torch.float32)
+    with pytest.raises(ValueError, match=r"features must be \[B, F, H, W\] of the images' B, H and W"):
+        GraphDiffusion(3)(images, **p, features=torch.rand(shape))
+
+
+def test_a_number_of_steps_for_each_image() -> None:
+    images, p = torch.rand(1, 3, 8, 8), {**parameters(torch.float32, 1), "smooth_steps": torch.tensor([1, 2, 3])}
+    with pytest.raises(ValueError, match=r"one for each of 1 images, got 3"):
+        GraphDiffusion(3)(images, **p)
 
 
 @pytest.mark.usefixtures("image_backend")
