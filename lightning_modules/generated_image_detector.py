@@ -108,6 +108,7 @@ class GeneratedImageDetector(L.LightningModule):
         self.lr_interval = lr_interval
         self._seen = Predictions()
         self._seen_by_condition: dict[str, Predictions] = {}
+        self._shape = tuple(self.crops.tolist())
         self._fitted: dict[str, Tensor] = {}
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,9 +163,7 @@ class GeneratedImageDetector(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Judge images; their crops are the ones that `predict_image` will look at."""
-        count, size = batch["image"].shape[1], batch["image"].shape[-1]
-        if not self.trainer.sanity_checking:
-            self.crops.copy_(torch.tensor([count, size]))
+        self._shape = (batch["image"].shape[1], batch["image"].shape[-1])
         return self._evaluate(batch, self._seen)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
@@ -271,6 +270,8 @@ class GeneratedImageDetector(L.LightningModule):
         if not seen.has_both_classes:
             rank_zero_warn("the validation images are all of one class: nothing can be calibrated by them")
             return
+        # Not in the steps: a callback that averages weights has other buffers in place during them.
+        self.crops.copy_(torch.tensor(self._shape))
         self.calibration.fit(seen.logit, seen.label)
         self.log("val/temperature", self.calibration.temperature.float(), sync_dist=True)
         self.log("val/threshold", self.calibration.threshold.float(), sync_dist=True)

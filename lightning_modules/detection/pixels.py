@@ -35,7 +35,7 @@ def to_pixels(image: Any) -> Tensor:
         if image.dtype != np.uint8 or image.ndim not in (2, 3):
             raise ValueError(f"an array must be bytes [H, W] or [H, W, 3], got {image.dtype} {list(image.shape)}")
         stacked = image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
-        image = torch.from_numpy(np.ascontiguousarray(stacked)).permute(2, 0, 1)
+        image = torch.from_numpy(np.array(stacked)).permute(2, 0, 1)
     if not torch.is_tensor(image) or image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
         got = f"a tensor {list(image.shape)}" if torch.is_tensor(image) else type(image).__name__
         raise ValueError(f"expected the path of an image, a PIL image, an array or a tensor [3, H, W], got {got}")
