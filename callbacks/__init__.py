@@ -1,15 +1,18 @@
 """Lightning callbacks: the M-step and its rules, and what shows a run to its user."""
 
+from callbacks.detector_report import DetectorReport
 from callbacks.em_dashboard import EMDashboard
 from callbacks.em_health import EMHealth
 from callbacks.em_parameter import EMParameterCallback
 from callbacks.em_report import EMReport
 from callbacks.image_grid import ImageGrid
 from callbacks.mixture_dashboard import MixtureDashboard
+from callbacks.prediction_writer import PredictionWriter
 from callbacks.restored_image_writer import RestoredImageWriter
 from callbacks.rules import GradientRule, Rule, SignRule
 
 __all__ = [
+    "DetectorReport",
     "EMDashboard",
     "EMHealth",
     "EMParameterCallback",
@@ -17,6 +20,7 @@ __all__ = [
     "GradientRule",
     "ImageGrid",
     "MixtureDashboard",
+    "PredictionWriter",
     "RestoredImageWriter",
     "Rule",
     "SignRule",
