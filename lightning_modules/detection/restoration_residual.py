@@ -12,11 +12,11 @@ from lightning_modules.em.parameter_table import TableValues
 from lightning_modules.graph import GraphDiffusion
 
 # A little smoothing over near neighbours: strong enough to leave no noise, weak enough to leave no edges behind.
-_INITIAL = {"sigma": 0.1, "tau": 0.1, "radius": 2.5, "sigma_s": 1.5, "sigma_f": 0.2, "smooth_steps": 2}
+_INITIAL = {"sigma": 0.1, "tau": 0.1, "radius": 2.0, "sigma_s": 1.5, "sigma_f": 0.2, "smooth_steps": 1}
 _BOUNDS = {
     "sigma": (0.02, 1.0),
     "tau": (0.005, 0.9),
-    "radius": (1.5, 2.5),
+    "radius": (1.5, 2.0),
     "sigma_s": (0.5, 20.0),
     "sigma_f": (0.02, 1.0),
     "smooth_steps": (1, 10),

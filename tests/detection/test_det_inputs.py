@@ -74,12 +74,12 @@ def test_impossible_arguments_are_named(make, message: str) -> None:
         make()
 
 
-BOUNDS = {"radius": (1.5, 2.5), "sigma_s": (0.5, 20.0), "sigma_f": (0.02, 1.0), "sigma": (0.02, 1.0)}
+BOUNDS = {"radius": (1.5, 2.0), "sigma_s": (0.5, 20.0), "sigma_f": (0.02, 1.0), "sigma": (0.02, 1.0)}
 
 
 class TestParametersOfAReconstruction:
     def saved(self, path: Path, **initial: float) -> str:
-        table = ParameterTable({"radius": 2.5, "sigma_s": 3.0, **initial}, BOUNDS, row_names=["cat"])
+        table = ParameterTable({"radius": 2.0, "sigma_s": 3.0, **initial}, BOUNDS, row_names=["cat"])
         module = GraphDiffusionReconstruction(GraphDiffusion(patch_size=3), table)
         trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
         trainer.strategy.connect(module)
@@ -97,7 +97,7 @@ class TestParametersOfAReconstruction:
 
     def test_values_outside_the_bounds_are_refused(self, tmp_path: Path) -> None:
         path = self.saved(tmp_path / "reconstruction.ckpt", sigma=0.5)
-        table = ParameterTable({"radius": 2.5, "sigma_s": 3.0}, BOUNDS | {"sigma": (0.1, 0.4)})
+        table = ParameterTable({"radius": 2.0, "sigma_s": 3.0}, BOUNDS | {"sigma": (0.1, 0.4)})
         with pytest.raises(ValueError, match=r"values of sigma in .* lie outside the bounds"):
             RestorationResidual(em_parameters=table, checkpoint=path).take_over()
 

@@ -8,7 +8,7 @@ from lightning_modules.networks import FullResolutionResNet, TraceNetwork
 
 def test_the_trace_network_is_convolution_normalisation_and_rectification() -> None:
     torch.manual_seed(0)
-    network = TraceNetwork(3, widths=(8, 16), strides=(1, 2))
+    network = TraceNetwork(3, widths=(8, 16), strides=(1, 2), normalization="group")
     x = torch.rand(2, 3, 13, 11)
     hidden = x
     for convolution, stride in ((network.layers[0], 1), (network.layers[3], 2)):
@@ -48,6 +48,7 @@ def test_the_resnet_keeps_every_pixel_until_its_second_stage(normalization) -> N
         (lambda: TraceNetwork(widths=(8, 12), strides=(1, 1)), "multiples of 8"),
         (lambda: TraceNetwork(widths=(8,), strides=(1, 1)), "of one length, got 1 and 2"),
         (lambda: TraceNetwork(3)(torch.rand(1, 6, 9, 9)), r"expects \[B, 3, H, W\], got \[1, 6, 9, 9\]"),
+        (lambda: TraceNetwork(normalization="none"), "must be 'batch' or 'group'"),
         (lambda: FullResolutionResNet(3)(torch.rand(1, 1, 9, 9)), r"expects \[B, 3, H, W\]"),
         (lambda: FullResolutionResNet(network="vgg16"), "must be resnet18"),
         (lambda: FullResolutionResNet(normalization="none"), "must be 'batch' or 'group'"),

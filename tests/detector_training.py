@@ -1,6 +1,6 @@
 """Small, exactly repeatable runs of the detector; as a script, on as many processes as it is told.
 
-python detector_runs.py --devices 2 --out FILE
+python detector_training.py --devices 2 --out FILE
 """
 
 import argparse
@@ -34,7 +34,7 @@ class Textures(Dataset[Batch]):
         self.label = torch.arange(count) % 2
         pixels = torch.rand(count, 2, 3, SIDE, SIDE, generator=generator)
         smooth = F.avg_pool2d(pixels.flatten(0, 1), 3, 1, 1, count_include_pad=False).view_as(pixels)
-        share = 0.15 + 0.25 * torch.rand(count, generator=generator)
+        share = 0.5 + 0.4 * torch.rand(count, generator=generator)
         share = (share * (1.0 if condition == "clean" else 0.5) * self.label).view(-1, 1, 1, 1, 1)
         self.image = 0.3 + 0.4 * ((1 - share) * pixels + share * smooth)
         self.label[::7] = -1
@@ -85,18 +85,18 @@ def make_module(learn: bool = False, **options: Any) -> GeneratedImageDetector:
     )
     return GeneratedImageDetector(
         [RestorationResidual(em_parameters=table, learn=learn, gain=5.0)],
-        TraceNetwork(3, (8, 16), (1, 2)),
+        TraceNetwork(3, (16, 32), (1, 2), normalization="group"),
         num_directions=3,
-        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
-        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=2e-2),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5),
         **options,
     )
 
 
-def make_trainer(root: Path, epochs: int = 4, learn: bool = False, **options: Any) -> L.Trainer:
+def make_trainer(root: Path, epochs: int = 6, learn: bool = False, **options: Any) -> L.Trainer:
     learner = [EMParameterCallback(GradientRule(lr=0.1))] if learn else []
     checkpoint = ModelCheckpoint(dirpath=root, filename="{epoch}", save_top_k=-1)
-    averaging = EMAWeightAveraging(decay=0.9, use_buffers=False)
+    averaging = EMAWeightAveraging(decay=0.7, use_buffers=False)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     return L.Trainer(
         **{"accelerator": "cpu", "devices": 1, **quiet, **options},
