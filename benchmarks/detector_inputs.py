@@ -96,7 +96,7 @@ def measure(name: str, training: list[Batch], tests: list[list[Batch]], seed: in
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        callbacks=[*learner, EMAWeightAveraging(decay=0.98, use_buffers=False)],
+        callbacks=[*learner, EMAWeightAveraging(decay=0.98, use_buffers=True)],
     )
     # calibrated on the clean test crops: no score here but the calibration error depends on it
     trainer.fit(detector, serve(training, shuffle=True), serve(tests[0]))

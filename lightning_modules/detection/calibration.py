@@ -1,14 +1,16 @@
 """From logits to probabilities that mean what they say."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from lightning_modules.em._float64 import Float64Buffers
 
 # Beyond these a temperature says no more than "certain" or "no idea".
 _COLDEST, _HOTTEST = 1e-3, 1e3
 _HALVINGS = 80
 
 
-class Calibration(nn.Module):
+class Calibration(Float64Buffers):
     r"""Temperature scaling of a logit z, :math:`p = 1 / (1 + e^{-z/T})` (Guo et al., *On calibration of modern neural
     networks*, 2017), and the probability above which to call an image generated.
 
@@ -29,7 +31,8 @@ class Calibration(nn.Module):
         self.register_buffer("boundary", torch.zeros((), dtype=torch.float64))
 
     def forward(self, logit: Tensor) -> Tensor:
-        """Calibrated probability of each logit, of the same shape."""
+        """Calibrated probability of each logit, of the same shape; in float32 at least."""
+        logit = logit.to(torch.promote_types(logit.dtype, torch.float32))
         return torch.sigmoid(logit / self.temperature.to(logit.dtype))
 
     @property

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.em._float64 import Float64Buffers
 from lightning_modules.em.clustering_model import fit_in_memory
 from lightning_modules.em.gaussian_mixture_model import GaussianMixtureModel
 
@@ -10,7 +11,7 @@ from lightning_modules.em.gaussian_mixture_model import GaussianMixtureModel
 _REGULARISATION = 1e-2
 
 
-class ClassDensities(nn.Module):
+class ClassDensities(Float64Buffers):
     r"""One Gaussian mixture a class, by EM, on the leading principal components of standardised features.
 
     It classifies by likelihood ratio, :math:`\log p(f \mid \text{generated}) - \log p(f \mid \text{photographic})`, and
@@ -109,8 +110,12 @@ class ClassDensities(nn.Module):
         return list(self.mixtures)  # type: ignore[arg-type]
 
 
-def _mixture(num_components: int, num_features: int) -> GaussianMixtureModel:
-    return GaussianMixtureModel(num_components, num_features, reg_covar=_REGULARISATION)
+class _Mixture(Float64Buffers, GaussianMixtureModel):
+    """A mixture that keeps its digits in a module of lower precision."""
+
+
+def _mixture(num_components: int, num_features: int) -> _Mixture:
+    return _Mixture(num_components, num_features, reg_covar=_REGULARISATION)
 
 
 def _fitted(like: GaussianMixtureModel, rows: Tensor) -> GaussianMixtureModel:

@@ -117,6 +117,19 @@ class TestDensities:
         assert densities.log_densities(torch.ones(3, 8)).isfinite().all()
 
 
+def test_what_is_fitted_keeps_its_digits_in_a_module_of_lower_precision() -> None:
+    seen = evaluated()
+    calibration, densities = Calibration(), ClassDensities(6)
+    calibration.fit(seen.logit, seen.label)
+    densities.fit(seen.features, seen.label)
+    expected = judge(seen, calibration, densities)
+    lower = torch.nn.ModuleList([calibration, densities]).bfloat16()
+    for name, value in lower.named_buffers():
+        assert not value.is_floating_point() or value.dtype == torch.float64, name
+    for found, wanted in zip(judge(seen, calibration, densities), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
 def test_repeats_and_unlabelled_images_are_left_out_and_the_rest_put_in_order() -> None:
     predictions = Predictions()
     label, weight = torch.tensor([1, 0, -1, 0]), torch.tensor([1.0, 2.0, 1.0, 0.0])
