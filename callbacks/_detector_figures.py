@@ -41,7 +41,9 @@ def reliability_figure(judged: Judged, positive: str) -> Figure:
         filled = count > 0
         above.plot(said[filled], true[filled], "o-", label=name, markersize=3, linewidth=2 if i == 0 else 1)
         if i == 0:
-            below.bar((torch.arange(_BINS) + 0.5) / _BINS, count, 1 / _BINS, edgecolor="white", label=name)
+            below.bar(
+                [(k + 0.5) / _BINS for k in range(_BINS)], count.tolist(), 1 / _BINS, edgecolor="white", label=name
+            )
             below.legend(fontsize="small")
     above.set(ylabel=f"part that is {positive}", xlim=(0, 1), ylim=(-0.01, 1.01))
     above.legend(fontsize="small")

@@ -12,7 +12,6 @@ from callbacks._shortcut_baselines import (
     file_features,
     fit_linear,
     predict_linear,
-    semantic_features,
     spread,
     thumbnail_features,
 )
@@ -28,18 +27,18 @@ class Shortcuts:
     Args:
         data: Images to train and test on.
         most: Images to train on, and images to test on, at the most.
-        weights: File with the weights of the network that recognises what an image shows; None where there is none.
+        semantic: Describes what an image shows; None where nothing can.
     """
 
-    def __init__(self, data: DetectorData, most: int, weights: str | None) -> None:
+    def __init__(self, data: DetectorData, most: int, semantic: Callable[[Tensor], Any] | None) -> None:
         self.not_run: dict[str, str] = {}
         self._data, self._most = data, most
         self._models: dict[str, Pipeline] = {}
         self._views: dict[str, Callable[[Tensor], Any]] = {"thumbnail": thumbnail_features}
-        if weights is None:
+        if semantic is None:
             self.not_run["semantic"] = "no semantic_weights are given"
         else:
-            self._views["semantic"] = semantic_features(weights)
+            self._views["semantic"] = semantic
         try:
             files = data.files("train")
         except (OSError, ValueError) as error:

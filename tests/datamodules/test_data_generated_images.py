@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from PIL import Image
 
 from datamodules import GeneratedImagesDataModule
@@ -509,6 +510,17 @@ class TestBatches:
         data = module(tmp_path, batch_size=2)
         (batch,) = served(data, data.predict_dataloader())
         assert torch.equal(batch["image"][0], batch["image"][1])
+
+
+def test_the_command_line_understands_every_argument():
+    parser = ArgumentParser()
+    parser.add_class_arguments(GeneratedImagesDataModule, "data")
+    words = ["root=x", "class_names=[real, fake]", "rescale=[0.7, 1]", "jpeg_quality=[30, 90]", "conditions=[jpeg 30]"]
+    parsed = parser.parse_args([f"--data.{word}" for word in [*words, "on_error=skip"]])
+    data = GeneratedImagesDataModule(**vars(parsed.data))
+    assert data.class_names == ["real", "fake"]
+    assert data.conditions == ["jpeg 30"]
+    assert data._random_degradation.rescale == (0.7, 1.0)
 
 
 def test_real_images(shared_data):
