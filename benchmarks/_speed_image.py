@@ -1,9 +1,13 @@
-"""The image operator: eager and compiled, one photograph, large images, and how time and memory grow."""
+"""The image operator: compiled and eager, one photograph, large images, and how time and memory grow."""
 
 import argparse
+import contextlib
 import math
-from collections.abc import Iterator
+import os
+import tempfile
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from _photograph import photograph_rows
@@ -12,7 +16,7 @@ from _timing import floor_ms, in_own_process, median_ms, record
 from torch import Tensor
 
 from datamodules import CIFAR10DataModule
-from lightning_modules.graph import GraphDiffusion
+from lightning_modules.graph import GraphDiffusion, image_kernel, image_operator
 
 NOISE_STD = 25 / 255
 PARAMETERS = {"sigma": 0.213, "tau": 0.142, "sigma_s": 1.5, "sigma_f": 0.309}
@@ -31,6 +35,18 @@ with torch.inference_mode():
         noise_std=estimate_noise_std(image),
     )
     print(time.perf_counter() - begin)
+"""
+
+# From the end of the imports to the first result, all of it: compiling, or reading the cache, and computing.
+_FIRST = """
+import time
+from lightning_modules.graph import GraphDiffusion
+images, sigma = torch.rand(256, 3, 32, 32), torch.full((256,), 0.213, requires_grad=True)
+begin = time.perf_counter()
+restored = GraphDiffusion(3)(images, sigma=sigma, tau=0.142, radius=3.0, sigma_s=1.5, sigma_f=0.309, smooth_steps=5)
+forward = time.perf_counter()
+restored.square().mean().backward()
+print(forward - begin, time.perf_counter() - begin)
 """
 
 
@@ -54,23 +70,67 @@ def restore(images: Tensor, radius: float = 3.0, gradient: bool = False, **more:
 
 def _operator(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     images = _cifar(options, BATCH)
-
-    def plain(gradient: bool) -> Tensor:
-        theta = {name: torch.tensor(value, requires_grad=gradient) for name, value in PARAMETERS.items()}
-        with torch.set_grad_enabled(gradient):
-            restored = plain_image_operator(images, 3, 3, **theta, steps=STEPS, noise_std=NOISE_STD)
-        if gradient:
-            restored.square().mean().backward()
-        return restored
-
-    difference = (plain(False) - restore(images)).abs().max()
+    forms: dict[str, Any] = {"eager": eager()}
+    if image_kernel.library(torch.float32) is None:
+        print("no compiled rows: no C compiler, or LIGHTNING_EM_COMPILE=0")
+    else:
+        forms = {"compiled": contextlib.nullcontext(), **forms}
+    peers: dict[str, Callable[..., Tensor]] = {"plain torch": plain_image_operator}
+    if options.unrolled:
+        peers["torch.compile of plain torch"] = torch.compile(plain_image_operator, dynamic=False)
+    difference = (_plain(images, False, plain_image_operator) - restore(images)).abs().max()
     print(f"per image, batch {BATCH}; largest difference to plain torch {difference:.1e}")
     for name, gradient, passes in (("forward", False, 1), ("forward + backward", True, 3)):
-        ours = median_ms(lambda gradient=gradient: restore(images, gradient=gradient), repeats=9) / BATCH
-        peer = median_ms(lambda gradient=gradient: plain(gradient)) / BATCH
+        times = {
+            peer: median_ms(lambda plain=plain, gradient=gradient: _plain(images, gradient, plain)) / BATCH
+            for peer, plain in peers.items()
+        }
         # In and out once; of the operations those of the definition, box filters counted as sums of three.
-        moved, operations = 2 * 4 * 3 * 32 * 32, passes * 32 * 32 * _operations(offsets=14)
-        yield record(f"image operator 32×32, {name}", ours, "plain torch", peer, floor_ms=floor_ms(moved, operations))
+        floor = floor_ms(2 * 4 * 3 * 32 * 32, passes * 32 * 32 * _operations(offsets=14))
+        for form, context in forms.items():
+            with context:
+                ours = median_ms(lambda gradient=gradient: restore(images, gradient=gradient), repeats=9) / BATCH
+            for peer, taken in times.items():
+                yield record(f"image operator 32×32, {form}, {name}", ours, peer, taken, floor_ms=floor)
+        if len(forms) == 2:
+            yield from _beside_eager(gradient, name)
+    if len(forms) == 2:
+        yield from _first_results(options)
+
+
+def eager() -> Any:
+    """A context in which the operator runs in torch."""
+    return mock.patch.object(image_operator, "serves", return_value=False)
+
+
+def _plain(images: Tensor, gradient: bool, operator: Callable[..., Tensor]) -> Tensor:
+    theta = {name: torch.tensor(value, requires_grad=gradient) for name, value in PARAMETERS.items()}
+    with torch.set_grad_enabled(gradient):
+        restored = operator(images, 3, 3, **theta, steps=STEPS, noise_std=NOISE_STD)
+    if gradient:
+        restored.square().mean().backward()
+    return restored
+
+
+def _beside_eager(gradient: bool, name: str) -> Iterator[dict[str, Any]]:
+    """Other sizes, compiled beside eager."""
+    generator = torch.Generator().manual_seed(0)
+    for batch, side, radius in ((16, 96, 3.0), (1, 500, 6.0)):
+        images = torch.rand(batch, 3, side, side, generator=generator)
+        compiled = median_ms(lambda images=images, radius=radius: restore(images, radius, gradient)) / batch
+        with eager():
+            peer = median_ms(lambda images=images, radius=radius: restore(images, radius, gradient)) / batch
+        work = f"image operator {side}×{side}, batch {batch}, radius {radius:.0f}, compiled, {name}"
+        yield record(work, compiled, "ours in eager torch", peer)
+
+
+def _first_results(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Fresh processes with an empty cache, and with the one that the first has left."""
+    with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ, XDG_CACHE_HOME=cache):
+        for state in ("cold", "warm"):
+            forward, both = in_own_process(_FIRST, threads=options.threads)[0].splitlines()[-1].split()
+            yield record(f"image operator, first output on a {state} cache", 1e3 * float(forward))
+            yield record(f"image operator, first gradients on a {state} cache", 1e3 * float(both))
 
 
 def _operations(offsets: int, channels: int = 3, filters: int = 2 * 2) -> float:

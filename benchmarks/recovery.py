@@ -8,72 +8,17 @@ The oracle searches the same bounds on the test images themselves, then refines 
     python benchmarks/recovery.py --json recovery.json
 """
 
-import itertools
 import logging
 import warnings
 
 import lightning as L
-import numpy as np
 import torch
 from _common import arguments, write_json
-from scipy.optimize import minimize
-from scipy.stats import qmc
-from torch import Tensor
+from _recovery import BOUNDS, FIXED, NOISE_STD, TestImages, starts
 
 from callbacks import EMParameterCallback, GradientRule
 from datamodules import CIFAR10DataModule
 from lightning_modules import GraphDiffusion, GraphDiffusionReconstruction, ParameterTable
-
-NOISE_STD = 25 / 255
-BOUNDS = {"sigma": (0.1, 0.5), "tau": (0.05, 0.3), "sigma_s": (1.0, 20.0), "sigma_f": (0.1, 0.5)}
-DEFAULT = {"sigma": 0.3, "tau": 0.1, "sigma_s": 10.0, "sigma_f": 0.3}
-FIXED = {"radius": 3.0, "smooth_steps": 5}
-
-
-def starts() -> list[dict[str, float]]:
-    corners = itertools.product(*(BOUNDS[name] for name in ("sigma", "tau", "sigma_f")))
-    return [DEFAULT, *({"sigma": s, "tau": t, "sigma_s": 10.0, "sigma_f": f} for s, t, f in corners)]
-
-
-def psnr(restored: Tensor, clean: Tensor) -> Tensor:
-    return -10 * torch.log10((restored.clamp(0, 1) - clean).square().mean((1, 2, 3))).mean()
-
-
-class TestImages:
-    """Noisy test images and the quality of the diffusion on them."""
-
-    def __init__(self, data: CIFAR10DataModule, count: int) -> None:
-        data.setup("test")
-        batches = [data.on_after_batch_transfer(batch, 0)["image"] for batch in data.test_dataloader()]
-        self.clean = torch.cat(batches)[:count]
-        noise = torch.randn(self.clean.shape, generator=torch.Generator().manual_seed(1))
-        self.noisy = self.clean + NOISE_STD * noise
-        self.diffusion = GraphDiffusion(patch_size=3, signal="image")
-
-    def quality(self, parameters: dict[str, Tensor | float]) -> Tensor:
-        """Mean PSNR in dB."""
-        restored = self.diffusion(self.noisy, **FIXED, **parameters, noise_std=NOISE_STD)
-        return psnr(restored, self.clean)
-
-    def oracle(self, points: int, refined: int) -> tuple[float, dict[str, float]]:
-        """Best mean PSNR within the bounds, by Sobol search and L-BFGS-B on log θ from the best points."""
-        names = list(BOUNDS)
-        low, high = np.log(np.array([BOUNDS[name] for name in names])).T
-        search = qmc.scale(qmc.Sobol(len(names), seed=0).random(points), low, high)
-
-        def objective(log_theta: np.ndarray) -> tuple[float, np.ndarray]:
-            leaf = torch.tensor(log_theta, dtype=torch.float32, requires_grad=True)
-            loss = -self.quality(dict(zip(names, leaf.exp().unbind(), strict=True)))
-            (gradient,) = torch.autograd.grad(loss, leaf)
-            return float(loss), gradient.double().numpy()
-
-        with torch.no_grad():
-            scores = [float(self.quality(dict(zip(names, np.exp(point).tolist(), strict=True)))) for point in search]
-        best = [search[index] for index in np.argsort(scores)[::-1][:refined]]
-        box = list(zip(low, high, strict=True))
-        found = [minimize(objective, point, jac=True, bounds=box, method="L-BFGS-B") for point in best]
-        top = min(found, key=lambda result: result.fun)
-        return -float(top.fun), dict(zip(names, np.exp(top.x).tolist(), strict=True))
 
 
 class Snapshots(L.Callback):

@@ -23,6 +23,11 @@ SECTIONS = {"image": _speed_image, "patches": _speed_patches, "training": _speed
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, separated by commas")
+    parser.add_argument(
+        "--unrolled",
+        action="store_true",
+        help="also beside torch.compile of the plain image operator, which takes minutes to compile",
+    )
     options = parser.parse_args()
     names = options.only.split(",")
     if unknown := set(names) - set(SECTIONS):

@@ -9,9 +9,10 @@ from callbacks.image_grid import ImageGrid
 from callbacks.mixture_dashboard import MixtureDashboard
 from callbacks.prediction_writer import PredictionWriter
 from callbacks.restored_image_writer import RestoredImageWriter
-from callbacks.rules import GradientRule, Rule, SignRule
+from callbacks.rules import BayesianRule, GradientRule, NewtonRule, Rule, SignRule
 
 __all__ = [
+    "BayesianRule",
     "DetectorReport",
     "EMDashboard",
     "EMHealth",
@@ -20,6 +21,7 @@ __all__ = [
     "GradientRule",
     "ImageGrid",
     "MixtureDashboard",
+    "NewtonRule",
     "PredictionWriter",
     "RestoredImageWriter",
     "Rule",

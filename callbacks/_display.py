@@ -2,8 +2,11 @@
 
 from typing import TYPE_CHECKING
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from callbacks.em_parameter import EMParameterCallback
 
 if TYPE_CHECKING:
     from lightning_modules.em import ParameterTable
@@ -12,6 +15,13 @@ if TYPE_CHECKING:
 def em_table(pl_module: LightningModule) -> "ParameterTable | None":
     """Returns the parameters that the M-step learns, where the module declares any."""
     return getattr(pl_module, "em_parameters", None)
+
+
+def error_bars(trainer: Trainer) -> Tensor | None:
+    """Returns how well each parameter is known, in log units `[K + 1, P]`, where the rule of the run says so."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    found = [callback for callback in callbacks if isinstance(callback, EMParameterCallback)]
+    return found[0].standard_deviation() if found else None
 
 
 def rests_on_bound(value: float, bound: float) -> bool:

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from callbacks._display import em_table, require_positive, rests_on_bound, tensorboard_loggers
+from callbacks._display import em_table, error_bars, require_positive, rests_on_bound, tensorboard_loggers
 
 if TYPE_CHECKING:
     from lightning_modules.em import ParameterTable
@@ -23,6 +23,7 @@ class EMDashboard(Callback):
 
     - *Custom scalars*: one chart for each learned parameter with the global value and every row; the loss proxy with
       its parts; the smoothness; the validation metric.
+      Where the rule has error bars (`BayesianRule`), one more for each parameter with its band of 90 %.
     - *Images*, `em/table`: rows by parameters, coloured by their ratio to the global value.
     - *HParams*, at the end: start values against final values and validation metric, to compare runs. Give the logger
       `default_hp_metric: false`, or its placeholder stands in the way.
@@ -51,7 +52,7 @@ class EMDashboard(Callback):
         self._drawn_at = -1
         if table is not None and trainer.is_global_zero:
             for logger in tensorboard_loggers(trainer):
-                logger.experiment.add_custom_scalars(custom_scalars_layout(table))
+                logger.experiment.add_custom_scalars(custom_scalars_layout(table, error_bars(trainer) is not None))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws the heat map."""
@@ -82,8 +83,10 @@ class EMDashboard(Callback):
             logger.experiment.add_image("em/table", picture, trainer.global_step, dataformats="HWC")
 
 
-def custom_scalars_layout(table: "ParameterTable") -> dict[str, dict[str, list[Any]]]:
+def custom_scalars_layout(table: "ParameterTable", with_bars: bool = False) -> dict[str, dict[str, list[Any]]]:
     """Returns the page of curves in the form of `SummaryWriter.add_custom_scalars`.
+
+    A rule that knows how well it knows the parameters gets a page more, of bands that hold 90 % of the posterior.
 
     Tags are regular expressions that match from the left: `$` keeps `em/sigma` from matching `em/sigma_s`.
     """
@@ -97,7 +100,14 @@ def custom_scalars_layout(table: "ParameterTable") -> dict[str, dict[str, list[A
         "validation PSNR": ["Multiline", ["val/psnr$", "val/psnr_noisy$"]],
         "skipped steps": ["Multiline", ["em/skipped_steps$"]],
     }
-    return {"learned parameters": parameters, "objective": objective}
+    layout: dict[str, dict[str, list[Any]]] = {"learned parameters": parameters, "objective": objective}
+    if with_bars:
+        moving = [name for name in table.learned if name not in table.integers]
+        layout["90 % intervals"] = {
+            name: ["Margin", [f"em/{name}", f"em/interval/{name}/lower", f"em/interval/{name}/upper"]]
+            for name in moving
+        }
+    return layout
 
 
 def hyperparameters(

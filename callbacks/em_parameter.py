@@ -13,6 +13,8 @@ from torch import Tensor
 from callbacks.rules import GradientRule, Rule, RuleState
 from lightning_modules.em import Assignment, EStep, ParameterTable, Statistics, TableValues
 
+# Standard deviations either side of the mean that hold 90 % of a normal distribution.
+NORMAL_90 = 1.6449
 _PARTS = ("reconstruction", "perceptual", "smoothness")
 
 
@@ -87,6 +89,15 @@ class EMParameterCallback(Callback):
         status["avg_loss"] = f"{sum(recent) / len(recent):.6g}" if recent else "nan"
         return status
 
+    def standard_deviation(self) -> Tensor | None:
+        """How well each parameter is known, in log units, where the rule says so; see `Rule.standard_deviation`.
+
+        Shape:
+            - output: `[K + 1, P]`, row 0 for the global set
+        """
+        table = self._require_table()
+        return self.rule.standard_deviation(table, self._rule_state or self.rule.initial_state(table))
+
     @property
     def loss_history(self) -> list[float]:
         """Loss proxy of the last steps, oldest first; NaN where the M-step was skipped."""
@@ -139,6 +150,7 @@ class EMParameterCallback(Callback):
                 )
         self._last_step = trainer.global_step
         table.take_gradient()  # of whoever ran before, such as a learning-rate finder
+        table.explore(self.rule.explored(table, self._rule_state))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the scale of this backward pass: the optimiser step that follows may change it."""
@@ -170,8 +182,12 @@ class EMParameterCallback(Callback):
                 self._log_assignment(trainer, assignment)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so if steps were skipped after the last step that logged."""
+        """Say what has come up after the last step that logged: skipped steps, and what the assignment has to tell."""
+        self._require_table().explore(None)
         self._check_skipped()
+        assignment = getattr(pl_module, "assignment", None)
+        if isinstance(assignment, Assignment):
+            self._say_notices(assignment, ended=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Rule state, counts and history as plain numbers and tensors on the CPU."""
@@ -245,6 +261,7 @@ class EMParameterCallback(Callback):
         self._rule_state = {
             name: torch.where(accepted, rule_state[name], old) for name, old in self._rule_state.items()
         }
+        table.explore(self.rule.explored(table, self._rule_state))
         if assignment is not None and len(statistics.latent):
             assignment.maximise(statistics.latent, accepted)
         total, row, longest = self._skipped.unbind()
@@ -281,15 +298,34 @@ class EMParameterCallback(Callback):
             metrics.update({f"em/{name}/{row_name}": named[name] for name in table.per_row})
             if values[-1] > 0:
                 metrics[f"em/loss_proxy/{row_name}"] = named["loss_proxy"]
+        metrics.update(self._error_bars(table))
         metrics = {name: value for name, value in metrics.items() if value == value}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
+
+    def _error_bars(self, table: ParameterTable) -> dict[str, float]:
+        deviation = self.rule.standard_deviation(table, self._rule_state)
+        if deviation is None:
+            return {}
+        metrics: dict[str, float] = {}
+        for side, sign in (("lower", -1), ("upper", 1)):
+            edge = (table.shared + sign * NORMAL_90 * deviation[0]).clamp(table.lower, table.upper).exp().tolist()
+            metrics.update({f"em/interval/{name}/{side}": value for name, value in zip(table.names, edge, strict=True)})
+        shared, *rows = deviation.tolist()
+        metrics.update({f"em/std/{name}": value for name, value in zip(table.names, shared, strict=True)})
+        for row_name, values in zip(table.row_names, rows, strict=True):
+            named = dict(zip(table.names, values, strict=True))
+            metrics.update({f"em/std/{name}/{row_name}": named[name] for name in table.per_row})
+        return metrics
 
     def _log_assignment(self, trainer: Trainer, assignment: Assignment) -> None:
         numbers = assignment.diagnostics()
         for logger in trainer.loggers:
             logger.log_metrics({f"em/assignment/{name}": value for name, value in numbers.items()}, trainer.global_step)
-        for notice in assignment.notices():
+        self._say_notices(assignment)
+
+    def _say_notices(self, assignment: Assignment, ended: bool = False) -> None:
+        for notice in assignment.notices(ended):
             if notice not in self._said:
                 self._said.add(notice)
                 rank_zero_warn(f"{type(assignment).__name__}: {notice}")

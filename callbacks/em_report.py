@@ -1,5 +1,6 @@
 """What a run has learned: a table on the screen, and a file that starts the next run."""
 
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,8 +12,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from rich import get_console
 from rich.markup import escape
 from rich.table import Table
+from torch import Tensor
 
-from callbacks._display import em_table, rests_on_bound, run_directory
+from callbacks._display import em_table, error_bars, rests_on_bound, run_directory
 from callbacks.em_health import EMHealth
 
 if TYPE_CHECKING:
@@ -52,7 +54,7 @@ class EMReport(Callback):
         table = em_table(pl_module)
         exported = None
         if table is not None:
-            console.print(parameter_report(table))
+            console.print(parameter_report(table, error_bars(trainer)))
             if self._directory is not None:
                 exported = Path(self._directory) / FILE_NAME
                 exported.parent.mkdir(parents=True, exist_ok=True)
@@ -64,12 +66,14 @@ class EMReport(Callback):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def parameter_report(table: "ParameterTable") -> Table:
+def parameter_report(table: "ParameterTable", deviation: Tensor | None = None) -> Table:
     """Builds the table of the learned parameters, one column each: bounds, start, now, and the rows.
 
-    `*` marks a value that rests on a bound.
+    `*` marks a value that rests on a bound. Where the rule knows the standard deviations, in log units `[K + 1, P]`,
+    each value is followed by ± one of them in its own unit.
     """
     report = Table(title="Learned parameters", caption=_caption(table), caption_justify="left")
+    bars = None if deviation is None else deviation.tolist()
     report.add_column("", no_wrap=True)
     for name in table.learned:
         report.add_column(escape(name), justify="right")
@@ -77,12 +81,15 @@ def parameter_report(table: "ParameterTable") -> Table:
     for side, label in enumerate(("lower bound", "upper bound")):
         report.add_row(label, *(f"{table.bounds[name][side]:.4g}" for name in table.learned), style="dim")
     report.add_row("start", *(f"{start[name]:.4g}" for name in table.learned))
-    report.add_row("now", *(_cell(table, name, now[name]) for name in table.learned), style="bold")
+    report.add_row("now", *(_cell(table, name, now[name], bars, 0) for name in table.learned), style="bold")
     if any(name in table.per_row for name in table.learned):
         report.add_section()
         for row, label in enumerate(table.row_names):
             values = table.get_parameters(row)
-            cells = (_cell(table, name, values[name]) if name in table.per_row else "" for name in table.learned)
+            cells = (
+                _cell(table, name, values[name], bars, row + 1) if name in table.per_row else ""
+                for name in table.learned
+            )
             report.add_row(f"  {escape(label)}", *cells)
     return report
 
@@ -143,9 +150,11 @@ def _caption(table: "ParameterTable") -> str:
     return escape("* rests on a bound" + (f"; fixed: {fixed}" if fixed else ""))
 
 
-def _cell(table: "ParameterTable", name: str, value: float) -> str:
+def _cell(table: "ParameterTable", name: str, value: float, bars: list[list[float]] | None, row: int) -> str:
     on_bound = any(rests_on_bound(value, bound) for bound in table.bounds[name])
-    return f"{value:.4g}*" if on_bound else f"{value:.4g}"
+    cell = f"{value:.4g}*" if on_bound else f"{value:.4g}"
+    deviation = math.nan if bars is None else bars[row][table.names.index(name)]
+    return cell if math.isnan(deviation) else f"{cell} ±{value * deviation:.1g}"
 
 
 def _inside(table: "ParameterTable", name: str, value: float) -> float:

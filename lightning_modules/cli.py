@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from pydoc import locate
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +18,7 @@ if not sys.warnoptions:
     warnings.filterwarnings("ignore", "You have overridden `on_before_batch_transfer` in `LightningModule`")
 
 import lightning as L
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -40,8 +42,12 @@ class EMCommand(LightningCLI):
     """
 
     def before_instantiate_classes(self) -> None:
-        """Give the table one row for each class of the data, unless the configuration names the rows itself."""
+        """Give the table one row for each class of the data, unless the configuration names the rows itself; and let
+        `--trainer.enable_progress_bar=false` win over the bar that the configuration lists.
+        """
         config = self.config[self.subcommand] if self.subcommand else self.config
+        if config.trainer.enable_progress_bar is False and config.trainer.callbacks:
+            config.trainer.callbacks = [c for c in config.trainer.callbacks if not _is_progress_bar(c.class_path)]
         table = config.get("model.init_args.em_parameters.init_args")
         if table is None or table.get("row_names") is not None:
             return
@@ -100,6 +106,11 @@ def build(args: list[str] | None, run: bool = False) -> EMCommand:
         run=run,
         args=args,
     )
+
+
+def _is_progress_bar(class_path: str) -> bool:
+    found = locate(class_path)
+    return isinstance(found, type) and issubclass(found, ProgressBar)
 
 
 def _check_packages() -> None:

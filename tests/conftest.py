@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import settings
 from PIL import Image
 
@@ -84,6 +85,21 @@ def fake_photographs(tmp_path: Path) -> Callable[..., Path]:
         return root
 
     return write
+
+
+@pytest.fixture(params=["torch", "kernel"])
+def image_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test of the image operator twice, in torch and by the compiled kernel; neither stands in for the other."""
+    from lightning_modules.graph import image_kernel, image_operator
+
+    if request.param == "torch":
+        monkeypatch.setattr(image_operator, "serves", lambda *_: False)
+    elif image_kernel.library(torch.float32) is None or image_kernel.library(torch.float64) is None:
+        pytest.skip("no compiled kernel: no C compiler, or LIGHTNING_EM_COMPILE=0")
+    else:
+        monkeypatch.delattr(image_operator, "_ImageDiffusion")
+        monkeypatch.delattr(image_operator, "_SimilaritySum")
+    return str(request.param)
 
 
 @pytest.fixture(scope="session")

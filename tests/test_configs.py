@@ -13,6 +13,7 @@ import torch
 import yaml
 from PIL import Image
 
+from callbacks import EMParameterCallback
 from lightning_modules import GeneratedImageDetector, GraphDiffusionReconstruction
 from lightning_modules.cli import build, main
 
@@ -65,6 +66,13 @@ def test_every_configuration_names_its_run_and_has_its_callback(config: Path) ->
         "datamodules.GeneratedImagesDataModule": "lightning.pytorch.callbacks.EMAWeightAveraging",
     }.get(content["data"]["class_path"], "callbacks.EMParameterCallback")
     assert expected in [entry["class_path"] for entry in content["trainer"]["callbacks"]]
+
+
+def test_a_progress_bar_that_is_not_wanted_goes() -> None:
+    command = build(["-c", DEMO, "--trainer.enable_progress_bar=false", *FEW_CROPS])
+    assert command.trainer.progress_bar_callback is None
+    assert any(isinstance(callback, EMParameterCallback) for callback in command.trainer.callbacks)
+    assert build(["-c", DEMO, *FEW_CROPS]).trainer.progress_bar_callback is not None
 
 
 @pytest.mark.parametrize("overlay", [path for path in OVERLAYS if path.stem != "ddp"], ids=lambda path: path.stem)

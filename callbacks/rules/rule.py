@@ -36,3 +36,20 @@ class Rule(ABC):
         Shape:
             - output: `shared` `[P]` and `offsets` `[K, P]`, float64
         """
+
+    def standard_deviation(self, table: ParameterTable, state: RuleState) -> Tensor | None:
+        """How well the parameters are known, in log units: NaN for what the rule does not learn.
+
+        None, unless a rule overrides it. It becomes error bars in TensorBoard and in the closing table.
+
+        Shape:
+            - output: `[K + 1, P]`, row 0 for the global set
+        """
+        return None
+
+    def explored(self, table: ParameterTable, state: RuleState) -> TableValues | None:
+        """What the next training step shall use in place of the table's values, which stay what was learned.
+
+        None, unless a rule overrides it. Like `step`, a pure function of its arguments, and without waiting.
+        """
+        return None

@@ -5,12 +5,19 @@ changes.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lightning_modules.em.collectives import Collectives
+from lightning_modules.em.kmeans import assign
+
 Initialization = Literal["k-means++", "k-means||", "random"]
+# Rows, mask of the rows that count, indices of the rows: the last two where they are known.
+Rows = tuple[Tensor, Tensor | None, Tensor | None]
+Stream = Callable[[], Iterable[Rows]]
 
 # Rows that k-means‖ adds in one pass, for each component, and the passes it takes (Bahmani et al. 2012: l = 2k, about
 # 5 rounds).
@@ -128,3 +135,54 @@ class StreamSample:
         """Rows ``[M, D]`` and keys ``[M]``, smallest key first."""
         self._compact()
         return self._rows[0], self._keys[0]
+
+
+def scalable_candidates(
+    sample: Tensor,
+    stream: Stream,
+    num_components: int,
+    generators: list[torch.Generator],
+    seed: int,
+    collectives: Collectives,
+) -> tuple[Tensor, Tensor]:
+    r"""K-means‖ (Bahmani et al. 2012): in each pass every start draws :math:`2K` rows with weight their squared
+    distance; after `ROUNDS` passes one more counts what the candidates stand for.
+
+    Weighted draws without replacement are the rows with the smallest :math:`-\log u_n / d_n^2` (Efraimidis and
+    Spirakis), so a pass needs no total cost, and the draws do not depend on order or processes.
+
+    Args:
+        sample: rows to draw the first candidate of each start from.
+        stream: gives the rows, in the frame of the sample, once more at each call.
+        num_components: how many centres the candidates are for.
+        generators: source of the first draw of each of the S starts.
+        seed: of the draws from the stream.
+        collectives: how the processes talk.
+
+    Shape: ``sample`` ``[N, D]``; result ``[S, C, D]`` and the rows that each candidate stands for, ``[S, C]``.
+    """
+    candidates = torch.stack([random_rows(sample, 1, generator) for generator in generators])
+    size = min(OVERSAMPLING * num_components, sample.shape[0])  # no more candidates than rows
+    for turn in range(ROUNDS):
+        drawn = [StreamSample(size) for _ in generators]
+        for z, mask, index in stream():
+            _, squares = assign(candidates, z)
+            for start, target in enumerate(drawn):
+                uniform = row_keys(z, seed + 7919 * (turn + 1) + 104_729 * start, index)
+                keys = torch.where(squares[start] > 0, -uniform.log() / squares[start], torch.inf)
+                target.add(z, keys if mask is None else torch.where(mask, keys, torch.inf))
+        parts = []
+        for start, target in enumerate(drawn):
+            rows, keys = (collectives.gather_rows(part) for part in target.result())
+            chosen = rows[keys.argsort(stable=True)[:size]]
+            # fewer than asked for: the rest repeats the first candidate, and weighs nothing below
+            fill = candidates[start, :1].expand(size - chosen.shape[0], -1)
+            parts.append(torch.cat([candidates[start], chosen, fill]))
+        candidates = torch.stack(parts)
+    weights = candidates.new_zeros(candidates.shape[:2])
+    for z, mask, _ in stream():
+        labels, _ = assign(candidates, z)
+        for start in range(len(generators)):
+            chosen = labels[start] if mask is None else labels[start][mask]
+            weights[start] += torch.bincount(chosen, minlength=weights.shape[1])
+    return candidates, collectives.reduce(weights.flatten()).view_as(weights)

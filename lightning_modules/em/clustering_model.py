@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,21 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.em.clustering_initialization import (
-    OVERSAMPLING,
     ROUNDS,
     Initialization,
+    Rows,
+    Stream,
     StreamSample,
     kmeans_plus_plus,
     random_rows,
     row_keys,
+    scalable_candidates,
 )
-from lightning_modules.em.kmeans import assign
+from lightning_modules.em.collectives import Collectives
 from lightning_modules.em.reference_frame import ReferenceFrame, Scaling, StreamMoments
 
 Algorithm = Literal["exact", "stepwise"]
-# Rows, mask of the rows that count, indices of the rows: the last two where they are known.
-Rows = tuple[Tensor, Tensor | None, Tensor | None]
-Stream = Callable[[], Iterable[Rows]]
 
 # Numbers that the sample for the initialisation may hold, where `init_size` is not given: 32 MiB of float64.
 SAMPLE_NUMBERS = 2**22
@@ -33,34 +32,6 @@ SAMPLE_NUMBERS = 2**22
 TIE = 1e-9
 # Rows that become float64 at a time.
 BLOCK_ROWS = 2**15
-
-
-def _identity(vector: Tensor) -> Tensor:
-    return vector
-
-
-def _alone(tensor: Tensor) -> Tensor:
-    return tensor[None]
-
-
-@dataclass
-class Collectives:
-    """How the processes of a run talk: ``reduce`` sums a vector over them, ``gather`` stacks equal shapes to ``[world,
-    …]``.
-    """
-
-    reduce: Callable[[Tensor], Tensor] = _identity
-    gather: Callable[[Tensor], Tensor] = _alone
-    rank: int = 0
-    world: int = 1
-
-    def gather_rows(self, rows: Tensor) -> Tensor:
-        """Rows ``[N, …]`` of all processes, which may have different N, one after the other."""
-        counts = self.gather(rows.new_tensor([rows.shape[0]], dtype=torch.long)).flatten()
-        padded = rows.new_zeros(int(counts.max()), *rows.shape[1:])
-        padded[: rows.shape[0]] = rows
-        parts = self.gather(padded)
-        return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
 
 
 @dataclass
@@ -289,7 +260,15 @@ class ClusteringModel(nn.Module):
     def _choose_centers(self, sample: Tensor, stream: Stream, collectives: Collectives) -> Tensor:
         """Centres ``[S, K, D]`` in the frame."""
         if self.init == "k-means||":
-            candidates, weights = self._scalable_candidates(sample, stream, collectives)
+
+            def in_frame() -> Iterable[Rows]:
+                return ((self.frame.enter(self.check_rows(x)), mask, index) for x, mask, index in stream())
+
+            generators = [self._generator(start) for start in range(self.n_init)]
+            candidates, weights = scalable_candidates(
+                sample, in_frame, self.num_components, generators, self.seed, collectives
+            )
+            self.initialization_passes += ROUNDS + 1
         centers = []
         for start in range(self.n_init):
             generator = self._generator(start)
@@ -300,46 +279,6 @@ class ClusteringModel(nn.Module):
             else:
                 centers.append(kmeans_plus_plus(candidates[start], self.num_components, generator, weights[start]))
         return torch.stack(centers)
-
-    def _scalable_candidates(self, sample: Tensor, stream: Stream, collectives: Collectives) -> tuple[Tensor, Tensor]:
-        r"""K-means‖ (Bahmani et al. 2012): in each pass every start draws :math:`2K` rows with weight their squared
-        distance.
-
-        Weighted draws without replacement are the rows with the smallest :math:`-\log u_n / d_n^2` (Efraimidis and
-        Spirakis), so a pass needs no total cost, and the draws do not depend on order or processes.
-
-        Shape: result ``[S, C, D]`` and the rows that each candidate stands for, ``[S, C]``.
-        """
-        candidates = torch.stack([random_rows(sample, 1, self._generator(start)) for start in range(self.n_init)])
-        # no more candidates than rows
-        size = min(OVERSAMPLING * self.num_components, sample.shape[0])
-        for turn in range(ROUNDS):
-            drawn = [StreamSample(size) for _ in range(self.n_init)]
-            for x, mask, index in stream():
-                rows = self.check_rows(x)
-                z = self.frame.enter(rows)
-                _, squares = assign(candidates, z)
-                for start, target in enumerate(drawn):
-                    uniform = row_keys(rows, self.seed + 7919 * (turn + 1) + 104_729 * start, index)
-                    keys = torch.where(squares[start] > 0, -uniform.log() / squares[start], torch.inf)
-                    target.add(z, keys if mask is None else torch.where(mask, keys, torch.inf))
-            self.initialization_passes += 1
-            parts = []
-            for start, target in enumerate(drawn):
-                rows, keys = (collectives.gather_rows(part) for part in target.result())
-                chosen = rows[keys.argsort(stable=True)[:size]]
-                # fewer than asked for: the rest repeats the first candidate, and weighs nothing below
-                fill = candidates[start, :1].expand(size - chosen.shape[0], -1)
-                parts.append(torch.cat([candidates[start], chosen, fill]))
-            candidates = torch.stack(parts)
-        weights = candidates.new_zeros(candidates.shape[:2])
-        for x, mask, _ in stream():
-            labels, _ = assign(candidates, self.frame.enter(self.check_rows(x)))
-            for start in range(self.n_init):
-                chosen = labels[start] if mask is None else labels[start][mask]
-                weights[start] += torch.bincount(chosen, minlength=weights.shape[1])
-        self.initialization_passes += 1
-        return candidates, collectives.reduce(weights.flatten()).view_as(weights)
 
     # ------------------------------------------------------------------ passes
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Columns of `Statistics.sums` after the gradient's.
+# Columns of `Statistics.sums` after the gradient's and its products'.
 _COLUMNS = ("count", "reconstruction", "perceptual", "smoothness", "similarity", "proxy")
 
 
@@ -62,8 +62,8 @@ class Statistics:
         device: Where the sums live.
 
     Attributes:
-        sums: One float64 tensor `[K + 1, P + 6]`: the gradient of the proxy with respect to the table's coordinates,
-            then count, reconstruction, perceptual, smoothness, similarity and proxy.
+        sums: One float64 tensor `[K + 1, P + P² + 6]`: the gradient g of the proxy with respect to the table's
+            coordinates and its products g gᵀ, then count, reconstruction, perceptual, smoothness, similarity and proxy.
         latent: Sums of the assignment's own statistics, float64 `[M]`.
 
     Example:
@@ -75,7 +75,8 @@ class Statistics:
 
     def __init__(self, num_rows: int, num_parameters: int, device: torch.device | str = "cpu") -> None:
         self.num_parameters = num_parameters
-        self.sums = torch.zeros(num_rows + 1, num_parameters + len(_COLUMNS), dtype=torch.float64, device=device)
+        columns = num_parameters * (num_parameters + 1) + len(_COLUMNS)
+        self.sums = torch.zeros(num_rows + 1, columns, dtype=torch.float64, device=device)
         self.latent = self.sums.new_zeros(0)
 
     @torch.no_grad()
@@ -95,8 +96,10 @@ class Statistics:
         share = torch.cat([rows.new_ones(len(rows), 1), rows], dim=1)
         zero = rows.new_zeros(len(rows))
         smoothness = zero if step.smoothness is None else step.smoothness.double()
+        gradient = rows.new_zeros(len(rows), self.num_parameters) if gradient is None else gradient.double()
         values = [
-            rows.new_zeros(len(rows), self.num_parameters) if gradient is None else gradient.double(),
+            gradient,
+            (gradient[:, :, None] * gradient[:, None, :]).flatten(1),
             torch.ones_like(zero)[:, None],
             step.reconstruction.double()[:, None],
             (zero if step.perceptual is None else step.perceptual.double())[:, None],
@@ -119,7 +122,7 @@ class Statistics:
 
     def sum(self, name: str) -> Tensor:
         """Sum of one quantity by its name, `[K + 1]`, row 0 over all images."""
-        return self.sums[:, self.num_parameters + _COLUMNS.index(name)]
+        return self.sums[:, _COLUMNS.index(name) - len(_COLUMNS)]
 
     def mean(self, name: str) -> Tensor:
         """Mean of one quantity by its name, `[K + 1]`; 0 for rows without images."""
@@ -134,6 +137,13 @@ class Statistics:
     def mean_gradient(self) -> Tensor:
         """Mean gradient of the proxy with respect to the coordinates, `[K + 1, P]`; 0 for rows without images."""
         return self.sums[:, : self.num_parameters] / self.count[:, None].clamp_min(torch.finfo(torch.float64).tiny)
+
+    @property
+    def mean_gradient_products(self) -> Tensor:
+        """Mean over the images of g gᵀ, `[K + 1, P, P]`: with `mean_gradient`, how far the images' gradients differ."""
+        size = self.num_parameters
+        sums = self.sums[:, size : size * (size + 1)].unflatten(1, (size, size))
+        return sums / self.count[:, None, None].clamp_min(torch.finfo(torch.float64).tiny)
 
     @property
     def finite(self) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lightning_modules.em.collectives import FlatSums
 from lightning_modules.em.gaussian_density import (
     LOG_2PI,
     CovarianceType,
@@ -19,7 +20,6 @@ EMPTY_COUNT = 10 * torch.finfo(torch.float64).eps
 # Moments about the frame's origin carry rounding of about 1e-16 of the data's variance; below this floor they say
 # nothing.
 UNCENTRED_VARIANCE_FLOOR = 1e-12
-SUMS = ("weight", "first", "second", "log_likelihood", "entropy", "count")
 
 
 @dataclass
@@ -53,7 +53,7 @@ class MixtureParameters:
 
 
 @dataclass
-class MixtureStatistics:
+class MixtureStatistics(FlatSums):
     r"""What the E-step hands to the M-step, summed over rows :math:`n` with :math:`u_{nk} = z_n - c_k`:
 
     .. math:: N_k = \sum_n r_{nk}, \quad F_k = \sum_n r_{nk} u_{nk}, \quad S_k = \sum_n r_{nk} u_{nk} u_{nk}^\top
@@ -63,6 +63,8 @@ class MixtureStatistics:
     rows. ``center`` ``[S, K, D]`` comes from the parameters, is the same on every process, and is never summed;
     ``centred`` says whether it is the means, or the frame's origin.
     """
+
+    SUMS = ("weight", "first", "second", "log_likelihood", "entropy", "count")
 
     covariance_type: CovarianceType
     weight: Tensor
@@ -100,20 +102,6 @@ class MixtureStatistics:
         self.weight += weight
         self.first += first
         self.second += second
-
-    def flat(self) -> Tensor:
-        """Every sum in one float64 vector: the one thing that travels between processes."""
-        return torch.cat([getattr(self, name).reshape(-1) for name in SUMS])
-
-    def with_flat(self, vector: Tensor) -> MixtureStatistics:
-        """Statistics of this shape with the sums of ``vector``."""
-        parts: dict[str, Tensor] = {}
-        position = 0
-        for name in SUMS:
-            like: Tensor = getattr(self, name)
-            parts[name] = vector[position : position + like.numel()].view_as(like)
-            position += like.numel()
-        return replace(self, **parts)  # type: ignore[arg-type]
 
     def about_origin(self) -> MixtureStatistics:
         """The same sums with the frame's origin as the centre of all, which makes passes under different parameters

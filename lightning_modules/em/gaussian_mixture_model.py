@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_modules.em.clustering_initialization import Initialization
-from lightning_modules.em.clustering_model import ClusteringModel, Collectives, PassReport, Stream
+from lightning_modules.em.clustering_initialization import Initialization, Stream
+from lightning_modules.em.clustering_model import ClusteringModel, PassReport
+from lightning_modules.em.collectives import Collectives
 from lightning_modules.em.gaussian_density import CovarianceType
 from lightning_modules.em.gaussian_mixture import (
     EMPTY_COUNT,

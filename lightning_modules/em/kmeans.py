@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lightning_modules.em.collectives import FlatSums
 from lightning_modules.em.gaussian_density import chunk_rows
 
 # How many of the farthest rows a pass remembers, to restart centres that have lost all their rows.
 FARTHEST_ROWS = 16
-SUMS = ("weight", "first", "inertia", "count")
 
 
 @dataclass
-class KMeansStatistics:
+class KMeansStatistics(FlatSums):
     """What the assignment hands to the update, summed over the rows; the sums are about the centres, so no digits are
     lost.
 
@@ -23,6 +23,8 @@ class KMeansStatistics:
     the farthest rows of each start, ``far_rows`` ``[S, M, D]`` at squared distance ``far_squares`` ``[S, M]``,
     farthest first.
     """
+
+    SUMS = ("weight", "first", "inertia", "count")
 
     weight: Tensor
     first: Tensor
@@ -44,20 +46,6 @@ class KMeansStatistics:
             far_rows=centers.new_zeros(starts, size, num_features),
             far_squares=centers.new_full((starts, size), -1.0),
         )
-
-    def flat(self) -> Tensor:
-        """Every sum in one float64 vector."""
-        return torch.cat([getattr(self, name).reshape(-1) for name in SUMS])
-
-    def with_flat(self, vector: Tensor) -> KMeansStatistics:
-        """Statistics with the sums of ``vector``."""
-        parts: dict[str, Tensor] = {}
-        position = 0
-        for name in SUMS:
-            like: Tensor = getattr(self, name)
-            parts[name] = vector[position : position + like.numel()].view_as(like)
-            position += like.numel()
-        return replace(self, **parts)
 
     def keep_farthest(self, rows: Tensor, squares: Tensor) -> None:
         """Merge more rows ``[S, N, D]`` at ``squares`` ``[S, N]`` into the farthest ones, in place.

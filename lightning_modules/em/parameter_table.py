@@ -106,6 +106,7 @@ class ParameterTable(Float64Buffers):
         # Columns of the leaf: what a gradient can move.
         self._moving = tuple(p for p, n in enumerate(self.names) if n in self.learned and n not in self.integers)
         self._leaves: list[Tensor] = []
+        self._explored: TableValues | None = None
         self._start = TableValues(shared.clone(), self.offsets.clone())
         self._read_constants()
 
@@ -130,9 +131,11 @@ class ParameterTable(Float64Buffers):
 
     @torch.compiler.disable  # the list of leaves is a side effect that a compiled region must not specialise on
     def _hand_out(self, responsibilities: Tensor) -> dict[str, Tensor | int]:
-        coordinates = (self.shared + responsibilities.double() @ self.offsets).clamp(self.lower, self.upper)
+        learns = self.training and torch.is_grad_enabled()
+        shared, offsets = self._explored if learns and self._explored is not None else self.state
+        coordinates = (shared + responsibilities.double() @ offsets).clamp(self.lower, self.upper)
         columns = dict(zip(self.names, coordinates.unbind(1), strict=True))
-        if self.training and torch.is_grad_enabled():  # a forward in evaluation has no M-step that would collect it
+        if learns:  # a forward in evaluation has no M-step that would collect it
             if any(leaf.grad is not None for leaf in self._leaves):
                 self._leaves.clear()  # an earlier step's, which nobody has collected
             leaf = coordinates.detach()[:, _constant(self._moving, torch.long, coordinates.device)].requires_grad_()
@@ -223,6 +226,13 @@ class ParameterTable(Float64Buffers):
         """Store a state, in place."""
         self.shared.copy_(values.shared)
         self.offsets.copy_(values.offsets)
+
+    def explore(self, values: TableValues | None) -> None:
+        """What training steps are handed out from here on; None for the table's own values, which stay as they are.
+
+        Evaluation always uses the table's own.
+        """
+        self._explored = values
 
     def attach(self, value: Tensor) -> Tensor:
         """The value as it is, with the table in its graph: a loss that may not depend on the parameters of the step.

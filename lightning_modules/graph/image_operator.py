@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_modules.graph.averaging import Averaging
+from lightning_modules.graph.image_kernel import CompiledDiffusion, CompiledSimilaritySum, serves
 from lightning_modules.graph.parameters import DiffusionParameters
 from lightning_modules.graph.stencil import (
     FAR,
@@ -65,7 +66,8 @@ def diffuse_image(
     """
     geometry = stencil_geometry(*guide.shape[-2:], patch_size, max_radius, guide.device, guide.dtype)
     exponents = _exponents(parameters, noise_std, guide, geometry)
-    return _ImageDiffusion.apply(images, guide, *exponents, geometry)
+    function = CompiledDiffusion if serves(images, guide) else _ImageDiffusion
+    return function.apply(images, guide, *exponents, geometry)
 
 
 def mean_similarity(
@@ -82,7 +84,8 @@ def mean_similarity(
     geometry = stencil_geometry(*images.shape[-2:], patch_size, max_radius, images.device, images.dtype)
     scale = GAUSSIAN_EXPONENT / _column(sigma, images)[:, 0] ** 2
     noise = 2 * images.shape[1] * patch_size**2 * _column(noise_std, images)[:, 0] ** 2
-    sums = _SimilaritySum.apply(images, scale, noise, geometry)
+    function = CompiledSimilaritySum if serves(images) else _SimilaritySum
+    sums = function.apply(images, scale, noise, geometry)
     return sums / max(geometry.num_half_edges, 1), 2 * geometry.num_half_edges
 
 

@@ -12,8 +12,8 @@ which maps live; N = n + margin pixels, the rows below included, on which flatte
 """
 
 import math
-from functools import lru_cache
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -26,38 +26,97 @@ from lightning_modules.graph.topology import half_offsets
 FAR = 1e12
 
 
-class StencilGeometry(NamedTuple):
-    """What depends on the image's size alone.
+@dataclass(frozen=True)
+class StencilGeometry:
+    """What depends on the image's size alone; maps are made when they are first read.
 
     Attributes:
         height: H.
         width: W.
-        pitch: Pixels from a row to the next.
-        margin: Pixels above and below the image.
-        shifts: Distance in memory of each half offset, ascending.
-        rows: Runs of half offsets next to each other in an image row: (first, number, shift of the first).
-        valid: 1 where both pixels of a pair lie in the image, `[M, n]`.
-        scale: p² over the number of terms of the window that are valid for δ, 0 where the pair is not, `[M, n]`.
-        far: A distance without similarity where the pair is not valid, 0 elsewhere, `[M, n]`.
-        inside: 1 for the pixels of the image, 0 for the empty columns, `[L]`.
-        length: ‖δ‖, `[M]`.
-        num_half_edges: Number of valid pairs.
         patch_size: Side p of the windows.
+        offsets: Half offsets δ as (row, column), ascending, without those that leave the image from every pixel.
+        padding: Empty columns after each row; above and below there is one row more.
+        device: Of the maps.
+        dtype: Of the maps.
     """
 
     height: int
     width: int
-    pitch: int
-    margin: int
-    shifts: tuple[int, ...]
-    rows: tuple[tuple[int, int, int], ...]
-    valid: Tensor
-    scale: Tensor
-    far: Tensor
-    inside: Tensor
-    length: Tensor
-    num_half_edges: int
     patch_size: int
+    offsets: tuple[tuple[int, int], ...]
+    padding: int
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def pitch(self) -> int:
+        """Pixels from a row to the next."""
+        return self.width + self.padding
+
+    @property
+    def margin(self) -> int:
+        """Pixels above and below the image."""
+        return (self.padding + 1) * self.pitch
+
+    @cached_property
+    def shifts(self) -> tuple[int, ...]:
+        """Distance in memory of each half offset, ascending."""
+        return tuple(a * self.pitch + b for a, b in self.offsets)
+
+    @cached_property
+    def rows(self) -> tuple[tuple[int, int, int], ...]:
+        """Runs of half offsets next to each other in an image row: (first, number, shift of the first)."""
+        starts = [m for m, (a, _) in enumerate(self.offsets) if m == 0 or a != self.offsets[m - 1][0]]
+        ends = [*starts, len(self.offsets)][1:]
+        return tuple((m, end - m, self.shifts[m]) for m, end in zip(starts, ends, strict=True))
+
+    @property
+    def num_half_edges(self) -> int:
+        """Number of valid pairs."""
+        return sum((self.height - a) * (self.width - abs(b)) for a, b in self.offsets)
+
+    @cached_property
+    def length(self) -> Tensor:
+        """‖δ‖, `[M]`."""
+        return self._constant(torch.tensor([(a * a + b * b) ** 0.5 for a, b in self.offsets], dtype=torch.float64))
+
+    @cached_property
+    def inside(self) -> Tensor:
+        """1 for the pixels of the image, 0 for the empty columns, `[L]`."""
+        return self._constant(self._ones[self.margin : self.margin + self.size].contiguous())
+
+    @cached_property
+    def valid(self) -> Tensor:
+        """1 where both pixels of a pair lie in the image, `[M, n]`."""
+        return self._constant(self._pairs)
+
+    @cached_property
+    def scale(self) -> Tensor:
+        """p² over the number of terms of the window that are valid for δ, 0 where the pair is not, `[M, n]`."""
+        terms = box_sum_(self._pairs, self.patch_size, self.pitch, Workspace()).clamp_min(1)
+        return self._constant(self._pairs * self.patch_size**2 / terms)
+
+    @cached_property
+    def far(self) -> Tensor:
+        """A distance without similarity where the pair is not valid, 0 elsewhere, `[M, n]`."""
+        return self._constant(FAR * (1 - self._pairs))
+
+    @property
+    def _ones(self) -> Tensor:
+        one = torch.ones(self.height, self.width, dtype=torch.float64)
+        return F.pad(one, (0, self.padding, self.padding + 1, self.padding + 1)).flatten()
+
+    @property
+    def _pairs(self) -> Tensor:
+        """`valid` in double precision, afresh each time: it is large, and nobody needs it twice."""
+        one, n = self._ones, self.margin + self.size
+        pairs = [one[:n] * one[shift : shift + n] for shift in self.shifts]
+        return torch.stack(pairs) if pairs else one.new_zeros(0, n)
+
+    def _constant(self, values: Tensor) -> Tensor:
+        # Made in a validation and kept, it must still serve a training step.
+        with torch.inference_mode(False):
+            return values.to(self.device, self.dtype, copy=True)
 
     @property
     def size(self) -> int:
@@ -184,8 +243,8 @@ def edge_views(there: Tensor, back: Tensor, geometry: StencilGeometry) -> list[T
     """The values of each pixel's edges: of +δ and −δ in turn, as views `[B, 1, L]` of two maps `[B, M, n]`."""
     margin, size = geometry.margin, geometry.size
     views = []
-    for shift, ahead, behind in zip(geometry.shifts, there.split(1, 1), back.split(1, 1), strict=True):
-        views += [ahead[..., margin:], behind[..., margin - shift : margin - shift + size]]
+    for shift, ahead, behind in zip(geometry.shifts, there.unbind(1), back.unbind(1), strict=True):
+        views += [ahead[:, None, margin:], behind[:, None, margin - shift : margin - shift + size]]
     return views
 
 
@@ -214,45 +273,14 @@ def correlate(left: Tensor, right: Tensor, geometry: StencilGeometry, workspace:
 
 
 @lru_cache(maxsize=4)
-@torch.inference_mode(False)  # made in a validation and cached, it must still serve a training step
 def stencil_geometry(
     height: int, width: int, patch_size: int, max_radius: float, device: torch.device, dtype: torch.dtype
 ) -> StencilGeometry:
     """Geometry of images of a size.
 
-    12 M bytes for each pixel in float32, which is why few are kept: training and validation have
-    one or two sizes, and a folder of photographs of many sizes must not fill the memory.
+    Its maps take 12 M bytes for each pixel in float32, which is why few are kept: training and validation have one or
+    two sizes, and a folder of photographs of many sizes must not fill the memory.
     """
     offsets = tuple((a, b) for a, b in half_offsets(max_radius) if a < height and abs(b) < width)
-    pad = max(int(max_radius), patch_size // 2)
-    pitch, margin = width + pad, (pad + 1) * (width + pad)
-    size = height * pitch
-    shifts = tuple(a * pitch + b for a, b in offsets)
-    starts = [m for m, (a, _) in enumerate(offsets) if m == 0 or a != offsets[m - 1][0]]
-    rows = tuple((m, end - m, shifts[m]) for m, end in zip(starts, [*starts[1:], len(offsets)], strict=True))
-
-    one = F.pad(torch.ones(height, width, dtype=torch.float64), (0, pad, pad + 1, pad + 1)).flatten()
-    n = margin + size
-    valid = torch.stack([one[:n] * one[shift : shift + n] for shift in shifts]) if shifts else one.new_zeros(0, n)
-    scale = valid * patch_size**2 / box_sum_(valid.clone(), patch_size, pitch, Workspace()).clamp_min(1)
-    length = torch.tensor([(a * a + b * b) ** 0.5 for a, b in offsets], dtype=torch.float64)
-    inside = one[margin:n].contiguous()
-    valid_on, scale_on, far_on, inside_on, length_on = (
-        tensor.to(device, dtype) for tensor in (valid, scale, FAR * (1 - valid), inside, length)
-    )
-    num_half_edges = int(valid.sum())
-    return StencilGeometry(
-        height,
-        width,
-        pitch,
-        margin,
-        shifts,
-        rows,
-        valid_on,
-        scale_on,
-        far_on,
-        inside_on,
-        length_on,
-        num_half_edges,
-        patch_size,
-    )
+    padding = max(int(max_radius), patch_size // 2)
+    return StencilGeometry(height, width, patch_size, offsets, padding, device, dtype)

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from callbacks import EMParameterCallback, GradientRule, Rule, SignRule
+from callbacks import BayesianRule, EMParameterCallback, GradientRule, NewtonRule, Rule, SignRule
 from datamodules._image_data import Batch, ImageDataModule, Split, TensorImages
 from lightning_modules import GraphDiffusion, GraphDiffusionReconstruction, ParameterTable, ResidualDenoiser
 from lightning_modules.em import Assignment, LabelAssignment, MixtureAssignment, SimilarityAssignment
@@ -49,6 +49,10 @@ class SmoothImages(ImageDataModule):
 def make_rule(name: str) -> Rule:
     if name == "gradient":
         return GradientRule(lr=0.1, pseudo_count=4)
+    if name == "newton":
+        return NewtonRule(radius=0.1, pseudo_count=4)
+    if name == "bayesian":
+        return BayesianRule(radius=0.1)
     return SignRule(window=3, loss_thresholds=(0.002, 0.004), smoothness_thresholds=(0.3, 0.5))
 
 

@@ -303,3 +303,11 @@ def test_bad_arguments_and_questions_before_time() -> None:
         EMParameterCallback(max_skipped_steps=0)
     with pytest.raises(RuntimeError, match="has not met a module"):
         EMParameterCallback().get_parameters()
+
+
+def test_what_the_assignment_has_to_say_at_the_end_is_said(tmp_path: Path) -> None:
+    """45 images are too few for three regimes to start."""
+    callback = EMParameterCallback(make_rule("gradient"))
+    trainer = make_trainer(tmp_path, callback, epochs=1)
+    with pytest.warns(UserWarning, match="MixtureAssignment: the regimes never started: they wait for 48 images"):
+        trainer.fit(make_module(network=False, assignment="mixture"), SmoothImages(batch_size=16))

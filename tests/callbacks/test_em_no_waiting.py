@@ -12,6 +12,8 @@ from callbacks import EMParameterCallback
 from lightning_modules import EStep, ParameterTable
 from lightning_modules.em import Assignment
 
+RULES = ["gradient", "sign", "newton", "bayesian"]
+
 
 class Scaler:
     """Like a gradient scaler: its factor is a tensor on the device."""
@@ -58,7 +60,7 @@ def m_steps(rule: str, scaler: Scaler | None, last: int, assignment: Assignment 
 
 
 @pytest.mark.parametrize("scaler", [None, Scaler()])
-@pytest.mark.parametrize("rule", ["gradient", "sign"])
+@pytest.mark.parametrize("rule", RULES)
 def test_steps_that_do_not_log_read_nothing(rule: str, scaler: Scaler | None) -> None:
     assert len(m_steps(rule, scaler, last=49)._proxies) == 49
 
@@ -86,9 +88,9 @@ class Watched(EMParameterCallback):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("kind", ["gradient", "sign", "mixture", "similarity"])
+@pytest.mark.parametrize("kind", [*RULES, "mixture", "similarity"])
 def test_on_an_accelerator(kind: str, tmp_path: Path) -> None:
-    callback = Watched(make_rule(kind if kind in ("gradient", "sign") else "gradient"))
+    callback = Watched(make_rule(kind if kind in RULES else "gradient"))
     trainer = make_trainer(tmp_path, callback, epochs=3, accelerator="cuda", log_every_n_steps=1000)
     trainer.fit(make_module(assignment=kind), SmoothImages(16))
     assert len(callback.loss_history) == 9

@@ -244,6 +244,18 @@ def test_a_constant_feature_is_left_out_and_said() -> None:
     torch.testing.assert_close(assignment(*as_images(rows), 2), both)
 
 
+def test_regimes_that_never_start_are_said_at_the_end() -> None:
+    assignment = MixtureAssignment(3, [Table(2)])
+    rows = clusters(0)[:20]
+    learn(assignment, rows)
+    assert assignment.notices() == []
+    (notice,) = assignment.notices(ended=True)
+    assert notice.startswith("the regimes never started: they wait for 48 images, and the run had 20")
+    for _ in range(2):
+        learn(assignment, rows)
+    assert assignment.notices(ended=True) == []
+
+
 def test_features_measure_what_they_are_named_after() -> None:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(1, 3, 64, 64, generator=generator, dtype=torch.float64)

@@ -70,8 +70,12 @@ class Assignment(Float64Buffers, ABC):
             - accepted: boolean scalar
         """
 
-    def notices(self) -> list[str]:
-        """Sentences that the user should read, each of which is said once; asked for on steps that log."""
+    def notices(self, ended: bool = False) -> list[str]:
+        """Sentences that the user should read, each of which is said once; asked for on steps that log.
+
+        Args:
+            ended: Whether the run is over.
+        """
         return []
 
     def diagnostics(self) -> dict[str, float]:

@@ -281,9 +281,15 @@ class MixtureAssignment(Assignment):
             numbers["log_likelihood"] = float(self.log_likelihood - self.scale.log().sum()) + left_out
         return numbers | {"reseeded": float(self.reseeded)}
 
-    def notices(self) -> list[str]:
-        """Features that tell nothing apart, and regimes that had to be re-seeded."""
+    def notices(self, ended: bool = False) -> list[str]:
+        """Features that tell nothing apart, regimes that had to be re-seeded, and a run too short for any regime."""
         notices = []
+        if ended and not self.steps:
+            notices.append(
+                f"the regimes never started: they wait for {START_IMAGES * self.num_regimes} images, and the run had "
+                f"{int(self.gathered[-1])}, so every row learned from all images alike. Train longer, or take fewer "
+                "regimes"
+            )
         if constant := (self.informative == 0).nonzero()[:, 0].tolist():
             notices.append(
                 f"feature column(s) {constant} had one value for all of the first images and tell no regimes apart; "

@@ -1,0 +1,142 @@
+"""M-step that keeps a posterior of the parameters: where they are, and how well that is known."""
+
+import torch
+from torch import Tensor
+
+from callbacks.rules._gradient_model import (
+    LEAST_RADIUS,
+    initial_state,
+    observe,
+    optimum_variance,
+    places,
+    step_within,
+)
+from callbacks.rules.rule import Rule, RuleState
+from lightning_modules.em import ParameterTable, Statistics, TableValues
+from lightning_modules.graph import seeded_normal
+
+# Variance of the rows' offsets before any row has been seen, half a log unit either way. It goes on to count as one
+# row: variances learned from a few rows alone collapse to 0 and stay there.
+_FIRST_POOLING_VARIANCE = 0.25
+
+
+class BayesianRule(Rule):
+    r"""A Gaussian posterior over the best :math:`\log\theta`, updated with the gradients of every step.
+
+    The Bayesian learning rule with a Gaussian posterior :math:`\mathcal N(m, \Lambda^{-1})` is variational online
+    Newton (Khan & Rue, JMLR 24, 2023): :math:`m \leftarrow m - \Lambda^{-1} \nabla`, with a curvature for the
+    precision Λ. The curvature of a loss is a precision only where the loss is a log-likelihood; ours has no unit. What
+    the loss does determine is its gradients, and how far they differ between images. N noisy gradients with covariance
+    V for each image say of the place where their expectation A (θ − θ*) vanishes
+
+    .. math:: \Lambda = A\, \Sigma^{-1} A, \qquad \Sigma = \operatorname{Cov} \hat g \approx V / N,
+
+    which is Godambe's information, the inverse of the sandwich :math:`A^{-1} \Sigma A^{-1}`, and which the scale of the
+    loss does not change. Curvature A, gradient ĝ and the variances in Σ come from the filter of `NewtonRule`, with
+    the images' own correlations between the components. The mean moves by :math:`-|A|^{-1} \hat g` in the same trust
+    region, and a uniform distribution over the bounds limits the standard deviation where the loss is flat.
+
+    Rows are pooled by empirical Bayes (Gelman & Hill 2007, chapter 12): their offsets are draws of
+    :math:`\mathcal N(0, \tau^2)`, an offset that its own images put at d with variance s² is given the posterior mean
+    :math:`d\,\tau^2 / (\tau^2 + s^2)`, and τ², one for each parameter, is learned by EM from the posterior means and
+    variances of all rows, under a weak prior of half a log unit.
+
+    Args:
+        radius: First trust radius in log units; see `NewtonRule`.
+        reach: Distance in log units over which the curvature changes.
+        exploration: Posterior standard deviations by which the parameters of a training step stray from the mean, at
+            random and by a fifth of the radius at most. The curvature is learned from it: without (0), the path of the
+            mean may leave some of it unknown, and the standard deviations stay wide. The table itself, and so
+            validation, checkpoints and the result, hold the mean.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+
+    Example:
+        >>> import torch
+        >>> from lightning_modules import EStep, ParameterTable
+        >>> table = ParameterTable(initial={"gain": 1.0}, bounds={"gain": (0.1, 10.0)})
+        >>> rule = BayesianRule()
+        >>> state = rule.initial_state(table)
+        >>> noise = torch.linspace(-1.7, 1.7, 50, dtype=torch.float64)[:, None]  # of variance 1 between 50 images
+        >>> for _ in range(16):  # the proxy ½ (log gain - 1)²
+        ...     place, statistics = rule.explored(table, state).shared, Statistics(num_rows=0, num_parameters=1)
+        ...     statistics.add(EStep(torch.zeros(50, 0), None, torch.ones(50)), gradient=place - 1 + noise)
+        ...     proposal, state = rule.step(table, statistics, state)
+        ...     table.write(table.project(proposal))
+        >>> mean, deviation = table.shared.item(), rule.standard_deviation(table, state).item()
+        >>> abs(mean - 1) < deviation, 0.035 < deviation < 0.1  # 1/√(16·50) and what is not known of the curvature
+        (True, True)
+    """
+
+    def __init__(self, radius: float = 0.5, reach: float = 0.5, exploration: float = 1.0) -> None:
+        for name, value in (("radius", radius), ("reach", reach)):
+            if not value > 0:
+                raise ValueError(f"{name} must be a positive distance in log units, got {value}")
+        if not exploration >= 0:
+            raise ValueError(f"exploration must not be negative, got {exploration}")
+        self.radius = radius
+        self.reach = reach
+        self.exploration = exploration
+
+    def initial_state(self, table: ParameterTable) -> RuleState:
+        """The filters of the global set and of each row, the pooling variances and the number of steps."""
+        rows = len(table.row_names) + 1
+        return {
+            **initial_state(table, self.radius),
+            "pooling_variance": torch.full_like(table.shared, _FIRST_POOLING_VARIANCE),
+            # Before the first gradient: that of the uniform distribution between the bounds.
+            "deviation": ((table.upper - table.lower) / 12**0.5).repeat(rows, 1),
+            "steps": torch.zeros(1, dtype=torch.long, device=table.shared.device),
+        }
+
+    def step(self, table: ParameterTable, statistics: Statistics, state: RuleState) -> tuple[TableValues, RuleState]:
+        """Posterior after the gradients of one step; see `Rule.step`."""
+        mean = places(*table.state, table.lower, table.upper)
+        read = self.explored(table, state)
+        place = mean if read is None else places(*read, table.lower, table.upper)
+        model, filters = observe(state, statistics, place, mean, self.radius, self.reach)
+        back = model.curvature @ (mean - place)[..., None]
+        model = model._replace(gradient=model.gradient + back[..., 0])
+        own = torch.cat([torch.ones_like(mean[:1]), table.mask(table.per_row).expand_as(mean[1:]).double()])
+        lower = own * torch.maximum(-model.radius, table.lower - mean)
+        upper = own * torch.minimum(model.radius, table.upper - mean)
+        step = torch.where(statistics.count[:, None] > 0, step_within(model, lower, upper, self.radius), 0.0)
+
+        variance = optimum_variance(model, table.upper - table.lower)
+        seen, met = statistics.count[1:, None] > 0, (filters["images"][1:] > 0).double()
+        share = _share(state["pooling_variance"], variance[1:])
+        target = share * (table.offsets + step[1:] - step[0])
+        offsets = table.offsets + (target - table.offsets).clamp(-model.radius[1:], model.radius[1:])
+        spread = (met * (target.square() + share * variance[1:])).sum(0)
+        # What has no rows is as uncertain in a row as it is in the global set.
+        rows = torch.where(table.mask(table.per_row), share * variance[1:], variance[:1])
+        next_state = {
+            **filters,
+            "pooling_variance": (_FIRST_POOLING_VARIANCE + spread) / (1 + met.sum(0)),
+            "deviation": torch.cat([variance[:1], rows]).sqrt(),
+            "steps": state["steps"] + 1,
+        }
+        moved = seen & ~table.mask(table.integers)
+        return TableValues(table.shared + step[0], torch.where(moved, offsets, table.offsets)), next_state
+
+    def standard_deviation(self, table: ParameterTable, state: RuleState) -> Tensor:
+        """Posterior standard deviation in log units; see `Rule.standard_deviation`."""
+        moving = table.mask(table.learned) & ~table.mask(table.integers)
+        return torch.where(moving, state["deviation"], torch.nan)
+
+    def explored(self, table: ParameterTable, state: RuleState) -> TableValues | None:
+        """A draw around the mean, the same on every process; see `Rule.explored`."""
+        if not self.exploration:
+            return None
+        rows = len(table.row_names) + 1
+        key = state["steps"] * rows + torch.arange(rows, device=table.shared.device)
+        draws = seeded_normal(key, (len(table.names),)).to(table.shared)
+        stray = (self.exploration * self.standard_deviation(table, state) * draws).nan_to_num(0.0)
+        stray = stray.clamp(-LEAST_RADIUS * self.radius, LEAST_RADIUS * self.radius)
+        return table.project(TableValues(table.shared + stray[0], table.offsets + stray[1:]))
+
+
+def _share(pooling_variance: Tensor, variance: Tensor) -> Tensor:
+    """How much of what its own images say a row's offset is given."""
+    return pooling_variance / (pooling_variance + variance).clamp_min(torch.finfo(torch.float64).tiny)

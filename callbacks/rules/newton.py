@@ -1,0 +1,76 @@
+"""M-step by the gradient of the loss proxy and its curvature."""
+
+import torch
+
+from callbacks.rules._gradient_model import initial_state, observe, places, step_within
+from callbacks.rules.rule import Rule, RuleState
+from lightning_modules.em import ParameterTable, Statistics, TableValues
+
+
+class NewtonRule(Rule):
+    r"""Newton's step on :math:`\log\theta` in a trust region, with a curvature learned from the gradients on the way.
+
+    .. math:: d = \arg\min_{|d_i| \le r_i} \hat g^\top d + \tfrac12 d^\top |A|\, d
+
+    Gradient ĝ and curvature A are those of a Kalman filter over the noisy gradients of the batches, whose noise is
+    known from how far the images of a batch differ: no second derivative is ever taken. The trust radius r of each
+    coordinate grows while the gradient goes on pointing the way of the last step and halves where it has turned. A
+    coordinate that is pushed against its bound is left out of the solve. There is no learning rate, and the rule does
+    not mind the scale of the loss.
+
+    Rows have filters of their own. A row moves with the global set, and by the share n/(n+m) of what its own step
+    differs from the global one, where n counts the images it has seen: one that has seen few borrows strength.
+
+    Args:
+        radius: First trust radius in log units: before anything is known, a parameter moves by up to this. Radii stay
+            between a fifth and twice of it.
+        reach: Distance in log units over which the curvature changes; older steps further away count for little.
+        pseudo_count: Images m that the global set is worth to a row; 0 does not pool.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+
+    Example:
+        >>> import torch
+        >>> from lightning_modules import EStep, ParameterTable
+        >>> table = ParameterTable(initial={"gain": 1.0}, bounds={"gain": (0.1, 10.0)})
+        >>> rule = NewtonRule()
+        >>> state = rule.initial_state(table)
+        >>> for _ in range(6):  # the proxy (log gain - 1)², whose gradient is 2 (log gain - 1)
+        ...     statistics = Statistics(num_rows=0, num_parameters=1)
+        ...     statistics.add(EStep(torch.zeros(1, 0), None, torch.ones(1)), gradient=2 * (table.shared[None] - 1))
+        ...     proposal, state = rule.step(table, statistics, state)
+        ...     table.write(table.project(proposal))
+        >>> round(table.shared.item(), 3)
+        1.0
+    """
+
+    def __init__(self, radius: float = 0.5, reach: float = 0.5, pseudo_count: float = 20.0) -> None:
+        for name, value in (("radius", radius), ("reach", reach)):
+            if not value > 0:
+                raise ValueError(f"{name} must be a positive distance in log units, got {value}")
+        if not pseudo_count >= 0:
+            raise ValueError(f"pseudo_count must not be negative, got {pseudo_count}")
+        self.radius = radius
+        self.reach = reach
+        self.pseudo_count = pseudo_count
+
+    def initial_state(self, table: ParameterTable) -> RuleState:
+        """The filters of the global set and of each row, and their trust radii."""
+        return initial_state(table, self.radius)
+
+    def step(self, table: ParameterTable, statistics: Statistics, state: RuleState) -> tuple[TableValues, RuleState]:
+        """One step for the global set and for every row that has images; see `Rule.step`."""
+        place = places(table.shared, table.offsets, table.lower, table.upper)
+        model, state = observe(state, statistics, place, place, self.radius, self.reach)
+        # What has no rows moves with the global set alone.
+        own = torch.cat([torch.ones_like(place[:1]), table.mask(table.per_row).expand_as(place[1:]).double()])
+        lower = own * torch.maximum(-model.radius, table.lower - place)
+        upper = own * torch.minimum(model.radius, table.upper - place)
+        step = torch.where(statistics.count[:, None] > 0, step_within(model, lower, upper, self.radius), 0.0)
+        share = state["images"] / (state["images"] + self.pseudo_count).clamp_min(torch.finfo(torch.float64).tiny)
+        moved = (statistics.count[1:, None] > 0) & ~table.mask(table.integers)
+        return TableValues(
+            table.shared + step[0],
+            table.offsets + torch.where(moved, share[1:] * (step[1:] - step[0]), 0.0),
+        ), state

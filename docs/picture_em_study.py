@@ -1,0 +1,82 @@
+"""Draws the pictures of docs/em_study.md from the results in docs/results.
+
+python docs/picture_em_study.py
+"""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+DOCS = Path(__file__).parent
+COLORS = {"fixed": "0.5", "learned": "C0"}
+
+
+def load(name: str) -> list[dict[str, Any]]:
+    records: list[dict[str, Any]] = json.loads((DOCS / "results" / f"{name}.json").read_text())
+    return records
+
+
+def save(figure: Figure, name: str) -> None:
+    FigureCanvasAgg(figure)
+    figure.savefig(DOCS / "images" / f"{name}.png", dpi=110)
+
+
+def impact() -> Figure:
+    """Test error in the course of training, networks with fixed and with learned parameters, one line for each seed."""
+    records = [record for record in load("em_impact") if len(record["course"]) > 1 and "Residual" in record["setting"]]
+    settings = list(dict.fromkeys(record["setting"] for record in records))
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    for axes, setting in zip(figure.subplots(1, len(settings), sharey=True, squeeze=False)[0], settings, strict=True):
+        drawn = set()
+        for record in (record for record in records if record["setting"] == setting):
+            variant = record["variant"]
+            steps = [point["step"] for point in record["course"]]
+            errors = [point["mse"] for point in record["course"]]
+            label = None if variant in drawn else f"{variant} parameters"
+            axes.plot(steps, errors, color=COLORS[variant], linewidth=1.2, label=label)
+            drawn.add(variant)
+        axes.set(title=setting, xlabel="step", yscale="log")
+        axes.grid(alpha=0.3, which="both")
+    figure.axes[0].set_ylabel("mean squared error, test images")
+    figure.axes[0].legend()
+    return figure
+
+
+def search() -> Figure:
+    """Quality over images restored: one learning run, and searches by trial."""
+    records = load("em_vs_search")
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.subplots()
+    works = list(dict.fromkeys(record["work"] for record in records))
+    for number, work in enumerate(works):
+        rows = [record for record in records if record["work"] == work]
+        passes = sorted({row["images"] for row in rows})
+        scores = [[row["psnr"] for row in rows if row["images"] == count] for count in passes]
+        middle = [statistics.median(each) for each in scores]
+        if len(passes) == 1:
+            axes.plot(passes, middle, "o", color=f"C{number}", label=f"{work}, one run")
+        else:
+            axes.plot(passes, middle, color=f"C{number}", label=f"{work}, best so far")
+            axes.fill_between(
+                passes, [min(s) for s in scores], [max(s) for s in scores], color=f"C{number}", alpha=0.15
+            )
+    best = records[0]["psnr_oracle"]
+    axes.axhline(best, color="0.3", linestyle=":", label="oracle")
+    axes.set(xscale="log", xlabel="training images restored", ylabel="PSNR of the test images, dB")
+    axes.set_ylim(best - 1.0, best + 0.05)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def main() -> None:
+    for name, draw in (("em_impact", impact), ("em_vs_search", search)):
+        save(draw(), f"{name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""The image operator on a CPU as one compiled kernel (image_kernel.c): an image's maps never leave the cache.
+
+It serves where `serves` says so; `image_operator` has the same in torch. Both are tested against the same references.
+"""
+
+import ctypes
+import threading
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lightning_modules.graph.native import load_library
+from lightning_modules.graph.stencil import StencilGeometry
+from lightning_modules.graph.weights import SELF_WEIGHT
+
+_SOURCE = Path(__file__).with_name("image_kernel.c")
+_HEADER = Path(__file__).with_name("image_stencil.h")
+_RESTORE, _RESTORE_BACKWARD, _SIMILARITY, _SIMILARITY_BACKWARD = range(4)
+
+_SIZES = ("batch", "channels", "features", "height", "width", "patch", "offsets", "steps", "threads")
+_POINTERS = (
+    *("rows", "columns", "images", "guide", "noise", "similarity", "weight", "spatial", "tau"),
+    *("output", "first", "sums", "grad"),
+    *("grad_images", "grad_guide", "grad_noise", "grad_similarity", "grad_weight", "grad_spatial", "grad_tau"),
+)
+
+
+class _Call(ctypes.Structure):
+    """`Call` of image_kernel.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in _SIZES),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_double) for name in ("self_similarity", "self_weight")),
+        ("memory", ctypes.c_void_p),
+    )
+
+
+def serves(*tensors: Tensor) -> bool:
+    """Whether the kernel takes these images: on a CPU, in one precision, outside `torch.compile`, and compiled."""
+    dtype = tensors[0].dtype
+    return (
+        dtype in (torch.float32, torch.float64)
+        and all(tensor.device.type == "cpu" and tensor.dtype == dtype for tensor in tensors)
+        and not torch.compiler.is_compiling()
+        and library(dtype) is not None
+    )
+
+
+_lock = threading.Lock()
+
+
+def library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The kernel for a precision, compiled at the first call; None where it cannot be."""
+    with _lock:  # two threads of one process would compile it twice
+        return _library(dtype)
+
+
+@lru_cache
+def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    found = load_library(_SOURCE, (_HEADER,), ("DOUBLE",) if dtype == torch.float64 else ())
+    if found is not None:
+        found.memory_needed.restype = ctypes.c_int64
+        found.memory_needed.argtypes = found.run.argtypes = [ctypes.POINTER(_Call), ctypes.c_int64]
+        found.run.restype = None
+    return found
+
+
+class CompiledDiffusion(torch.autograd.Function):
+    """`image_operator.diffuse_image`: images, guide, noise, similarity, weight, spatial, tau, geometry."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, guide: Tensor, *arguments: Any) -> Tensor:
+        """Restored images; keeps the inputs and S·y."""
+        *exponents, geometry = arguments
+        inputs = [tensor.contiguous() for tensor in (images, guide, *exponents)]
+        output = torch.empty_like(inputs[0])
+        first = torch.empty_like(output) if any(ctx.needs_input_grad) else None
+        _run(_RESTORE, geometry, **_named(inputs), output=output, first=first)
+        if first is not None:
+            ctx.save_for_backward(*inputs, first)
+            ctx.geometry = geometry
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the inputs; computes the rest again."""
+        *inputs, first = ctx.saved_tensors
+        numbers = inputs[2:]
+        # Those of the numbers cost nothing; of image and guide only what is asked for. Without steps, W plays no part.
+        used = len(numbers) if numbers[-1].shape[1] else 2
+        grads = [
+            torch.empty_like(t) if need else None for t, need in zip(inputs, ctx.needs_input_grad[:2], strict=False)
+        ]
+        grads += [torch.empty_like(t) if index < used else None for index, t in enumerate(numbers)]
+        wanted = {f"grad_{name}": value for name, value in _named(grads).items()}
+        _run(_RESTORE_BACKWARD, ctx.geometry, **_named(inputs), first=first, grad=grad.contiguous(), **wanted)
+        return (*grads, None)
+
+
+class CompiledSimilaritySum(torch.autograd.Function):
+    """Sum of the similarities of all pairs, `[B]`: images, scale, noise, geometry."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, scale: Tensor, noise: Tensor, geometry: StencilGeometry) -> Tensor:
+        """The sums, `[B]`."""
+        images, scale, noise = (tensor.contiguous() for tensor in (images, scale, noise))
+        ctx.save_for_backward(images, scale, noise)
+        ctx.geometry = geometry
+        sums = torch.empty_like(scale)
+        _run(_SIMILARITY, geometry, images=images, guide=images, similarity=scale, noise=noise, sums=sums)
+        return sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the images and the scale."""
+        images, scale, noise = ctx.saved_tensors
+        grads = [
+            torch.empty_like(tensor) if need else None
+            for tensor, need in zip((images, scale), ctx.needs_input_grad, strict=False)
+        ]
+        inputs = {"images": images, "guide": images, "similarity": scale, "noise": noise, "grad": grad.contiguous()}
+        _run(_SIMILARITY_BACKWARD, ctx.geometry, **inputs, grad_images=grads[0], grad_similarity=grads[1])
+        return (*grads, None, None)
+
+
+def _named(tensors: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
+    """The arguments of `CompiledDiffusion`, by the names of the kernel's."""
+    names = ("images", "guide", "noise", "similarity", "weight", "spatial", "tau")
+    return dict(zip(names, tensors, strict=True))
+
+
+def _run(task: int, geometry: StencilGeometry, **tensors: Tensor | None) -> None:
+    """One call of the kernel; all tensors contiguous, None where there is no such argument."""
+    images, guide, tau = tensors["images"], tensors["guide"], tensors.get("tau")
+    assert images is not None
+    assert guide is not None
+    kernel = library(images.dtype)
+    assert kernel is not None, "ask `serves` before"
+    rows, columns = torch.tensor(geometry.offsets, dtype=torch.int64).view(-1, 2).T.contiguous()
+    call = _Call(
+        **dict(zip(_SIZES, (*images.shape[:2], guide.shape[1], *images.shape[2:], geometry.patch_size), strict=False)),
+        offsets=len(geometry.offsets),
+        steps=0 if tau is None else tau.shape[1],
+        threads=torch.get_num_threads(),
+        rows=rows.data_ptr(),
+        columns=columns.data_ptr(),
+        self_similarity=1.0,
+        self_weight=SELF_WEIGHT,
+        **{name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None},
+    )
+    memory = torch.zeros(kernel.memory_needed(call, task), dtype=torch.uint8)
+    call.memory = memory.data_ptr()
+    kernel.run(call, task)

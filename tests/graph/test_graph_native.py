@@ -1,0 +1,108 @@
+"""Compiling C at first use: the cache, processes at the same time, and machines where it cannot be done."""
+
+import logging
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_modules.graph import native
+
+SOURCE = '#include "answer.h"\nint answer(void) { return ANSWER; }\n'
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.delenv(native.SWITCH, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "answer.h").write_text("#ifndef ANSWER\n#define ANSWER 42\n#endif\n")
+    path = tmp_path / "answer.c"
+    path.write_text(SOURCE)
+    return path
+
+
+@pytest.fixture
+def compiler() -> None:
+    if native._compiler() is None:
+        pytest.skip("no C compiler on this machine")
+
+
+def answer(source: Path, defines: tuple[str, ...] = ()) -> int | None:
+    library = native.load_library(source, (source.with_name("answer.h"),), defines)
+    return None if library is None else library.answer()
+
+
+def cached(source: Path) -> list[Path]:
+    return sorted((source.parent / "cache" / "lightning-em").iterdir())
+
+
+@pytest.mark.usefixtures("compiler")
+def test_compiled_once_for_each_content(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Any] = []
+    compile_ = native._compile
+    monkeypatch.setattr(native, "_compile", lambda *words: (compiled.append(words), compile_(*words))[1])
+    assert [answer(source), answer(source)] == [42, 42]
+    assert len(compiled) == 1
+    assert answer(source, ("ANSWER=7",)) == 7
+    source.with_name("answer.h").write_text("#define ANSWER 43\n")
+    assert answer(source) == 43
+    monkeypatch.setattr(native, "_processor", lambda: "another machine with the same home")
+    assert answer(source) == 43
+    assert len(compiled) == len(cached(source)) == 4, "and nothing else is left in the cache"
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_broken_file_in_the_cache_is_replaced(source: Path) -> None:
+    folder = source.parent / "cache" / "lightning-em"
+    context = multiprocessing.get_context("fork")
+    with context.Pool(1) as pool:  # elsewhere: what this process has loaded once it does not read again
+        assert pool.apply(answer, (source,)) == 42
+    (library,) = folder.iterdir()
+    library.write_bytes(library.read_bytes()[:100])
+    assert answer(source) == 42
+
+
+@pytest.mark.usefixtures("compiler")
+def test_processes_may_compile_at_the_same_time(source: Path) -> None:
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        assert pool.map(answer, [source] * 8, chunksize=2) == [42] * 8
+    assert len(cached(source)) == 1
+
+
+@pytest.mark.usefixtures("compiler")
+def test_nowhere_to_keep_it(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(source))  # a file
+    assert answer(source) == 42
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        (native.SWITCH, "0", "LIGHTNING_EM_COMPILE=0: answer.c is not compiled"),
+        ("CC", "no-such-compiler", "no C compiler"),
+        ("CC", "false", "answer.c cannot be compiled"),
+    ],
+)
+def test_without_it_the_log_says_why(
+    variable: str,
+    value: str,
+    said: str,
+    source: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with caplog.at_level(logging.INFO, native.__name__):
+        assert answer(source) is None
+    (record,) = caplog.records
+    assert said in record.message
+    assert "torch serves instead" in record.message
+
+
+@pytest.mark.usefixtures("compiler")
+def test_the_log_has_what_the_compiler_says(source: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source.write_text("int answer(void) { return not_declared; }\n")
+    with caplog.at_level(logging.INFO, native.__name__):
+        assert answer(source) is None
+    assert "not_declared" in caplog.text
