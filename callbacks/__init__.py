@@ -1,16 +1,19 @@
 """Lightning callbacks: the M-step and its rules, and what shows a run to its user."""
 
+from callbacks.detector_report import DetectorReport
 from callbacks.em_dashboard import EMDashboard
 from callbacks.em_health import EMHealth
 from callbacks.em_parameter import EMParameterCallback
 from callbacks.em_report import EMReport
 from callbacks.image_grid import ImageGrid
 from callbacks.mixture_dashboard import MixtureDashboard
+from callbacks.prediction_writer import PredictionWriter
 from callbacks.restored_image_writer import RestoredImageWriter
 from callbacks.rules import BayesianRule, GradientRule, NewtonRule, Rule, SignRule
 
 __all__ = [
     "BayesianRule",
+    "DetectorReport",
     "EMDashboard",
     "EMHealth",
     "EMParameterCallback",
@@ -19,6 +22,7 @@ __all__ = [
     "ImageGrid",
     "MixtureDashboard",
     "NewtonRule",
+    "PredictionWriter",
     "RestoredImageWriter",
     "Rule",
     "SignRule",

@@ -1,7 +1,6 @@
 """Writes what `predict` restores: one PNG for each image, and one CSV for all."""
 
 import csv
-import warnings
 from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from callbacks._display import run_directory
+from callbacks._tables import gather, keep_predictions, write_table
 
 TABLE_NAME = "restored.csv"
 
@@ -56,10 +56,7 @@ class RestoredImageWriter(BasePredictionWriter):
         self._directory = default if self.output_dir is None else Path(self.output_dir)
         self._rows = []
         self._earlier = _outputs_of(self._directory / TABLE_NAME)
-        # Lightning asks the sampler for the indices; here they come with the batch, from which repeats can be told.
-        warnings.filterwarnings("ignore", message="Couldn't infer the batch indices")
-        if not self.keep_predictions:
-            trainer.predict_loop.return_predictions = False
+        keep_predictions(trainer, self.keep_predictions)
 
     def write_on_batch_end(
         self,
@@ -95,7 +92,7 @@ class RestoredImageWriter(BasePredictionWriter):
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gives every file its name, and writes the CSV."""
-        rows = sorted(_gather(self._rows), key=lambda row: row["order"])
+        rows = sorted(gather(self._rows), key=lambda row: row["order"])
         count = Counter(row["name"] for row in rows)
         if repeated := [name for name in count if count[name] > 1]:
             raise ValueError(f"RestoredImageWriter: two images are called {repeated[0]!r}; names must be unique.")
@@ -104,7 +101,8 @@ class RestoredImageWriter(BasePredictionWriter):
             row["output"] = names[row["name"]]
         # The table comes first: it is what permits the next run to replace these files.
         if trainer.is_global_zero and rows:
-            _write_table(rows, self._directory / TABLE_NAME)
+            columns = list(dict.fromkeys(column for row in rows for column in row if column != "order"))
+            write_table(rows, self._directory / TABLE_NAME, columns)
         for row in self._rows:
             target = self._directory / names[row["name"]]
             self._refuse_foreign(target)
@@ -171,24 +169,6 @@ def _short(name: str) -> str:
 
 def _provisional(name: str) -> str:
     return f"{name}.part.png"
-
-
-def _gather(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Collects the rows of all processes, on all of them."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return list(rows)
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, rows)
-    return [row for part in gathered for row in part]
-
-
-def _write_table(rows: list[dict[str, Any]], path: Path) -> None:
-    columns = list(dict.fromkeys(column for row in rows for column in row if column != "order"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def _outputs_of(path: Path) -> set[str]:

@@ -109,9 +109,14 @@ class ImageDataModule(L.LightningDataModule, ABC):
         return self._data[split]
 
     def _loader(
-        self, split: Split, loader: type[DataLoader[Any]], sampler: type[EpochBatches], **options: Any
+        self,
+        split: Split,
+        loader: type[DataLoader[Any]],
+        sampler: type[EpochBatches],
+        data: Dataset[Batch] | None = None,
+        **options: Any,
     ) -> DataLoader[Any]:
-        data = self._dataset(split)
+        data = self._dataset(split) if data is None else data
         ranks = (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}
         seed = int(stream(self.seed, _STREAMS[split]))
         return loader(
@@ -119,7 +124,8 @@ class ImageDataModule(L.LightningDataModule, ABC):
             batch_size=None,  # the sampler hands out whole batches
             sampler=sampler(len(data), self._batch_size(split), seed=seed, **ranks, **options),  # type: ignore[arg-type]
             num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
+            # test and predict pass once, and over as many loaders as there are conditions
+            persistent_workers=self.num_workers > 0 and split in ("train", "val"),
             pin_memory=torch.cuda.is_available(),
         )
 

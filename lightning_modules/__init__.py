@@ -7,46 +7,67 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_modules.detection import Colours, NeighborDifferences, RestorationResidual
     from lightning_modules.em import EStep, ParameterTable
     from lightning_modules.gaussian_mixture import GaussianMixture
     from lightning_modules.gaussian_mixture_estimator import GaussianMixtureEstimator
+    from lightning_modules.generated_image_detector import GeneratedImageDetector
     from lightning_modules.graph import GraphDiffusion
     from lightning_modules.kmeans import KMeans
     from lightning_modules.kmeans_estimator import KMeansEstimator
-    from lightning_modules.networks import ConvAutoencoder, PatchPrior, PerceptualLoss, ResidualDenoiser
+    from lightning_modules.networks import (
+        ConvAutoencoder,
+        FullResolutionResNet,
+        PatchPrior,
+        PerceptualLoss,
+        ResidualDenoiser,
+        TraceNetwork,
+    )
     from lightning_modules.patch_mixture import PatchMixture
     from lightning_modules.reconstruction import GraphDiffusionReconstruction
 
 _HOME = {
+    "Colours": "detection",
     "ConvAutoencoder": "networks",
     "EStep": "em",
+    "FullResolutionResNet": "networks",
     "GaussianMixture": "gaussian_mixture",
     "GaussianMixtureEstimator": "gaussian_mixture_estimator",
+    "GeneratedImageDetector": "generated_image_detector",
     "GraphDiffusion": "graph",
     "GraphDiffusionReconstruction": "reconstruction",
     "KMeans": "kmeans",
     "KMeansEstimator": "kmeans_estimator",
+    "NeighborDifferences": "detection",
     "ParameterTable": "em",
     "PatchMixture": "patch_mixture",
     "PatchPrior": "networks",
     "PerceptualLoss": "networks",
     "ResidualDenoiser": "networks",
+    "RestorationResidual": "detection",
+    "TraceNetwork": "networks",
 }
 
 __all__ = [
+    "Colours",
     "ConvAutoencoder",
     "EStep",
+    "FullResolutionResNet",
     "GaussianMixture",
     "GaussianMixtureEstimator",
+    "GeneratedImageDetector",
     "GraphDiffusion",
     "GraphDiffusionReconstruction",
     "KMeans",
     "KMeansEstimator",
+    "NeighborDifferences",
     "ParameterTable",
     "PatchMixture",
     "PatchPrior",
     "PerceptualLoss",
     "ResidualDenoiser",
+    "RestorationResidual",
+    "TraceNetwork",
 ]
 
 

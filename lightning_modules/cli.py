@@ -25,7 +25,9 @@ from lightning.pytorch.utilities import rank_zero_info
 # Importing the packages is what makes their classes known by their short names on the command line.
 import callbacks
 import datamodules
+import lightning_modules.detection
 import lightning_modules.gaussian_mixture
+import lightning_modules.generated_image_detector
 import lightning_modules.kmeans
 import lightning_modules.networks
 import lightning_modules.patch_mixture

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from PIL import Image
 
 PROJECT = Path(__file__).parents[1]
 
@@ -58,6 +59,29 @@ def fake_cifar(tmp_path: Path) -> Callable[..., Path]:
         names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
         meta = {"num_cases_per_batch": 10000, "label_names": names, "num_vis": 3072}
         (folder / "batches.meta").write_bytes(pickle.dumps(meta))
+        return root
+
+    return write
+
+
+@pytest.fixture
+def fake_photographs(tmp_path: Path) -> Callable[..., Path]:
+    """Writes photographs and generated images, train/ and val/ with as many a class, and returns their root.
+
+    ``fake_photographs(count=2)``: images of each class; the generated ones are smoother.
+    """
+
+    def write(count: int = 2, seed: int = 0) -> Path:
+        root = tmp_path / "fake photographs"
+        generator = np.random.default_rng(seed)
+        for part in ("train", "val"):
+            for name, repeat in (("photographic", 1), ("generated", 2)):
+                folder = root / part / name
+                folder.mkdir(parents=True, exist_ok=True)
+                for number in range(count):
+                    pixels = generator.integers(0, 256, (40 + number, 52, 3), dtype=np.uint8)
+                    smooth = pixels[: len(pixels) // repeat, : 52 // repeat].repeat(repeat, 0).repeat(repeat, 1)
+                    Image.fromarray(smooth).save(folder / f"{number}.png")
         return root
 
     return write

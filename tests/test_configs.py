@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 
 from callbacks import EMParameterCallback
-from lightning_modules import GraphDiffusionReconstruction
+from lightning_modules import GeneratedImageDetector, GraphDiffusionReconstruction
 from lightning_modules.cli import build, main
 
 PROJECT = Path(__file__).parents[1]
@@ -37,27 +37,34 @@ def checkpoint(demo_run: Path) -> str:
     return str(path)
 
 
-def small(config: Path, fake_cifar: Callable[..., Path]) -> list[str]:
+def small(config: Path, fake_cifar: Callable[..., Path], fake_photographs: Callable[..., Path]) -> list[str]:
     data = yaml.safe_load(config.read_text())["data"]["class_path"]
     if data == "datamodules.CIFAR10DataModule":
         return [f"--data.root={fake_cifar()}", "--data.val_size=4", "--data.batch_size=2"]
     if data == "datamodules.PatchDataModule":
         return ["--data.patches_per_image=1", "--model.num_components=3"]
+    if data == "datamodules.GeneratedImagesDataModule":
+        return [f"--data.root={fake_photographs()}", "--data.crop_size=32", "--data.eval_crops=2"]
     return FEW_CROPS
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_every_configuration_fits(config: Path, fake_cifar: Callable[..., Path]) -> None:
-    main(["fit", "-c", str(config), *small(config, fake_cifar), *QUICK])
+def test_every_configuration_fits(
+    config: Path, fake_cifar: Callable[..., Path], fake_photographs: Callable[..., Path]
+) -> None:
+    main(["fit", "-c", str(config), *small(config, fake_cifar, fake_photographs), *QUICK])
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_names_its_run_and_has_its_callback(config: Path) -> None:
     content = yaml.safe_load(config.read_text())
     assert content["trainer"]["logger"]["init_args"]["name"] == config.stem
-    # Mixtures take their M-step at the end of an epoch, by themselves: theirs is closed form.
-    mixture = content["data"]["class_path"] == "datamodules.PatchDataModule"
-    expected = "callbacks.MixtureDashboard" if mixture else "callbacks.EMParameterCallback"
+    expected = {
+        # Mixtures take their M-step at the end of an epoch, by themselves: theirs is closed form.
+        "datamodules.PatchDataModule": "callbacks.MixtureDashboard",
+        # The detector's restoration has fixed parameters by default.
+        "datamodules.GeneratedImagesDataModule": "lightning.pytorch.callbacks.EMAWeightAveraging",
+    }.get(content["data"]["class_path"], "callbacks.EMParameterCallback")
     assert expected in [entry["class_path"] for entry in content["trainer"]["callbacks"]]
 
 
@@ -125,6 +132,25 @@ def test_predict_restores_a_folder_of_ones_own(demo_run: Path) -> None:
         assert float(rows[name]["noise_std"]) > 0.1, "estimated: the pixels are pure noise"
 
 
+def test_the_detector_from_its_configuration_to_one_image(fake_photographs: Callable[..., Path]) -> None:
+    config, root = str(PROJECT / "configs" / "detector.yaml"), fake_photographs(20)
+    words = ["-c", config, f"--data.root={root}", "--data.crop_size=32", "--data.eval_crops=2"]
+    words += ["--trainer.accelerator=cpu", "--trainer.enable_model_summary=false"]
+    main(["fit", *words, "--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=1"])
+    (saved,) = Path("logs").rglob("last.ckpt")
+    main(["test", *words, f"--ckpt_path={saved}", "--data.conditions=[clean, jpeg 75]"])
+    main(["predict", *words, f"--ckpt_path={saved}"])
+    (report,), (table,) = Path("logs").rglob("detector_report.csv"), Path("logs").rglob("predictions.csv")
+    assert {row["condition"] for row in csv.DictReader(report.open())} == {"clean", "jpeg 75"}
+    detector = GeneratedImageDetector.load_from_checkpoint(saved)
+    rows = list(csv.DictReader(table.open()))
+    assert len(rows) == 80
+    said = float(next(row["probability"] for row in rows if row["path"] == "val/generated/0.png"))
+    assert detector.predict_image(root / "val" / "generated" / "0.png") == pytest.approx(said, abs=1e-4)
+    assert detector.crops.tolist() == [2, 32]
+    assert bool(detector.densities.fitted)
+
+
 def test_the_parameters_of_a_run_start_the_next(demo_run: Path) -> None:
     exported = demo_run / "logs" / "demo" / "version_0" / "em_parameters.yaml"
     following = build(["-c", DEMO, "-c", str(exported), *FEW_CROPS, *QUICK]).model.em_parameters
@@ -134,9 +160,11 @@ def test_the_parameters_of_a_run_start_the_next(demo_run: Path) -> None:
     main(["fit", "-c", DEMO, "-c", str(exported), *FEW_CROPS, *QUICK])
 
 
-def test_the_rows_are_named_by_the_data_unless_the_config_names_them(fake_cifar: Callable[..., Path]) -> None:
+def test_the_rows_are_named_by_the_data_unless_the_config_names_them(
+    fake_cifar: Callable[..., Path], fake_photographs: Callable[..., Path]
+) -> None:
     config = PROJECT / "configs" / "cifar10_textbook.yaml"
-    words = ["-c", str(config), *small(config, fake_cifar), *QUICK]
+    words = ["-c", str(config), *small(config, fake_cifar, fake_photographs), *QUICK]
     assert build(words).model.em_parameters.row_names[3:5] == ("cat", "deer")
     names = [f"row {i}" for i in range(10)]
     named = build([*words, f"--model.em_parameters.row_names={names}"])

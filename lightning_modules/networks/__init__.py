@@ -2,8 +2,18 @@
 
 from lightning_modules.networks.clip_embedding import ClipEmbedding
 from lightning_modules.networks.conv_autoencoder import ConvAutoencoder
+from lightning_modules.networks.full_resolution_resnet import FullResolutionResNet
 from lightning_modules.networks.patch_prior import PatchPrior
 from lightning_modules.networks.perceptual_loss import PerceptualLoss
 from lightning_modules.networks.residual_denoiser import ResidualDenoiser
+from lightning_modules.networks.trace_network import TraceNetwork
 
-__all__ = ["ClipEmbedding", "ConvAutoencoder", "PatchPrior", "PerceptualLoss", "ResidualDenoiser"]
+__all__ = [
+    "ClipEmbedding",
+    "ConvAutoencoder",
+    "FullResolutionResNet",
+    "PatchPrior",
+    "PerceptualLoss",
+    "ResidualDenoiser",
+    "TraceNetwork",
+]

@@ -1,0 +1,90 @@
+"""Pictures of what a detector gets right and wrong."""
+
+from collections.abc import Mapping
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics.functional.classification import binary_roc
+from torchvision.utils import make_grid
+
+Judged = Mapping[str, tuple[Tensor, Tensor]]  # name -> probability [N] and label [N]
+
+_BINS = 10
+_TILE = 192  # pixels
+_LARGEST = 0.995  # the quantile of the residual's magnitude that is drawn as nearly black or white
+
+
+def roc_figure(judged: Judged, shortcuts: Judged, positive: str) -> Figure:
+    """Draws the receiver operating characteristic under each condition, and dashed that of the shortcuts."""
+    figure = Figure(figsize=(6, 5.5), layout="constrained")
+    axes = figure.subplots()
+    for style, curves in (("-", judged), ("--", shortcuts)):
+        for name, (probability, label) in curves.items():
+            if 0 < int(label.sum()) < len(label):
+                false, true, _ = binary_roc(probability.double(), label)
+                axes.plot(false, true, style, label=name, linewidth=1.5)
+    axes.plot([0, 1], [0, 1], color="0.8", linewidth=1)
+    axes.set(xlabel="photographs taken for generated", ylabel=f"{positive} recognised", xlim=(-0.01, 1), ylim=(0, 1.01))
+    axes.legend(fontsize="small", loc="lower right")
+    return figure
+
+
+def reliability_figure(judged: Judged, positive: str) -> Figure:
+    """Draws how often images are generated against how probable they were said to be; below, how many say so."""
+    figure = Figure(figsize=(6, 6), layout="constrained")
+    above, below = figure.subplots(2, height_ratios=(3, 1), sharex=True)
+    above.plot([0, 1], [0, 1], color="0.8", linewidth=1)
+    for i, (name, (probability, label)) in enumerate(judged.items()):
+        said, true, count = reliability(probability, label)
+        filled = count > 0
+        above.plot(said[filled], true[filled], "o-", label=name, markersize=3, linewidth=2 if i == 0 else 1)
+        if i == 0:
+            below.bar(
+                [(k + 0.5) / _BINS for k in range(_BINS)], count.tolist(), 1 / _BINS, edgecolor="white", label=name
+            )
+            below.legend(fontsize="small")
+    above.set(ylabel=f"part that is {positive}", xlim=(0, 1), ylim=(-0.01, 1.01))
+    above.legend(fontsize="small")
+    below.set(xlabel=f"probability of {positive}", ylabel="images", yscale="symlog")
+    return figure
+
+
+def reliability(probability: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns for ten equal bins of probability: its mean, the part with label 1, and the number of images.
+
+    Shape:
+        - probability, label: [N]
+        - results: [10] each; NaN in bins without images
+    """
+    index = (probability * _BINS).long().clamp(0, _BINS - 1)
+    count = torch.bincount(index, minlength=_BINS)
+    said, true = (
+        torch.bincount(index, weights=values.double(), minlength=_BINS) / count for values in (probability, label)
+    )
+    return said, true, count
+
+
+def beside_residual(image: Tensor, residual: Tensor | None) -> Tensor:
+    """Puts an image and what the restoration takes from it, stretched to be seen, side by side.
+
+    Shape:
+        - image, residual: [3, H, W]
+        - result: [3, H, 2 W], or [3, H, W] without a residual
+    """
+    if residual is None:
+        return image
+    # every fourth value at the most: torch.quantile has a limit, and a quantile does not need all
+    magnitude = torch.quantile(residual.abs().flatten()[:: max(residual.numel() // 2**18, 1)].float(), _LARGEST)
+    return torch.cat([image, (0.5 + 0.45 * residual / magnitude.clamp_min(1e-8)).clamp(0, 1)], dim=-1)
+
+
+def tile(pictures: list[Tensor]) -> Tensor:
+    """Lays pictures of any size out as a grid [3, H, W], reduced to one height and the width of the widest."""
+    small = [
+        F.interpolate(p[None], (_TILE, max(1, round(_TILE * p.shape[2] / p.shape[1]))), mode="area")[0]
+        for p in pictures
+    ]
+    width = max(picture.shape[2] for picture in small)
+    return make_grid([F.pad(p, (0, width - p.shape[2])) for p in small], nrow=4)

@@ -1,0 +1,40 @@
+"""What the callbacks that write tables share: rows of all processes, and files that are whole or not there."""
+
+import csv
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+
+Row = dict[str, Any]
+
+
+def gather(rows: list[Row]) -> list[Row]:
+    """Collects the rows of all processes, on all of them. It is a collective: call it on every rank."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return list(rows)
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, rows)
+    return [row for part in gathered for row in part]
+
+
+def write_table(rows: list[Row], path: Path, columns: list[str]) -> None:
+    """Writes rows as a CSV, which replaces an earlier one when it is complete. None is written as nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.part")
+    with unfinished.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(unfinished, path)
+
+
+def keep_predictions(trainer: Trainer, keep: bool) -> None:
+    """Prepares the Trainer for a writer of predictions that knows its samples and keeps them itself."""
+    # Lightning asks the sampler for the indices; here they come with the batch, from which repeats can be told.
+    warnings.filterwarnings("ignore", message="Couldn't infer the batch indices")
+    if not keep:
+        trainer.predict_loop.return_predictions = False

@@ -1,0 +1,256 @@
+"""What a detector is worth: scores by condition, size and format, and what shortcuts reach on the same images."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from rich import get_console
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from callbacks._detector_figures import beside_residual, reliability_figure, roc_figure, tile
+from callbacks._detector_scores import score, slices
+from callbacks._display import require_positive, run_directory, tensorboard_loggers
+from callbacks._judgements import (
+    DetectorData,
+    Judgements,
+    decision_threshold,
+    image_rows,
+    judgements,
+    two_classes,
+    worst_mistakes,
+)
+from callbacks._shortcut_baselines import file_format, semantic_features
+from callbacks._shortcuts import SHORTCUTS, Shortcuts
+from callbacks._tables import Row, gather, write_table
+from callbacks.em_dashboard import render
+from callbacks.restored_image_writer import write_png
+
+TABLE_NAME = "detector_report.csv"
+MISTAKES_NAME = "worst_mistakes"
+
+_NEAR = 0.05  # of accuracy: a shortcut that comes so near the detector is pointed out
+_LONGEST_NAME = 50  # letters of up to four bytes; file systems take 255 bytes
+_LARGEST_SIDE = 512  # pixels of a mistake that are shown, from its middle
+
+
+class DetectorReport(Callback):
+    """Writes an honest account of `test`: `detector_report.csv`, `worst_mistakes/`, figures, and a table on the screen.
+
+    The CSV has a row for each condition of the test and each part of the images: all, by shorter side, by file format.
+    Beside the detector's scores stand those of three *shortcuts*, linear classifiers trained on the training images,
+    which look at nothing that a detector should look at: at format and size of the file (`file`); at mean colour and a
+    thumbnail of 8×8 pixels (`thumbnail`); and at what an ImageNet network recognises (`semantic`). Where a shortcut
+    comes near the detector, the data cannot tell whether the detector has learned more than it.
+
+    It takes what `test_step` returns, `{"probability", "label", "index", "weight": [B], "name": list[str]}`, one
+    loader for each of the DataModule's `conditions`, and the DataModule's `files` and `read`. Pictures show the
+    module's `residual`, and the accuracy at its `threshold` is told, where it has them.
+
+    Args:
+        baseline_images: Images on which shortcuts are trained, and images on which they are tested, at the most.
+        semantic_weights: File with weights of torchvision's `squeezenet1_0`, for the third shortcut; without, the
+            report says that it was not run.
+        num_mistakes: Worst mistakes to show.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[DetectorReport()], logger=False)
+    """
+
+    def __init__(self, baseline_images: int = 500, semantic_weights: str | None = None, num_mistakes: int = 16) -> None:
+        require_positive(self, num_mistakes=num_mistakes)
+        if baseline_images < 4:
+            raise ValueError(f"DetectorReport: baseline_images must be at least 4, got {baseline_images}.")
+        if semantic_weights is not None and not Path(semantic_weights).is_file():
+            raise ValueError(f"DetectorReport: semantic_weights must be an existing file, got {semantic_weights!r}.")
+        self.baseline_images = baseline_images
+        self.semantic_weights = semantic_weights
+        self.num_mistakes = num_mistakes
+        self._directory = Path()
+        self._semantic: Callable[[Tensor], Any] | None = None
+        self._rows: list[Row] = []
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finds the directory, on every rank, and checks that the data can be reported on."""
+        self._directory = Path(run_directory(trainer) or trainer.default_root_dir)
+        self._rows = []
+        two_classes(self, trainer)
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if missing := [name for name in ("conditions", "files", "read") if not hasattr(data, name)]:
+            raise TypeError(
+                f"DetectorReport needs a DataModule with conditions, files and read, such as "
+                f"GeneratedImagesDataModule; {type(data).__name__} has no {missing[0]}."
+            )
+        # read now: a file that is of another network must not be found out after an hour of testing
+        self._semantic = None if self.semantic_weights is None else semantic_features(self.semantic_weights)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keeps a few numbers an image."""
+        self._rows += image_rows(self, f"{type(pl_module).__name__}.test_step", outputs, dataloader_idx)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Collects what all processes have seen."""
+        self._rows = sorted(gather(self._rows), key=lambda row: row["order"])
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes and prints."""
+        rows, self._rows = self._rows, []
+        if not trainer.is_global_zero or not rows:
+            return
+        data = cast(DetectorData, trainer.datamodule)  # type: ignore[attr-defined]
+        judged = judgements(rows, data.conditions)
+        rank_zero_info("training and testing the shortcuts, to which the detector is compared")
+        shortcuts = Shortcuts(data, self.baseline_images, self._semantic)
+        by_shortcut = {name: shortcuts.judge(name, one.index) for name, one in judged.items()}
+        table = report_rows(data, judged, by_shortcut, decision_threshold(pl_module))
+        write_table(table, self._directory / TABLE_NAME, list(table[0]))
+        pictures = self._write_mistakes(data, pl_module, next(iter(judged.values())))
+        self._draw(trainer, data, judged, by_shortcut, pictures)
+        console = get_console()  # that of the progress bar, which moves out of the way
+        console.print(report_table(table))
+        for line in (*remarks(table, shortcuts), f"report: {self._directory / TABLE_NAME}"):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _write_mistakes(self, data: DetectorData, pl_module: LightningModule, judged: Judgements) -> list[Tensor]:
+        """Writes the worst mistakes as pictures beside their residuals, with a table about them."""
+        files, threshold = data.files("test"), decision_threshold(pl_module)
+        rows, pictures = [], []
+        for number, i in enumerate(worst_mistakes(judged, threshold, self.num_mistakes), 1):
+            place, probability = int(judged.index[i]), float(judged.probability[i])
+            label = data.class_names[int(judged.label[i])]
+            pictures.append(_picture(data.read(files.paths[place]), pl_module))
+            name = f"{number:02d}_{files.paths[place].stem[:_LONGEST_NAME]}.png"
+            write_png(pictures[-1], self._directory / MISTAKES_NAME / name)
+            rows.append({"picture": name, "path": files.names[place], "label": label, "probability": probability})
+        table = self._directory / MISTAKES_NAME / f"{MISTAKES_NAME}.csv"
+        write_table(rows, table, ["picture", "path", "label", "probability"])
+        return pictures
+
+    def _draw(
+        self,
+        trainer: Trainer,
+        data: DetectorData,
+        judged: dict[str, Judgements],
+        by_shortcut: dict[str, dict[str, Tensor]],
+        pictures: list[Tensor],
+    ) -> None:
+        positive = data.class_names[1]
+        curves = {name: (one.probability, one.label) for name, one in judged.items()}
+        first = next(iter(judged))
+        dashed = {
+            f"{name} only, {first}": (probability[probability.isfinite()], judged[first].label[probability.isfinite()])
+            for name, probability in by_shortcut[first].items()
+        }
+        images = {
+            "roc": render(roc_figure(curves, dashed, positive)),
+            "calibration": render(reliability_figure(curves, positive)),
+        }
+        for logger in tensorboard_loggers(trainer):
+            for name, image in images.items():
+                logger.experiment.add_image(f"test/{name}", image, trainer.global_step, dataformats="HWC")
+            if pictures:
+                logger.experiment.add_image(f"test/{MISTAKES_NAME}", tile(pictures), trainer.global_step)
+
+
+def report_rows(
+    data: DetectorData,
+    judged: dict[str, Judgements],
+    by_shortcut: dict[str, dict[str, Tensor]],
+    threshold: float,
+) -> list[Row]:
+    """Returns the rows of the report; a score that does not exist is an empty string."""
+    kinds = {int(i): file_format(data.files("test").paths[i]) for one in judged.values() for i in one.index}
+    rows = []
+    for condition, one in judged.items():
+        formats, sizes = zip(*(kinds[i] for i in one.index.tolist()), strict=True)
+        for name, part in slices(sizes, formats).items():
+            row = {"condition": condition, "slice": name, **score(one.probability[part], one.label[part], threshold)}
+            for shortcut in SHORTCUTS:
+                probability = by_shortcut[condition].get(shortcut)
+                tested = part & probability.isfinite() if probability is not None else torch.zeros_like(part)
+                scores = score(probability[tested], one.label[tested]) if probability is not None else {}
+                row |= {f"{shortcut}_{column}": scores.get(column, math.nan) for column in ("n", "accuracy", "auroc")}
+            rows.append({column: _entry(value) for column, value in row.items()})
+    return rows
+
+
+def report_table(rows: list[Row]) -> Table:
+    """Builds the table for the screen: every condition, then the parts of the first."""
+    table = Table(
+        title="What the detector is worth",
+        caption="accuracy above one half, and above the detector's own threshold; then the accuracy that looking at "
+        "file, thumbnail or content alone reaches. More is in the CSV.",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),  # on a screen of 80 letters nothing is cut off
+    )
+    columns = {
+        "n": "images",
+        "accuracy": "accuracy",
+        "accuracy_at_threshold": "own",
+        "auroc": "AUROC",
+        "ece": "ECE",
+        **{f"{name}_accuracy": name for name in SHORTCUTS},
+    }
+    table.add_column("", no_wrap=True)
+    for header in columns.values():
+        table.add_column(header, justify="right", no_wrap=True)
+    first = rows[0]["condition"]
+    for part in (
+        [(row["condition"], row) for row in rows if row["slice"] == "all"],
+        [(row["slice"], row) for row in rows if row["slice"] != "all" and row["condition"] == first],
+    ):
+        for name, row in part:
+            table.add_row(escape(name), *(_cell(row[column]) for column in columns))
+        table.add_section()
+    return table
+
+
+def remarks(rows: list[Row], shortcuts: Shortcuts) -> list[str]:
+    """Returns what has to be said beside the numbers."""
+    lines = [f"the shortcut {name} was not run: {reason}" for name, reason in shortcuts.not_run.items()]
+    whole = rows[0]
+    for name in SHORTCUTS:
+        reached = whole[f"{name}_accuracy"]
+        if reached != "" and reached >= whole["accuracy"] - _NEAR:
+            lines.append(
+                f"! {name} alone reaches an accuracy of {reached:.3f}, the detector {whole['accuracy']:.3f}: these "
+                "data cannot tell whether the detector has learned more than that"
+            )
+    return lines
+
+
+def _picture(image: Tensor, pl_module: LightningModule) -> Tensor:
+    height, width = (min(length, _LARGEST_SIDE) for length in image.shape[1:])
+    top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
+    shown = image[:, top : top + height, left : left + width].float() / 255
+    if not hasattr(pl_module, "residual"):
+        return shown
+    with torch.no_grad():
+        residual = pl_module.residual(shown[None].to(pl_module.device))[0]  # type: ignore[operator]
+    return beside_residual(shown, residual.float().cpu())
+
+
+def _entry(value: Any) -> Any:
+    if not isinstance(value, float):
+        return value
+    return "" if math.isnan(value) else round(value, 6)
+
+
+def _cell(value: Any) -> str:
+    return "" if value == "" else str(value) if isinstance(value, int) else f"{value:.3f}"

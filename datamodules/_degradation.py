@@ -1,0 +1,140 @@
+"""What happens to pictures on their way through the world: rescaled, blurred, re-encoded; whole or only a window."""
+
+import io
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy import ndimage
+from torch import Tensor
+
+Span = tuple[int, int]  # first and one after the last, along one axis
+
+_BLUR_REACH = 4  # standard deviations after which the Gaussian is cut off
+_BICUBIC_REACH = 3  # pixels of the coarser grid, of which the kernel covers 2
+# Chroma is coded in blocks of 16×16 pixels, and the decoder's interpolation looks at the neighbouring block.
+_CODED_BLOCK = 16
+
+_CLEAN = "clean"
+_KINDS = {"jpeg": "quality", "rescale": "rescale", "blur": "blur"}
+
+
+@dataclass(frozen=True)
+class Degradation:
+    """A chain of rescaling, blur and JPEG, in this order.
+
+    Args:
+        rescale: Factor of either side, antialiased bicubic.
+        blur: Standard deviation of a Gaussian blur, in pixels after rescaling.
+        quality: Quality of a JPEG encoding with halved chroma, as most programs write it; None for no encoding.
+    """
+
+    rescale: float = 1.0
+    blur: float = 0.0
+    quality: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.01 <= self.rescale <= 100:
+            raise ValueError(f"rescale must lie between 0.01 and 100, got {self.rescale}")
+        if not 0 <= self.blur <= 100:
+            raise ValueError(f"blur must be a standard deviation between 0 and 100 pixels, got {self.blur}")
+        if self.quality is not None and not 1 <= self.quality <= 100:
+            raise ValueError(f"the quality of a JPEG lies between 1 and 100, got {self.quality}")
+
+    @classmethod
+    def parse(cls, condition: str) -> "Degradation":
+        """Reads a condition: ``clean``, ``jpeg 75``, ``rescale 0.5`` or ``blur 1``.
+
+        Example:
+            >>> Degradation.parse("jpeg 75")
+            Degradation(rescale=1.0, blur=0.0, quality=75)
+        """
+        kind, _, number = condition.partition(" ")
+        if condition == _CLEAN:
+            return cls()
+        try:
+            return cls(**{_KINDS[kind]: int(number) if kind == "jpeg" else float(number)})  # type: ignore[arg-type]
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"{condition!r} is no condition: {error}. Write clean, or jpeg, rescale or blur and a number, such as "
+                "'jpeg 75', 'rescale 0.5' (a factor) or 'blur 1' (a standard deviation in pixels)"
+            ) from error
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Returns height and width of what becomes of an image of the given size."""
+        return max(1, round(height * self.rescale)), max(1, round(width * self.rescale))
+
+
+def degrade(image: Tensor, degradation: Degradation, window: tuple[Span, Span] | None = None) -> Tensor:
+    """Degrades an image, or no more of it than a window of the result needs.
+
+    The window shows what the degraded whole image shows there: the blocks of the JPEG encoding lie as in the whole.
+
+    Args:
+        image: The image.
+        degradation: What to do to it.
+        window: Rows and columns of the degraded image; None for all.
+
+    Shape:
+        - image: [3, H, W], uint8.
+        - result: [3, H', W'], uint8.
+    """
+    pixels = image.permute(1, 2, 0).numpy()
+    sizes = degradation.size(*pixels.shape[:2])
+    window = window or ((0, sizes[0]), (0, sizes[1]))
+    reach = math.ceil(_BLUR_REACH * degradation.blur)
+    coded = window if degradation.quality is None else _grow(window, sizes, _CODED_BLOCK, _CODED_BLOCK)
+    blurred = _grow(coded, sizes, reach)
+    pixels = _rescale(pixels, sizes, blurred)
+    if degradation.blur > 0:
+        pixels = _cut(_blur(pixels, degradation.blur), blurred, coded)
+    if degradation.quality is not None:
+        pixels = _cut(_encode(pixels, degradation.quality), coded, window)
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
+
+
+def _grow(window: tuple[Span, Span], sizes: tuple[int, int], margin: int, multiple: int = 1) -> tuple[Span, Span]:
+    """Widens a window by a margin and then up to multiples of a block, as far as the image goes."""
+    (top, bottom), (left, right) = (
+        (max((begin - margin) // multiple * multiple, 0), min(-(-(end + margin) // multiple) * multiple, size))
+        for (begin, end), size in zip(window, sizes, strict=True)
+    )
+    return (top, bottom), (left, right)
+
+
+def _cut(pixels: np.ndarray, outer: tuple[Span, Span], inner: tuple[Span, Span]) -> np.ndarray:
+    rows, columns = (slice(i[0] - o[0], i[1] - o[0]) for o, i in zip(outer, inner, strict=True))
+    return pixels[rows, columns]
+
+
+def _rescale(pixels: np.ndarray, sizes: tuple[int, int], window: tuple[Span, Span]) -> np.ndarray:
+    """Returns a window of the image as it is after rescaling to the given size."""
+    if sizes == pixels.shape[:2]:
+        return _cut(pixels, ((0, sizes[0]), (0, sizes[1])), window)
+    sources, boxes = [], []
+    for (begin, end), size, source in zip(window, sizes, pixels.shape[:2], strict=True):
+        step = source / size
+        reach = _BICUBIC_REACH * max(step, 1)
+        first, last = max(math.floor(begin * step - reach), 0), min(math.ceil(end * step + reach), source)
+        sources.append(slice(first, last))
+        boxes.append((begin * step - first, min(end * step - first, last - first)))
+    (top, bottom), (left, right) = boxes
+    height, width = (end - begin for begin, end in window)
+    part = Image.fromarray(np.ascontiguousarray(pixels[sources[0], sources[1]]))
+    return np.asarray(part.resize((width, height), Image.Resampling.BICUBIC, (left, top, right, bottom)))
+
+
+def _blur(pixels: np.ndarray, sigma: float) -> np.ndarray:
+    blurred = ndimage.gaussian_filter(
+        pixels.astype(np.float32), (sigma, sigma, 0), mode="reflect", radius=math.ceil(_BLUR_REACH * sigma)
+    )
+    return np.rint(blurred).astype(np.uint8)
+
+
+def _encode(pixels: np.ndarray, quality: int) -> np.ndarray:
+    file = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(file, "JPEG", quality=quality, subsampling="4:2:0")
+    with Image.open(file) as image:
+        return np.asarray(image)

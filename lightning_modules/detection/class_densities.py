@@ -1,0 +1,124 @@
+"""A generative view of the same images: one Gaussian mixture for each class on the network's features."""
+
+import torch
+from torch import Tensor, nn
+
+from lightning_modules.em._float64 import Float64Buffers
+from lightning_modules.em.clustering_model import fit_in_memory
+from lightning_modules.em.gaussian_mixture_model import GaussianMixtureModel
+
+# Of the variance that the directions kept are scaled to: no component collapses onto a handful of images.
+_REGULARISATION = 1e-2
+
+
+class ClassDensities(Float64Buffers):
+    r"""One Gaussian mixture a class, by EM, on the leading principal components of standardised features.
+
+    It classifies by likelihood ratio, :math:`\log p(f \mid \text{generated}) - \log p(f \mid \text{photographic})`, and
+    an image that neither class explains has a high *novelty*: :math:`q - \max_c \log p(f \mid c)`, where q is the
+    log-likelihood that a given share of the images exceeded. Above 0 the image is out of the ordinary.
+
+    Args:
+        num_features: Width F of the network's features.
+        num_directions: Principal components that are kept; all where there are fewer features.
+        num_components: Components of each mixture.
+        explained: Share of the images it is fitted to that count as explained.
+
+    Raises:
+        ValueError: If a number is impossible.
+    """
+
+    # Mean and spread of the features, float64 [F], and the directions kept, [F, D].
+    offset: Tensor
+    scale: Tensor
+    directions: Tensor
+    # q, float64 [], and whether there is a fit.
+    floor: Tensor
+    fitted: Tensor
+
+    def __init__(
+        self, num_features: int, num_directions: int = 8, num_components: int = 1, explained: float = 0.99
+    ) -> None:
+        super().__init__()
+        if num_directions < 1:
+            raise ValueError(f"num_directions must be at least 1, got {num_directions}")
+        if not 0 < explained < 1:
+            raise ValueError(f"explained must lie between 0 and 1, got {explained}")
+        self.num_directions = min(num_directions, num_features)
+        self.explained = explained
+        self.mixtures = nn.ModuleList(_mixture(num_components, self.num_directions) for _ in range(2))
+        self.register_buffer("offset", torch.zeros(num_features, dtype=torch.float64))
+        self.register_buffer("scale", torch.ones(num_features, dtype=torch.float64))
+        self.register_buffer("directions", torch.zeros(num_features, self.num_directions, dtype=torch.float64))
+        self.register_buffer("floor", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("fitted", torch.tensor(False))
+
+    @property
+    def images_needed(self) -> int:
+        """Images of each class below which there is no fit: as many as keep a covariance from degenerating."""
+        return max(mixture.num_components for mixture in self._mixtures) * (self.num_directions + 1)
+
+    @torch.no_grad()
+    def log_densities(self, features: Tensor) -> Tensor:
+        """Log density of features under each class, up to one constant.
+
+        Shape:
+            - features: `[N, F]`
+            - output: float64 `[N, 2]`; NaN before the fit
+        """
+        if not bool(self.fitted):
+            return features.new_full((len(features), 2), torch.nan, dtype=torch.float64)
+        rows = ((features.double() - self.offset) / self.scale) @ self.directions
+        return torch.stack([mixture.log_joint(rows).logsumexp(1) for mixture in self._mixtures], dim=1)
+
+    def novelty(self, features: Tensor) -> Tensor:
+        """Novelty of features `[N, F]`, float64 `[N]`; NaN before the fit."""
+        return self.floor - self.log_densities(features).amax(1)
+
+    @torch.no_grad()
+    def fit(self, features: Tensor, label: Tensor) -> bool:
+        """Fit by EM; alike on every process that is given the same images.
+
+        Returns:
+            Whether there were enough images of each class; if not, everything stays as it was.
+
+        Shape:
+            - features: `[N, F]`
+            - label: `[N]`, 0 or 1
+        """
+        if int(torch.bincount(label, minlength=2).min()) < self.images_needed:
+            return False
+        features = features.double()
+        self.offset.copy_(features.mean(0))
+        deviation = features.std(0)
+        self.scale.copy_(torch.where(deviation > 0, deviation, 1.0))
+        standard = (features - self.offset) / self.scale
+        variance, directions = torch.linalg.eigh(standard.T @ standard / len(standard))
+        variance, directions = (part[..., -self.num_directions :] for part in (variance, directions))
+        # to variance 1; a direction without variance is kept as it is
+        self.directions.copy_(directions / variance.clamp_min(1e-6).sqrt())
+        rows = standard @ self.directions
+        for number, mixture in enumerate(self._mixtures):
+            mixture.load_state_dict(_fitted(mixture, rows[label == number]).state_dict())
+        self.fitted.fill_(True)
+        best = self.log_densities(features).amax(1)
+        self.floor.copy_(torch.quantile(best, 1 - self.explained))
+        return True
+
+    @property
+    def _mixtures(self) -> list[GaussianMixtureModel]:
+        return list(self.mixtures)  # type: ignore[arg-type]
+
+
+class _Mixture(Float64Buffers, GaussianMixtureModel):
+    """A mixture that keeps its digits in a module of lower precision."""
+
+
+def _mixture(num_components: int, num_features: int) -> _Mixture:
+    return _Mixture(num_components, num_features, reg_covar=_REGULARISATION)
+
+
+def _fitted(like: GaussianMixtureModel, rows: Tensor) -> GaussianMixtureModel:
+    mixture = _mixture(like.num_components, like.num_features).to(rows.device)
+    fit_in_memory(mixture, rows)
+    return mixture

@@ -1,0 +1,79 @@
+"""What evaluation has seen of each image, gathered over the processes."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+
+class Evaluated(NamedTuple):
+    """Images in the order of their index, the same on every process.
+
+    Attributes:
+        logit: `[N]`, float64.
+        label: `[N]`, 0 or 1.
+        features: `[N, F]`, float64.
+    """
+
+    logit: Tensor
+    label: Tensor
+    features: Tensor
+
+    def select(self, chosen: Tensor) -> "Evaluated":
+        """Some of the images, by a mask or by positions."""
+        return Evaluated(self.logit[chosen], self.label[chosen], self.features[chosen])
+
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """Masks `[N]` of two halves, in each of which stands every other image of each class."""
+        place = torch.zeros_like(self.label)
+        for label in (0, 1):
+            own = self.label == label
+            place[own] = torch.arange(int(own.sum()), device=place.device)
+        return place % 2 == 0, place % 2 == 1
+
+    @property
+    def has_both_classes(self) -> bool:
+        """Whether there are photographs and generated images among them."""
+        return 0 < int(self.label.sum()) < len(self.label)
+
+
+class Predictions(Metric):
+    """Logits, labels and features of an epoch, of labelled images that are no padded repeats.
+
+    Example:
+        >>> predictions = Predictions()
+        >>> index, label, weight = torch.tensor([1, 0, 0]), torch.tensor([1, 0, 0]), torch.tensor([1.0, 1.0, 0.0])
+        >>> predictions.update(index, torch.tensor([2.0, -1.0, -1.0]), label, torch.zeros(3, 4), weight)
+        >>> predictions.compute().logit.tolist()
+        [-1.0, 2.0]
+    """
+
+    full_state_update = False
+    index: list[Tensor]
+    logit: list[Tensor]
+    label: list[Tensor]
+    features: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("index", "logit", "label", "features"):
+            self.add_state(name, default=[], dist_reduce_fx="cat")
+
+    def update(self, index: Tensor, logit: Tensor, label: Tensor, features: Tensor, weight: Tensor) -> None:
+        """Adds a batch.
+
+        Shape:
+            - index, logit, label, weight: `[B]`
+            - features: `[B, F]`
+        """
+        counted = (weight > 0) & (label >= 0)
+        for name, values in (("index", index), ("logit", logit), ("label", label), ("features", features)):
+            getattr(self, name).append(values[counted])
+
+    def compute(self) -> Evaluated:
+        """The images of all processes."""
+        order = dim_zero_cat(self.index).argsort(stable=True)
+        label = dim_zero_cat(self.label)[order].long()
+        return Evaluated(dim_zero_cat(self.logit)[order].double(), label, dim_zero_cat(self.features)[order].double())

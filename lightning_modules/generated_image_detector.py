@@ -1,0 +1,303 @@
+"""A detector of generated images, by the traces that a restoration leaves behind."""
+
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_modules.detection import (
+    Calibration,
+    ClassDensities,
+    DetectorInput,
+    DetectorInputs,
+    Evaluated,
+    Predictions,
+    RestorationResidual,
+    cross_judge,
+    fixed_crops,
+    judge,
+    scores,
+    to_pixels,
+)
+from lightning_modules.em import EStep, ParameterTable
+from lightning_modules.networks import TraceNetwork
+
+Batch = dict[str, Any]
+
+_CLEAN = "clean"
+# What predictions keep of a batch.
+_PASSED_ON = ("label", "index", "weight", "name", "condition")
+# Crops of an image that `predict_image` looks at together: bounds the memory, not the result.
+_CROPS_AT_ONCE = 32
+
+
+class GeneratedImageDetector(L.LightningModule):
+    r"""Tells generated images from photographs by crops at native resolution.
+
+    The views of a crop (by default what a restoration takes away from it) go through a network, whose features a linear
+    layer turns into a logit. The logit of an image is the mean over its crops: a crop's logit is a log-likelihood
+    ratio, ratios of independent parts of one image add up, and the mean is that sum on a scale which does not depend on
+    how many crops there are. A maximum would let the oddest crop decide, a mean of probabilities forgets how sure each
+    is.
+
+    At the end of every validation in a fit, temperature, threshold and one Gaussian mixture a class (on the features)
+    are fitted to the validation images: images of the training set would not do, for the network has seen them. What
+    is logged under `val/` as `ece`, `accuracy_at_threshold` and `generative_accuracy` is cross-fitted, each half of the
+    images judged by a fit to the other. `test/` uses what the checkpoint holds.
+
+    Args:
+        inputs: Views that the network sees, side by side; the restoration's residual by default.
+        backbone: Network from the views to features `[B, F]`; a small one for CPUs by default.
+        label_smoothing: Part of a label's probability that goes to the other class in the loss.
+        num_directions: Principal components of the features on which the class densities live.
+        num_components: Gaussians in the density of each class.
+        explained: Share of the validation images that count as explained; the others are novel.
+        optimizer: Makes the optimiser.
+        lr_scheduler: Makes the learning-rate schedule; None for a constant rate.
+        lr_interval: Whether the schedule counts steps or epochs.
+
+    Raises:
+        ValueError: If an argument is impossible, or the backbone does not fit the inputs.
+
+    Example:
+        >>> detector = GeneratedImageDetector()
+        >>> 0 < detector.predict_image(torch.rand(3, 120, 100)) < 1
+        True
+    """
+
+    # Number and side of the crops that validation looked at, int64 [2]: `predict_image` looks at the same.
+    crops: Tensor
+
+    def __init__(
+        self,
+        inputs: list[DetectorInput] | None = None,
+        backbone: nn.Module | None = None,
+        label_smoothing: float = 0.0,
+        num_directions: int = 8,
+        num_components: int = 1,
+        explained: float = 0.99,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: Literal["step", "epoch"] = "epoch",
+    ) -> None:
+        super().__init__()
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
+        self.save_hyperparameters(ignore=["inputs", "backbone", "optimizer", "lr_scheduler"])
+        if "_instantiator" in self.hparams:
+            # Built from the command line, where injected parts are plain configuration: keep them, so that
+            # `load_from_checkpoint` can build the whole module from the checkpoint alone.
+            self.save_hyperparameters()
+        self.inputs = DetectorInputs([RestorationResidual()] if inputs is None else inputs)
+        probe = _probe(self.inputs, "inputs", torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+        self.backbone = TraceNetwork(probe.shape[1]) if backbone is None else backbone
+        features = _probe(self.backbone, "the backbone", probe)
+        if features.ndim != 2:
+            raise ValueError(f"the backbone must map views [B, C, H, W] to features [B, F], got {list(features.shape)}")
+        self.head = nn.Linear(features.shape[1], 1)
+        self.calibration = Calibration()
+        self.densities = ClassDensities(features.shape[1], num_directions, num_components, explained)
+        self.register_buffer("crops", torch.tensor([9, 96]))
+        self.label_smoothing = label_smoothing
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.lr_interval = lr_interval
+        self._seen = Predictions()
+        self._seen_by_condition: dict[str, Predictions] = {}
+        self._shape = tuple(self.crops.tolist())
+        self._fitted: dict[str, Tensor] = {}
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and features of images, each given by its crops.
+
+        Shape:
+            - images: `[B, V, 3, S, S]` in [0, 1]
+            - output: `[B]` and `[B, F]`
+        """
+        if images.ndim != 5 or images.shape[2] != 3:
+            raise ValueError(f"expected images as crops [B, V, 3, S, S], got {list(images.shape)}")
+        features = self.backbone(self.inputs(images.flatten(0, 1).to(self.dtype)))
+        features = features.unflatten(0, images.shape[:2])
+        # the layer is linear: the logit of the mean features is the mean of the crops' logits
+        pooled = features.mean(1)
+        return self.head(pooled)[:, 0], pooled
+
+    @property
+    def em_parameters(self) -> ParameterTable | None:
+        """Parameters of the restoration, which `callbacks.EMParameterCallback` moves; None without a restoration."""
+        residual = self._restoration
+        return None if residual is None else residual.em_parameters
+
+    @property
+    def threshold(self) -> float:
+        """Probability above which calling an image generated was most accurate in validation; 0.5 before one."""
+        return float(self.calibration.threshold)
+
+    @property
+    def _restoration(self) -> RestorationResidual | None:
+        return next((view for view in self.inputs.views if isinstance(view, RestorationResidual)), None)
+
+    def setup(self, stage: str) -> None:
+        """Takes over the parameters of a reconstruction where the inputs ask for it."""
+        if stage == "fit" and self._restoration is not None:
+            self._restoration.take_over()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Loss of each image under the current parameters; for a restoration that learns, also its E-step."""
+        logit, _ = self(batch["image"])
+        label = batch["label"]
+        target = label.clamp_min(0).to(logit.dtype) * (1 - self.label_smoothing) + self.label_smoothing / 2
+        loss = F.binary_cross_entropy_with_logits(logit, target, reduction="none")
+        weight = batch["weight"] * (label >= 0)
+        mean = (weight * loss).mean()
+        self.log("train/loss", mean.detach(), batch_size=len(logit))
+        table = self.em_parameters
+        if table is None:
+            return {"loss": mean}
+        crops = batch["image"].shape[1]
+        step = EStep(
+            weight.new_zeros(len(weight) * crops, len(table.row_names)),
+            weight.repeat_interleave(crops),
+            loss.detach().repeat_interleave(crops),
+        )
+        return {"loss": table.attach(mean), "em": step}
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Judge images; their crops are the ones that `predict_image` will look at."""
+        self._shape = (batch["image"].shape[1], batch["image"].shape[-1])
+        return self._evaluate(batch, self._seen)
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Judge images under one condition."""
+        condition = batch["condition"]
+        if condition not in self._seen_by_condition:
+            self._seen_by_condition[condition] = Predictions().to(self.device)
+        return self._evaluate(batch, self._seen_by_condition[condition])
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Judge images, and say which are like nothing that was seen before (`novelty` above 0)."""
+        output, features = self._judge(batch)
+        return {**output, "novelty": self.densities.novelty(features)}
+
+    def on_validation_epoch_end(self) -> None:
+        """Log what was seen; in a fit, calibrate by it."""
+        seen = self._seen.compute()
+        self._seen.reset()
+        if self.trainer.sanity_checking:
+            return
+        self._log("val", scores(seen, cross_judge(seen, self.calibration, self.densities)))
+        if self.trainer.state.fn == "fit":
+            self._fit_to(seen)
+
+    def on_test_epoch_end(self) -> None:
+        """Log what was seen under each condition."""
+        for condition, predictions in self._seen_by_condition.items():
+            seen = predictions.compute()
+            prefix = "test" if condition == _CLEAN else f"test/{condition}"
+            self._log(prefix, scores(seen, judge(seen, self.calibration, self.densities)))
+        self._seen_by_condition.clear()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put what was fitted last into the checkpoint: where weights are averaged, the average's copy is older."""
+        checkpoint["state_dict"] |= self._fitted
+
+    def on_train_end(self) -> None:
+        """Restore what was fitted last, over which a callback that averages weights has copied an older state."""
+        self.load_state_dict({**self.state_dict(), **self._fitted})
+
+    def configure_optimizers(self) -> Any:
+        """Optimiser and schedule as injected."""
+        optimizer = self.optimizer(parameter for parameter in self.parameters() if parameter.requires_grad)
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        monitor = getattr(scheduler, "monitor", "val/loss")  # only ReduceLROnPlateau asks for it
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": self.lr_interval, "monitor": monitor},
+        }
+
+    # For whoever has an image and no DataModule ------------------------------------------------------------------
+
+    @torch.no_grad()
+    def predict_image(self, image: Any) -> float:
+        """Calibrated probability that an image is generated, by the crops that validation looked at.
+
+        Args:
+            image: Path of a file, PIL image, array of bytes `[H, W, 3]`, or tensor `[3, H, W]` of bytes or in [0, 1].
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it cannot be read, or is no image; the message names it.
+        """
+        count, size = self.crops.tolist()
+        crops = fixed_crops(to_pixels(image).to(self.device), size, count)
+        training = self.training
+        self.eval()
+        logits = [self(part[None])[0] * len(part) for part in crops.split(_CROPS_AT_ONCE)]
+        self.train(training)
+        return float(self.calibration(torch.stack(logits).sum() / count))
+
+    @torch.no_grad()
+    def residual(self, images: Tensor) -> Tensor:
+        """What the restoration takes away from whole images, for pictures; without a restoration, the first view.
+
+        Shape:
+            - images: `[B, 3, H, W]` in [0, 1]
+            - output: `[B, 3, H, W]`, in units of the pixels
+        """
+        view: Any = self._restoration or self.inputs.views[0]
+        result: Tensor = view.view(images)
+        return result
+
+    # Inside ------------------------------------------------------------------------------------------------------
+
+    def _judge(self, batch: Batch) -> tuple[dict[str, Any], Tensor]:
+        logit, features = self(batch["image"])
+        output = {"probability": self.calibration(logit), "logit": logit}
+        return {**output, **{name: batch[name] for name in _PASSED_ON if name in batch}}, features
+
+    def _evaluate(self, batch: Batch, seen: Predictions) -> dict[str, Any]:
+        output, features = self._judge(batch)
+        seen.update(batch["index"], output["logit"], batch["label"], features, batch["weight"])
+        return output
+
+    def _log(self, prefix: str, values: dict[str, Tensor]) -> None:
+        # equal on every process, for all have judged the images of all
+        self.log_dict({f"{prefix}/{name}": value.float() for name, value in values.items()}, sync_dist=True)
+
+    def _fit_to(self, seen: Evaluated) -> None:
+        """Calibrate by validation images, and remember the result as the checkpoint is to hold it."""
+        if not seen.has_both_classes:
+            rank_zero_warn("the validation images are all of one class: nothing can be calibrated by them")
+            return
+        # Not in the steps: a callback that averages weights has other buffers in place during them.
+        self.crops.copy_(torch.tensor(self._shape))
+        self.calibration.fit(seen.logit, seen.label)
+        self.log("val/temperature", self.calibration.temperature.float(), sync_dist=True)
+        self.log("val/threshold", self.calibration.threshold.float(), sync_dist=True)
+        if not self.densities.fit(seen.features, seen.label):
+            rank_zero_warn(
+                f"validation has fewer than {self.densities.images_needed} images of a class: no densities are fitted, "
+                "and novelty stays unknown. Validate on more images, or lower num_directions"
+            )
+        names = ("calibration.", "densities.", "crops")
+        self._fitted = {name: value.clone() for name, value in self.state_dict().items() if name.startswith(names)}
+
+
+def _probe(network: nn.Module, name: str, x: Tensor) -> Tensor:
+    """What a network makes of a small batch, without a trace in its state."""
+    training = network.training
+    try:
+        with torch.no_grad():
+            output: Tensor = network.eval()(x)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{name} cannot process {list(x.shape)}: {error}. Do the numbers of channels agree?"
+        ) from error
+    network.train(training)
+    return output
