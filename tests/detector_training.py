@@ -96,7 +96,7 @@ def make_module(learn: bool = False, **options: Any) -> GeneratedImageDetector:
 def make_trainer(root: Path, epochs: int = 6, learn: bool = False, **options: Any) -> L.Trainer:
     learner = [EMParameterCallback(GradientRule(lr=0.1))] if learn else []
     checkpoint = ModelCheckpoint(dirpath=root, filename="{epoch}", save_top_k=-1)
-    averaging = EMAWeightAveraging(decay=0.7, use_buffers=False)
+    averaging = EMAWeightAveraging(decay=0.7, use_buffers=True)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     return L.Trainer(
         **{"accelerator": "cpu", "devices": 1, **quiet, **options},

@@ -79,7 +79,7 @@ def test_two_processes_equal_one(learn: bool, tmp_path: Path) -> None:
         env={"PYTHONPATH": str(PROJECT), "PATH": "", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     two = torch.load(tmp_path / "two.pt")
