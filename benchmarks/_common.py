@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -19,6 +20,20 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, default=Path(default), help="folder with cifar-10-batches-py")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     return parser
+
+
+def quiet_trainer(max_steps: int, *callbacks: L.Callback) -> L.Trainer:
+    """A Trainer on the CPU that trains for so many steps and neither shows nor keeps anything."""
+    return L.Trainer(
+        accelerator="cpu",
+        max_steps=max_steps,
+        callbacks=list(callbacks),
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
 
 
 def write_json(path: Path | None, records: list[dict[str, Any]]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from _common import arguments, write_json
+from _common import arguments, quiet_trainer, write_json
 
 from callbacks import EMParameterCallback, GradientRule
 from datamodules import CIFAR10DataModule
@@ -126,17 +126,7 @@ def run(setting: str, variant: str, seed: int, data: CIFAR10DataModule, options:
         course.points = [{"step": 0, "seconds": 0.0, **measure(module, batches)}]
     else:
         rule = EMParameterCallback(GradientRule(lr=0.05 if network else 0.1, pseudo_count=0.0))
-        trainer = L.Trainer(
-            accelerator="cpu",
-            max_steps=steps,
-            callbacks=[course, *([] if variant == "fixed" else [rule])],
-            limit_val_batches=0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        trainer.fit(module, data)
+        quiet_trainer(steps, course, *([] if variant == "fixed" else [rule])).fit(module, data)
     table = module.em_parameters
     rows = {name: table.get_parameters(row) for row, name in enumerate(table.row_names)}
     return {

@@ -13,7 +13,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from _common import arguments, write_json
+from _common import arguments, quiet_trainer, write_json
 from torch import Tensor
 
 from callbacks import EMParameterCallback, GradientRule
@@ -52,18 +52,7 @@ def learn(data: Any, steps: int, levels: list[float], regimes: int, objective: A
         estimate_noise=True,
         objective=objective,
     )
-    trainer = L.Trainer(
-        max_steps=steps,
-        accelerator="auto",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        callbacks=[EMParameterCallback(GradientRule(lr=0.1, pseudo_count=0.0))],
-    )
-    trainer.fit(module, data)
+    quiet_trainer(steps, EMParameterCallback(GradientRule(lr=0.1, pseudo_count=0.0))).fit(module, data)
     return module.eval()
 
 

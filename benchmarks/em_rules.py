@@ -21,7 +21,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from _common import arguments, write_json
+from _common import arguments, quiet_trainer, write_json
 from _recovery import BOUNDS, FIXED, NOISE_STD, TestImages, starts
 
 from callbacks import BayesianRule, EMParameterCallback, GradientRule, NewtonRule, Rule, SignRule
@@ -76,17 +76,7 @@ def learn(
         objective=objective,
     )
     clock, callback = Clock(rule), EMParameterCallback(rule)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_steps=steps,
-        callbacks=[callback, clock],
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, data)
+    quiet_trainer(steps, callback, clock).fit(module, data)
     return [{name: values[name] for name in BOUNDS} for values in callback.parameter_history], clock
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import lightning as L
 import optuna
 import torch
-from _common import arguments, write_json
+from _common import arguments, quiet_trainer, write_json
 from _recovery import BOUNDS, DEFAULT, FIXED, NOISE_STD, TestImages
 from torch import Tensor
 
@@ -91,17 +91,7 @@ def learn(data: CIFAR10DataModule, steps: int, rule: Rule) -> list[tuple[float, 
     table = ParameterTable(initial={**DEFAULT, **FIXED}, bounds={**BOUNDS, "radius": (3.0, 3.0)}, learned=list(BOUNDS))
     module = GraphDiffusionReconstruction(GraphDiffusion(patch_size=3), table, noise_std=NOISE_STD)
     course = Course()
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_steps=steps,
-        callbacks=[EMParameterCallback(rule), course],
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, data)
+    quiet_trainer(steps, EMParameterCallback(rule), course).fit(module, data)
     return course.points
 
 

@@ -13,7 +13,7 @@ import warnings
 
 import lightning as L
 import torch
-from _common import arguments, write_json
+from _common import arguments, quiet_trainer, write_json
 from _recovery import BOUNDS, FIXED, NOISE_STD, TestImages, starts
 
 from callbacks import EMParameterCallback, GradientRule
@@ -42,17 +42,7 @@ def learn(start: dict[str, float], data: CIFAR10DataModule, steps: int, lr: floa
     )
     module = GraphDiffusionReconstruction(GraphDiffusion(patch_size=3, signal="image"), table, noise_std=NOISE_STD)
     snapshots = Snapshots(15)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_steps=steps,
-        callbacks=[EMParameterCallback(GradientRule(lr=lr)), snapshots],
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, data)
+    quiet_trainer(steps, EMParameterCallback(GradientRule(lr=lr)), snapshots).fit(module, data)
     return [{name: values[name] for name in BOUNDS} for values in (snapshots.parameters, table.get_parameters())]
 
 
