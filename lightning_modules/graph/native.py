@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -21,6 +22,7 @@ _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-pthread", "-fno-math-errno"
 # The first that the compiler takes: the machine's own vector instructions, if it can name them.
 _MACHINE_FLAGS = ("-march=native", "-mcpu=native", "")
 _SECONDS_TO_COMPILE = 120
+_SECONDS_TO_ANSWER = 30
 
 
 def load_library(source: Path, includes: tuple[Path, ...], defines: tuple[str, ...]) -> ctypes.CDLL | None:
@@ -37,17 +39,17 @@ def load_library(source: Path, includes: tuple[Path, ...], defines: tuple[str, .
     if os.environ.get(SWITCH) == "0":
         _logger.info("%s=0: %s is not compiled, torch serves instead", SWITCH, source.name)
         return None
-    compiler = _compiler()
-    if compiler is None:
-        _logger.info("no C compiler (cc, gcc, clang, or $CC): %s is not compiled, torch serves instead", source.name)
-        return None
     try:
-        asked = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True, timeout=30)
-        texts = [path.read_text() for path in (source, *includes)]
-        parts = [*compiler, asked.stdout, _processor(), *_FLAGS, *defines, *texts]
+        compiler = _compiler()
+        if compiler is None:
+            _logger.info("no C compiler (cc, gcc, clang, $CC): %s is not compiled, torch serves instead", source.name)
+            return None
+        asked = _said([*compiler, "--version"], _SECONDS_TO_ANSWER)
+        texts = [path.read_text(encoding="utf-8") for path in (source, *includes)]
+        parts = [*compiler, asked, _processor(), *_FLAGS, *defines, *texts]
         key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
         return _cached(source, compiler, [f"-D{name}" for name in defines], f"{source.stem}-{key}.so")
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, ValueError, subprocess.SubprocessError) as error:  # ValueError: a $CC that is no shell word
         said = getattr(error, "stderr", "") or ""
         _logger.info("%s cannot be compiled, torch serves instead: %s\n%s", source.name, error, said[-2000:])
         return None
@@ -70,32 +72,75 @@ def _processor() -> str:
 
 
 def _cached(source: Path, compiler: list[str], defines: list[str], name: str) -> ctypes.CDLL:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning-em"
-    kept = folder / name
-    if kept.exists():
+    folder = _cache()
+    kept = None if folder is None else folder / name
+    if kept is not None and kept.exists():
         try:
             return ctypes.CDLL(str(kept))
         except OSError:
             _logger.info("%s cannot be loaded and is compiled again", kept)
+    # Nowhere to keep it, or nothing there may be executed: once for each process, then. A library that is loaded needs
+    # its file no longer.
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        built = _compile(source, compiler, defines, Path(scratch) / f"new-{name}")
+        if kept is not None:
+            built = built.replace(kept)
+        try:
+            return ctypes.CDLL(str(built))
+        except OSError:
+            if kept is None:
+                raise
+            with tempfile.TemporaryDirectory() as elsewhere:
+                return ctypes.CDLL(shutil.copy(built, elsewhere))
+
+
+def _cache() -> Path | None:
+    """This user's folder of libraries; None where there is none, or where somebody else could put libraries into it."""
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning-em"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        scratch, target = tempfile.TemporaryDirectory(dir=folder), kept
-    except OSError:
-        # Nowhere to keep it: once for each process, then. A library that is loaded needs its file no longer.
-        scratch = tempfile.TemporaryDirectory()
-        target = Path(scratch.name) / name
-    with scratch:
-        built = _compile(source, compiler, defines, Path(scratch.name) / f"new-{name}")
-        return ctypes.CDLL(str(built.replace(target)))
+        found = folder.stat()
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home
+        return None
+    if found.st_uid != os.getuid() or found.st_mode & 0o022:
+        _logger.info("%s is not this user's alone: no library is kept there", folder)
+        return None
+    return folder if os.access(folder, os.W_OK | os.X_OK) else None
 
 
 def _compile(source: Path, compiler: list[str], defines: list[str], target: Path) -> Path:
     for index, machine in enumerate(_MACHINE_FLAGS):
         command = [*compiler, *_FLAGS, *([machine] if machine else []), *defines, str(source), "-o", str(target)]
         try:
-            subprocess.run(command, capture_output=True, text=True, check=True, timeout=_SECONDS_TO_COMPILE)
+            _said(command, _SECONDS_TO_COMPILE)
             return target
         except subprocess.CalledProcessError:
             if index == len(_MACHINE_FLAGS) - 1:
                 raise
     raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _said(command: list[str], seconds: float) -> str:
+    """What a command says on its standard output; ends it, and all that it has started, where it takes too long.
+
+    `subprocess.run` would end the command alone, and leave what a compiler's driver has started running for ever.
+    """
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    with process:
+        try:
+            output, complaints = process.communicate(timeout=seconds)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, output, complaints)
+    return output

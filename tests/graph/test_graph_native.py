@@ -1,7 +1,9 @@
 """Compiling C at first use: the cache, processes at the same time, and machines where it cannot be done."""
 
+import ctypes
 import logging
 import multiprocessing
+import time
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +78,60 @@ def test_nowhere_to_keep_it(source: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert answer(source) == 42
 
 
+@pytest.mark.usefixtures("compiler")
+def test_a_user_without_a_home(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", home)
+    assert answer(source) == 42
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_cache_that_others_may_write_to_is_not_trusted(source: Path) -> None:
+    folder = source.parent / "cache" / "lightning-em"
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    assert answer(source) == 42
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_cache_from_which_nothing_is_executed(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load, folder = ctypes.CDLL, source.parent / "cache"
+
+    def refuse(path: str) -> ctypes.CDLL:
+        if Path(path).is_relative_to(folder):
+            raise OSError("failed to map segment from shared object")
+        return load(path)
+
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+    assert answer(source) == 42
+
+
+def test_a_compiler_that_hangs_is_ended_with_what_it_has_started(
+    source: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    driver, survivor = source.with_name("driver"), source.with_name("survivor")
+    # As gcc waits for its cc1.
+    driver.write_text(f"#!/bin/sh\n[ $1 = --version ] && exit\n(sleep 3; touch {survivor}) &\nwait\n")
+    driver.chmod(0o755)
+    monkeypatch.setenv("CC", str(driver))
+    monkeypatch.setattr(native, "_SECONDS_TO_COMPILE", 0.2)
+    with caplog.at_level(logging.INFO, native.__name__):
+        assert answer(source) is None
+    assert "timed out" in caplog.text
+    time.sleep(4)
+    assert not survivor.exists()
+
+
 @pytest.mark.parametrize(
     ("variable", "value", "said"),
     [
         (native.SWITCH, "0", "LIGHTNING_EM_COMPILE=0: answer.c is not compiled"),
         ("CC", "no-such-compiler", "no C compiler"),
+        ("CC", "'cc", "answer.c cannot be compiled"),
         ("CC", "false", "answer.c cannot be compiled"),
     ],
 )
