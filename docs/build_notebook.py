@@ -42,7 +42,7 @@ def machine_paths(notebook: Any) -> list[str]:
     return [path for text in texts for path in _ABSOLUTE.findall("".join(text))]
 
 
-def test_folder(run: Path) -> Path:
+def report_folder(run: Path) -> Path:
     """The run itself where it holds a report, or else the newest run beside it that does."""
     tables = [run / TABLE] if (run / TABLE).is_file() else list(run.parent.glob(f"*/{TABLE}"))
     if not tables:
@@ -59,7 +59,7 @@ def main() -> None:
     import nbformat  # here: who reads the cells above needs neither
     from nbclient import NotebookClient
 
-    test = options.test or test_folder(options.run)
+    test = options.test or report_folder(options.run)
     for name, path in (("RUN", options.run), ("TEST", test), ("DATA", options.data)):
         os.environ[f"DETECTOR_{name}"] = str(path.resolve())
     notebook = nbformat.v4.new_notebook(

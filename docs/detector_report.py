@@ -30,6 +30,8 @@ from lightning_modules import GeneratedImageDetector
 from lightning_modules.detection import fixed_crops, to_pixels
 
 warnings.simplefilter("ignore")
+if Path.cwd().name == "docs":  # Jupyter starts a notebook in its own folder
+    os.chdir("..")
 plt.rcParams.update({"figure.dpi": 72, "figure.constrained_layout.use": True, "font.size": 9})
 
 RUN = Path(os.environ.get("DETECTOR_RUN", "logs/detector/version_0"))  # what the fit has written: checkpoints/last.ckpt
@@ -83,7 +85,7 @@ is *{worst}*: {overall[worst]["accuracy"]:.3f}, and {overall[worst]["accuracy_at
 
 The strongest shortcut, *{best_shortcut}*, reaches **{shortcuts[best_shortcut]:.3f}** on the same images without seeing
 how neighbouring pixels relate. These data can be told apart without a generator's traces, so **nothing here proves that
-the detector would do as well on other data**: the figures say that the pipeline works, and which conditions it survives.
+the detector would do as well on other data**: the figures say that the pipeline works, and what it survives.
 """
     )
 )
@@ -187,7 +189,7 @@ if missing:
 # %% [markdown]
 # A shortcut near 1 means that the label can be read off the scene, the frame or the file. A high score of *any*
 # classifier on these images, this one included, is then no evidence of having found a generator's traces. What speaks
-# for traces is indirect: the detector sees residuals, in which the scene is mostly gone, and crops, in which the
+# for traces is indirect: the detector sees residuals, in which much of the scene is gone, and crops, in which the
 # frame is.
 
 # %% [markdown]
@@ -196,8 +198,8 @@ if missing:
 # **Input.** The image is diffused over the graph of its similar patches, as if it were free of noise, and
 # $$r(x) = x - \operatorname{restore}_\theta(x)$$
 # is what the restoration takes away: what neighbouring, similar patches cannot explain. A camera leaves sensor noise,
-# demosaicking and compression there; a latent-diffusion decoder leaves the marks of its up-sampling layers. Edges and
-# surfaces, hence most of the scene, stay behind in $\operatorname{restore}_\theta(x)$.
+# demosaicking and compression there; a latent-diffusion decoder leaves the marks of its up-sampling layers. Smooth
+# surfaces and much of the edges stay behind in $\operatorname{restore}_\theta(x)$; not all, as the crops above show.
 #
 # **Network.** Eight 3×3 convolutions, the first at full resolution, then an average over the crop: features $f \in
 # \mathbb R^F$ see statistics of neighbourhoods, not the arrangement of a scene. A linear layer gives the logit $z =
@@ -250,12 +252,13 @@ def spectrum(images: torch.Tensor) -> torch.Tensor:
 
 spectra = {name: spectrum(torch.cat([crops(place) for place in members[name]])) for name in CLASSES}
 middle = torch.cat(list(spectra.values())).log().mean(0)
+edges = np.histogram_bin_edges(torch.cat(list(spectra.values())).sum(1).log10(), 30)
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.8))
 for name, power in spectra.items():
     cycles, relative = np.arange(1, crop_size // 2) / crop_size, power.log().sub(middle).div(np.log(10)) * 10
     left.plot(cycles, relative.mean(0), color=COLORS[name], label=name)
     left.fill_between(cycles, *relative.quantile(torch.tensor([0.25, 0.75]), 0), color=COLORS[name], alpha=0.15)
-    right.hist(power.sum(1).log10(), 30, color=COLORS[name], alpha=0.6, label=name)
+    right.hist(power.sum(1).log10(), edges, color=COLORS[name], alpha=0.6, label=name)
 left.set(xlabel="cycles a pixel", ylabel="residual's power, dB", title="by frequency: mean and quartiles")
 right.set(xlabel="log10 of the residual's power", ylabel="images", title="in all")
 left.legend()

@@ -81,8 +81,8 @@ def test_the_report_is_found_in_the_run_or_beside_it(builder: ModuleType, tmp_pa
     run.mkdir()
     test.mkdir()
     with pytest.raises(SystemExit, match="lightning-em test"):
-        builder.test_folder(run)
+        builder.report_folder(run)
     (test / "detector_report.csv").touch()
-    assert builder.test_folder(run) == test
+    assert builder.report_folder(run) == test
     (run / "detector_report.csv").touch()
-    assert builder.test_folder(run) == run
+    assert builder.report_folder(run) == run

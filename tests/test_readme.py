@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from datamodules import CIFAR10DataModule, GeneratedImagesDataModule, ImageFolderDataModule
@@ -39,7 +40,7 @@ def test_restoring_one_image(demo_run: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_judging_one_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    L.seed_everything(0)
+    torch.manual_seed(0)
     detector = GeneratedImageDetector()
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     trainer.strategy.connect(detector)
