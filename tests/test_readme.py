@@ -8,10 +8,11 @@ from typing import Any
 import lightning as L
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from datamodules import CIFAR10DataModule, ImageFolderDataModule
-from lightning_modules import GraphDiffusionReconstruction
+from datamodules import CIFAR10DataModule, GeneratedImagesDataModule, ImageFolderDataModule
+from lightning_modules import GeneratedImageDetector, GraphDiffusionReconstruction
 
 PROJECT = Path(__file__).parents[1]
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
@@ -37,6 +38,21 @@ def test_restoring_one_image(demo_run: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert all(line.startswith(("import", "from")) or not line for line in imports.splitlines())
 
 
+def test_judging_one_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    detector = GeneratedImageDetector()
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer.strategy.connect(detector)
+    trainer.save_checkpoint("logs/detector/version_0/checkpoints/last.ckpt")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 101, 3), dtype=np.uint8)).save("photo.jpg")
+    capsys.readouterr()
+    exec(compile(python_block("predict_image"), "README.md", "exec"), {})
+    label, probability = capsys.readouterr().out.split()
+    assert float(probability) == pytest.approx(detector.predict_image("photo.jpg"), abs=1e-6)
+    assert label == ("generated" if float(probability) > 0.5 else "photograph")
+
+
 def test_the_module_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     block = python_block("class Exposure")
@@ -52,7 +68,7 @@ def test_the_module_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_every_file_that_it_names_exists() -> None:
     linked = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
     named = re.findall(
-        r"(?:configs|benchmarks|docs|callbacks|datamodules|lightning_modules)/[\w/]*\.(?:yaml|py|png)", README
+        r"(?:configs|benchmarks|docs|callbacks|datamodules|lightning_modules)/[\w/]*\.(?:yaml|py|png|ipynb)", README
     )
     assert linked
     for name in {*linked, *named, "LICENSE", "CHANGELOG.md"}:
@@ -60,7 +76,13 @@ def test_every_file_that_it_names_exists() -> None:
 
 
 def test_every_flag_that_it_names_exists() -> None:
-    owners = (L.Trainer, CIFAR10DataModule, ImageFolderDataModule, GraphDiffusionReconstruction)
+    owners = (
+        L.Trainer,
+        CIFAR10DataModule,
+        ImageFolderDataModule,
+        GeneratedImagesDataModule,
+        GraphDiffusionReconstruction,
+    )
     options = {name for owner in owners for name in inspect.signature(owner).parameters}
     flags = set(re.findall(r"--(?:data|model|trainer)\.(\w+)", README))
     assert flags >= {"root", "devices", "noise_std"}
