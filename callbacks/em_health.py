@@ -122,7 +122,7 @@ class EMHealth(Callback):
                 "alternation",
                 correlation < ALTERNATION,
                 f"the loss proxy alternates from step to step (correlation {correlation:.2f}): lower the rule's step "
-                "(lr of GradientRule, rates of SignRule) or the network's learning rate",
+                "(lr of GradientRule, rates of SignRule, radius of the others) or the network's learning rate",
             )
         if with_similarity:
             mean = similarity / with_similarity
