@@ -13,8 +13,7 @@ class TraceNetwork(nn.Module):
     """Eight 3×3 convolutions and an average over the image: a fast default for detectors on CPUs.
 
     The first layer keeps every pixel and the average ends at features that see some 60 pixels: what tells a generated
-    image is in the statistics of neighbouring pixels, and what the scene shows is out of its reach. Group
-    normalisation, so that two processes compute exactly what one does.
+    image is in the statistics of neighbouring pixels, and what the scene shows is out of its reach.
 
     Args:
         in_channels: Channels of the input.
