@@ -62,6 +62,7 @@ def main() -> None:
     test = options.test or report_folder(options.run)
     for name, path in (("RUN", options.run), ("TEST", test), ("DATA", options.data)):
         os.environ[f"DETECTOR_{name}"] = str(path.resolve())
+    os.environ["PYTHONWARNINGS"] = "ignore"  # what libraries owe to each other is no part of a report
     notebook = nbformat.v4.new_notebook(
         metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     )
