@@ -122,14 +122,21 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--learn", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
     words = parser.parse_args()
-    result = run(
-        words.out.parent / "run", words.batch_size, words.learn, devices=words.devices, strategy="ddp", precision=64
-    )
+    results = {
+        learn: run(
+            words.out.parent / f"run {learn}",
+            words.batch_size,
+            learn,
+            devices=words.devices,
+            strategy="ddp",
+            precision="64-true",
+        )
+        for learn in (False, True)
+    }
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        torch.save(result, words.out)
+        torch.save(results, words.out)
 
 
 if __name__ == "__main__":
