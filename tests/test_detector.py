@@ -1,5 +1,6 @@
 """The detector as a module: training, calibration under averaged weights, processes, resumption, prediction."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -75,7 +76,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, dict]:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(SCRIPT), "--devices", "2", "--batch-size", "8", "--out", str(out)],
         cwd=PROJECT,
-        env={"PYTHONPATH": str(PROJECT), "PATH": "", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         timeout=600,
