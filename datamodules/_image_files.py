@@ -1,6 +1,8 @@
 """Finding and decoding image files of any kind."""
 
+import lzma
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,8 @@ _READ_ERRORS = (
     TypeError,
     OverflowError,
     struct.error,
+    zlib.error,
+    lzma.LZMAError,
     Image.DecompressionBombError,
 )
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import tifffile
 import torch
 from jsonargparse import ArgumentParser
 from PIL import Image
@@ -351,7 +352,20 @@ def truncated() -> bytes:
     return file.getvalue()[: len(file.getvalue()) // 2]
 
 
-UNREADABLE = {"truncated.jpg": truncated(), "empty.png": b"", "text.jpg": b"hello\n", "bomb.png": bomb()}
+def truncated_tiff() -> bytes:
+    """Compressed floating-point colour, which Pillow does not know, cut off within the pixels."""
+    file = io.BytesIO()
+    tifffile.imwrite(file, noise(60, 60).astype(np.float32), photometric="rgb", compression="zlib")
+    return file.getvalue()[: len(file.getvalue()) * 2 // 3]
+
+
+UNREADABLE = {
+    "truncated.jpg": truncated(),
+    "truncated.tif": truncated_tiff(),
+    "empty.png": b"",
+    "text.jpg": b"hello\n",
+    "bomb.png": bomb(),
+}
 
 
 class TestBadInput:
@@ -367,7 +381,7 @@ class TestBadInput:
             (root / "train" / "generated" / name).write_bytes(content)
         data = module(root, on_error="skip", num_workers=1)
         with pytest.warns(
-            UserWarning, match=r"4 of 19 files cannot be read and are left out: .*bomb\.png.* and 1 more"
+            UserWarning, match=r"5 of 20 files cannot be read and are left out: .*bomb\.png.* and 2 more"
         ):
             assert len(data.files("predict")) == 15
         batches = served(data, data.predict_dataloader())
