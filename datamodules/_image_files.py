@@ -80,6 +80,9 @@ def _decode(path: Path) -> np.ndarray:
 def _decode_tiff(path: Path) -> np.ndarray:
     with tifffile.TiffFile(path) as file:
         page = file.pages[0]
+        count = page.imagewidth * page.imagelength
+        if Image.MAX_IMAGE_PIXELS is not None and count > 2 * Image.MAX_IMAGE_PIXELS:  # where Pillow refuses, too
+            raise Image.DecompressionBombError(f"{count} pixels are more than {2 * Image.MAX_IMAGE_PIXELS}")
         pixels, axes = page.asarray(), page.axes
     if axes in ("SYX", "CYX"):
         pixels, axes = np.moveaxis(pixels, 0, -1), "YXS"

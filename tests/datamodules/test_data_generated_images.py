@@ -376,6 +376,13 @@ class TestBadInput:
         with pytest.raises(ValueError, match=re.escape(f"generated/{name} cannot be read as an image")):
             list(data.train_dataloader()) + list(data.val_dataloader())
 
+    def test_a_bomb_that_pillow_does_not_know_is_refused_before_it_is_decoded(self, tmp_path, monkeypatch):
+        tifffile.imwrite(tmp_path / "bomb.tif", noise(60, 60).astype(np.float32) / 255, photometric="rgb")
+        assert read_image(tmp_path / "bomb.tif").shape == (3, 60, 60)
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1799)
+        with pytest.raises(ValueError, match=r"bomb\.tif cannot be read as an image: 3600 pixels are more than 3598"):
+            read_image(tmp_path / "bomb.tif")
+
     def test_unreadable_files_are_left_out_and_counted(self, root):
         for name, content in UNREADABLE.items():
             (root / "train" / "generated" / name).write_bytes(content)
