@@ -25,7 +25,8 @@ def write_table(rows: list[Row], path: Path, columns: list[str]) -> None:
     """Writes rows as a CSV, which replaces an earlier one when it is complete. None is written as nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.part")
-    with unfinished.open("w", newline="", encoding="utf-8") as file:
+    # a file's name may be bytes that are no UTF-8, which are written as they are
+    with unfinished.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)

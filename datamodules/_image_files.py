@@ -1,6 +1,8 @@
 """Finding and decoding image files of any kind."""
 
+import lzma
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,8 @@ _READ_ERRORS = (
     TypeError,
     OverflowError,
     struct.error,
+    zlib.error,
+    lzma.LZMAError,
     Image.DecompressionBombError,
 )
 
@@ -76,6 +80,9 @@ def _decode(path: Path) -> np.ndarray:
 def _decode_tiff(path: Path) -> np.ndarray:
     with tifffile.TiffFile(path) as file:
         page = file.pages[0]
+        count = page.imagewidth * page.imagelength
+        if Image.MAX_IMAGE_PIXELS is not None and count > 2 * Image.MAX_IMAGE_PIXELS:  # where Pillow refuses, too
+            raise Image.DecompressionBombError(f"{count} pixels are more than {2 * Image.MAX_IMAGE_PIXELS}")
         pixels, axes = page.asarray(), page.axes
     if axes in ("SYX", "CYX"):
         pixels, axes = np.moveaxis(pixels, 0, -1), "YXS"

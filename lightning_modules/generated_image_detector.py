@@ -143,8 +143,9 @@ class GeneratedImageDetector(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Takes over the parameters of a reconstruction where the inputs ask for it."""
-        if stage == "fit" and self._restoration is not None:
-            self._restoration.take_over()
+        for view in self.inputs.views:
+            if stage == "fit" and isinstance(view, RestorationResidual):
+                view.take_over()
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Loss of each image under the current parameters; for a restoration that learns, also its E-step."""

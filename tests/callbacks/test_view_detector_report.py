@@ -26,6 +26,7 @@ from callbacks._shortcut_baselines import (
     spread,
     thumbnail_features,
 )
+from lightning_modules import RestorationResidual
 
 CONDITIONS = ["clean", "jpeg 50", "rescale 0.5"]
 
@@ -218,6 +219,16 @@ class TestReport:
         assert shown[corner[0]] > 230
         assert shown[corner[1]] < 25
         assert len(list(folder.glob("*.png"))) == 2
+
+    def test_a_mistake_too_small_for_a_residual_is_shown_alone(self, root: Path, tmp_path: Path) -> None:
+        class Particular(Stub):
+            def residual(self, images: torch.Tensor) -> torch.Tensor:
+                return RestorationResidual().view(images)
+
+        paint(root / "val" / "photographic" / "dot.png", 250, (1, 1))
+        trainer(tmp_path, DetectorReport()).test(Particular(), module(root, conditions=["clean"]), verbose=False)
+        sizes = {path.stem[3:]: Image.open(path).size for path in (tmp_path / "worst_mistakes").glob("*.png")}
+        assert sizes == {"dot": (1, 1), "3": (60, 90), "ü 1": (40, 24)}
 
     def test_figures_go_to_tensorboard(self, root: Path, tmp_path: Path) -> None:
         logger = TensorBoardLogger(tmp_path, name="run")

@@ -1,6 +1,8 @@
 """PredictionWriter: one row an image, in the order of the files, whole or not at all."""
 
 import csv
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,13 @@ def test_one_row_an_image_in_the_order_of_the_files(images: Path, tmp_path: Path
         [(10 + 50 * i) / 255 for i in range(5)], abs=0.02
     )
     assert [row["label"] for row in table] == ["photographic"] * 3 + ["generated"] * 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_name_that_is_no_text_is_written_as_it_is(images: Path, tmp_path: Path) -> None:
+    (images / "a.jpg").rename(images / os.fsdecode(b"caf\xe9.jpg"))
+    trainer(tmp_path, PredictionWriter()).predict(Stub(), module(images))
+    assert b"\ncaf\xe9.jpg,photographic," in (tmp_path / "predictions.csv").read_bytes()
 
 
 def test_two_processes_write_what_one_writes(images: Path, tmp_path: Path) -> None:

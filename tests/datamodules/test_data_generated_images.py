@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from jsonargparse import ArgumentParser
 from PIL import Image
@@ -350,7 +351,20 @@ def truncated() -> bytes:
     return file.getvalue()[: len(file.getvalue()) // 2]
 
 
-UNREADABLE = {"truncated.jpg": truncated(), "empty.png": b"", "text.jpg": b"hello\n", "bomb.png": bomb()}
+def truncated_tiff() -> bytes:
+    """Compressed floating-point colour, which Pillow does not know, cut off within the pixels."""
+    file = io.BytesIO()
+    tifffile.imwrite(file, noise(60, 60).astype(np.float32), photometric="rgb", compression="zlib")
+    return file.getvalue()[: len(file.getvalue()) * 2 // 3]
+
+
+UNREADABLE = {
+    "truncated.jpg": truncated(),
+    "truncated.tif": truncated_tiff(),
+    "empty.png": b"",
+    "text.jpg": b"hello\n",
+    "bomb.png": bomb(),
+}
 
 
 class TestBadInput:
@@ -361,12 +375,19 @@ class TestBadInput:
         with pytest.raises(ValueError, match=re.escape(f"generated/{name} cannot be read as an image")):
             list(data.train_dataloader()) + list(data.val_dataloader())
 
+    def test_a_bomb_that_pillow_does_not_know_is_refused_before_it_is_decoded(self, tmp_path, monkeypatch):
+        tifffile.imwrite(tmp_path / "bomb.tif", noise(60, 60).astype(np.float32) / 255, photometric="rgb")
+        assert read_image(tmp_path / "bomb.tif").shape == (3, 60, 60)
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1799)
+        with pytest.raises(ValueError, match=r"bomb\.tif cannot be read as an image: 3600 pixels are more than 3598"):
+            read_image(tmp_path / "bomb.tif")
+
     def test_unreadable_files_are_left_out_and_counted(self, root):
         for name, content in UNREADABLE.items():
             (root / "train" / "generated" / name).write_bytes(content)
         data = module(root, on_error="skip", num_workers=1)
         with pytest.warns(
-            UserWarning, match=r"4 of 19 files cannot be read and are left out: .*bomb\.png.* and 1 more"
+            UserWarning, match=r"5 of 20 files cannot be read and are left out: .*bomb\.png.* and 2 more"
         ):
             assert len(data.files("predict")) == 15
         batches = served(data, data.predict_dataloader())

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_modules import GraphDiffusion, GraphDiffusionReconstruction, ParameterTable
+from lightning_modules import GeneratedImageDetector, GraphDiffusion, GraphDiffusionReconstruction, ParameterTable
 from lightning_modules.detection import Colours, DetectorInputs, NeighborDifferences, RestorationResidual
 
 
@@ -94,6 +94,13 @@ class TestParametersOfAReconstruction:
         assert view.em_parameters.get_parameters()["sigma"] == pytest.approx(0.37)
         assert view.em_parameters.get_parameters()["smooth_steps"] == 5, "an integer that nobody learns is read again"
         assert (view(images) - before).abs().max() > 0.01
+
+    def test_every_restoration_of_a_detector_takes_over_its_own(self, tmp_path: Path) -> None:
+        paths = [self.saved(tmp_path / f"{sigma}.ckpt", sigma=sigma) for sigma in (0.2, 0.6)]
+        detector = GeneratedImageDetector([RestorationResidual(checkpoint=path) for path in paths])
+        detector.setup("fit")
+        found = [view.em_parameters.get_parameters()["sigma"] for view in detector.inputs.views]
+        assert found == pytest.approx([0.2, 0.6])
 
     def test_values_outside_the_bounds_are_refused(self, tmp_path: Path) -> None:
         path = self.saved(tmp_path / "reconstruction.ckpt", sigma=0.5)
