@@ -11,7 +11,8 @@ from lightning_modules.em import ParameterTable
 from lightning_modules.em.parameter_table import TableValues
 from lightning_modules.graph import GraphDiffusion
 
-# A little smoothing over near neighbours: strong enough to leave no noise, weak enough to leave no edges behind.
+# A little smoothing over near neighbours that resemble each other; where none does, as in white noise, nothing is taken
+# away.
 _INITIAL = {"sigma": 0.1, "tau": 0.1, "radius": 2.0, "sigma_s": 1.5, "sigma_f": 0.2, "smooth_steps": 1}
 _BOUNDS = {
     "sigma": (0.02, 1.0),

@@ -21,7 +21,8 @@ class TraceNetwork(nn.Module):
         strides: Strides of the layers.
         normalization: `batch` keeps how strong a residual is, which says much, and learns several times as fast;
             `group` takes each image by itself, in 8 groups of channels, by which several processes compute exactly what
-            one does.
+            one does. With `batch` on several devices set the Trainer's `sync_batchnorm`, or each keeps statistics of
+            its own.
 
     Raises:
         ValueError: If the widths and strides do not pair up, or a width cannot be normalised in groups of 8.
