@@ -79,7 +79,7 @@ def _decode(path: Path) -> np.ndarray:
 
 def _decode_tiff(path: Path) -> np.ndarray:
     with tifffile.TiffFile(path) as file:
-        page = file.pages[0]
+        page = file.pages.first
         count = page.imagewidth * page.imagelength
         if Image.MAX_IMAGE_PIXELS is not None and count > 2 * Image.MAX_IMAGE_PIXELS:  # where Pillow refuses, too
             raise Image.DecompressionBombError(f"{count} pixels are more than {2 * Image.MAX_IMAGE_PIXELS}")

@@ -622,8 +622,8 @@ print(f"from clean to {worst}, the mean logit moves by", ", ".join(f"{by:+.2f} (
 #
 # Novelty asks whether *either* class explains an image. Beside the test images: pictures that are neither, and
 # photographs from elsewhere. The probability of an image with a novelty well above 0 means nothing, however certain
-# it looks. White noise, a flat plane and the drawing look alike to the detector: in plane and drawing there is nothing to
-# take away, in the noise no patch resembles its neighbours enough for the restoration to take anything, and an empty
+# it looks. White noise, a flat plane and the drawing look alike to the detector: in plane and drawing there is nothing
+# to take away, in the noise no patch resembles its neighbours enough for the restoration to take anything, and an empty
 # residual is far from both classes.
 
 
