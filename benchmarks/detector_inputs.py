@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=8, help="passes over the training images")
     parser.add_argument("--crop-size", type=int, default=64)
     parser.add_argument("--crops", type=int, default=4, help="crops of each image in the test")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
@@ -130,7 +130,7 @@ def main() -> None:
     data = GeneratedImagesDataModule(str(root), crop_size=options.crop_size, eval_crops=options.crops)
     tests = [list(loader) for loader in data.test_dataloader()]
     records: list[dict[str, Any]] = []
-    for seed in range(options.seeds):
+    for seed in options.seeds:
         for compressed in (True, False):
             training = prepare(root, options.crop_size, options.epochs, seed, compressed)
             for name in INPUTS:
