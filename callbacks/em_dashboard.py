@@ -68,7 +68,7 @@ class EMDashboard(Callback):
         for logger in tensorboard_loggers(trainer):
             start, metrics = hyperparameters(table, trainer.callback_metrics)
             known = dict(logger.hparams)
-            # The metrics are tags that exist already: they are written once more at the last step, not at step 0.
+            # Metrics of the validation are tags that exist already: written once more at the last step, not at step 0.
             logger.log_hyperparams({**known, **start}, metrics, step=trainer.global_step)
             logger.hparams = known  # hparams.yaml keeps to the arguments that build the module
 
@@ -113,12 +113,16 @@ def custom_scalars_layout(table: "ParameterTable", with_bars: bool = False) -> d
 def hyperparameters(
     table: "ParameterTable", callback_metrics: dict[str, Any]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Returns the start values as hyperparameters, and the validation metrics and final values as their outcome."""
+    """Returns the start values as hyperparameters, and the validation metrics and final values as their outcome.
+
+    The final values have tags of their own: one more point of `em/…` would leave its curve with a step that its band
+    lacks, and TensorBoard draws no band then.
+    """
     start, final = table.initial_parameters(), table.get_parameters()
     metrics = {name: float(callback_metrics[name]) for name in _METRICS if name in callback_metrics}
     return (
         {f"em_start/{name}": start[name] for name in table.learned},
-        metrics | {f"em/{name}": float(final[name]) for name in table.learned},
+        metrics | {f"em_end/{name}": float(final[name]) for name in table.learned},
     )
 
 

@@ -16,11 +16,12 @@ from callbacks.em_dashboard import custom_scalars_layout
 from callbacks.em_report import parameter_report
 
 
-def fit(tmp_path: Path, rule: str) -> tuple[EMParameterCallback, EventAccumulator]:
+def fit(tmp_path: Path, rule: str, log_every_n_steps: int = 1) -> tuple[EMParameterCallback, EventAccumulator]:
     torch.set_num_threads(1)
     logger = TensorBoardLogger(str(tmp_path), name="", version="run", default_hp_metric=False)
     callback, module = EMParameterCallback(make_rule(rule)), make_module(network=False)
-    options = {"logger": logger, "log_every_n_steps": 1, "callbacks": [EMDashboard(every_n_epochs=100)]}
+    options: dict[str, Any] = {"logger": logger, "log_every_n_steps": log_every_n_steps}
+    options["callbacks"] = [EMDashboard(every_n_epochs=100)]
     make_trainer(tmp_path, callback, epochs=1, **options).fit(module, SmoothImages(16))
     events = EventAccumulator(logger.log_dir)
     events.Reload()
@@ -43,6 +44,15 @@ def test_tensorboard_gets_deviations_and_bands(tmp_path: Path) -> None:
     assert deviation == pytest.approx(float(known[0, 0]), rel=1e-6)
     # What is written was learned: training steps stray, the table does not.
     assert value == pytest.approx(callback.get_parameters()["sigma"], rel=1e-6)
+
+
+def test_the_three_curves_of_a_band_have_the_same_steps(tmp_path: Path) -> None:
+    """Or TensorBoard shows a red box in its place."""
+    callback, events = fit(tmp_path, "bayesian", log_every_n_steps=3)
+    for _, tags in custom_scalars_layout(callback._require_table(), with_bars=True)["90 % intervals"].values():
+        value, lower, upper = ([event.step for event in events.Scalars(tag)] for tag in tags)
+        assert value == lower == upper
+        assert len(set(value)) == len(value) > 0
 
 
 class Stop(Callback):

@@ -154,7 +154,7 @@ def test_the_run_is_entered_among_the_hyperparameters(tmp_path: Path) -> None:
     for name, value in {
         "val/psnr": 28.0,
         "val/gain": 7.5,
-        "em/tau": duck.em_parameters.get_parameters()["tau"],
+        "em_end/tau": duck.em_parameters.get_parameters()["tau"],
     }.items():
         last = events.Scalars(name)[-1]
         assert last.step == trainer.global_step
@@ -166,7 +166,7 @@ def test_the_run_is_entered_among_the_hyperparameters(tmp_path: Path) -> None:
 def test_metrics_are_left_out_where_there_was_no_validation() -> None:
     start, metrics = hyperparameters(table(), {})
     assert set(start) == {f"em_start/{name}" for name in ("sigma", "tau", "sigma_s", "smooth_steps")}
-    assert set(metrics) == {f"em/{name}" for name in ("sigma", "tau", "sigma_s", "smooth_steps")}
+    assert set(metrics) == {f"em_end/{name}" for name in ("sigma", "tau", "sigma_s", "smooth_steps")}
 
 
 @pytest.mark.parametrize("rows", [0, 10, 100])
