@@ -55,11 +55,16 @@ class EMParameterCallback(Callback):
             raise ValueError(f"max_skipped_steps must be at least 1, got {max_skipped_steps}")
         self.rule = GradientRule() if rule is None else rule
         self.update_rows = update_rows
+        self.history_size = history_size
         self.max_skipped_steps = max_skipped_steps
         self._table: ParameterTable | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """State before the first step of a run."""
         self._rule_state: RuleState = {}
-        self._proxies: deque[Tensor] = deque(maxlen=history_size)
-        self._states: deque[TableValues] = deque(maxlen=history_size)
+        self._proxies: deque[Tensor] = deque(maxlen=self.history_size)
+        self._states: deque[TableValues] = deque(maxlen=self.history_size)
         # Skipped steps: in all, in a row, and the longest row; counted on the device.
         self._skipped = torch.zeros(3, dtype=torch.long)
         self._warned = False
@@ -119,11 +124,16 @@ class EMParameterCallback(Callback):
     # Lightning's side --------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check, before anything is trained, that the M-step will be right in this setup."""
+        """Check, before anything is trained, that the M-step will be right in this setup.
+
+        What an earlier run has learned of its own objective is no knowledge of another's: every `fit` starts the rule
+        afresh, unless a checkpoint, which is read after this, continues it.
+        """
         table = getattr(pl_module, "em_parameters", None)
         self._table = table if isinstance(table, ParameterTable) else None
         if stage != "fit":
             return
+        self._begin()
         _check_module(pl_module)
         _check_trainer(trainer)
 
@@ -151,6 +161,7 @@ class EMParameterCallback(Callback):
                     "step, so that an image would be counted more than once: choose another optimiser, such as Adam"
                 )
         self._last_step = trainer.global_step
+        table.rows_learn = self.update_rows
         table.take_gradient()  # of whoever ran before, such as a learning-rate finder
         table.explore(self.rule.explored(table, self._rule_state))
 
@@ -253,8 +264,6 @@ class EMParameterCallback(Callback):
         assignment: Assignment | None,
     ) -> None:
         proposed, rule_state = self.rule.step(table, statistics, self._rule_state)
-        if not self.update_rows:
-            proposed = proposed._replace(offsets=table.offsets)
         proposed = table.project(proposed)
         finite = statistics.finite & proposed.shared.isfinite().all() & proposed.offsets.isfinite().all()
         if rejected is None:

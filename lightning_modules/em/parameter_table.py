@@ -107,6 +107,8 @@ class ParameterTable(Float64Buffers):
         self._moving = tuple(p for p, n in enumerate(self.names) if n in self.learned and n not in self.integers)
         self._leaves: list[Tensor] = []
         self._explored: TableValues | None = None
+        #: whether the M-step moves the rows; where not, `project` keeps their offsets as they are
+        self.rows_learn = True
         self._start = TableValues(shared.clone(), self.offsets.clone())
         self._read_constants()
 
@@ -206,19 +208,22 @@ class ParameterTable(Float64Buffers):
         gradient[:, _constant(self._moving, torch.long, total.device)] = total
         return gradient
 
+    @property
+    def learned_per_row(self) -> tuple[str, ...]:
+        """Names whose rows the M-step moves: those of `per_row` that are learned; none where the rows rest."""
+        return tuple(name for name in self.per_row if name in self.learned) if self.rows_learn else ()
+
     def project(self, proposed: TableValues) -> TableValues:
         """What of a proposed state this table accepts.
 
-        Only learned parameters move, only those with rows have offsets. The global set is clamped into its bounds. A
-        row's own step may not carry it out of the bounds, but a row that a step of the global set has carried past
+        Only learned parameters move, and of the rows only those that learn. The global set is clamped into its bounds.
+        A row's own step may not carry it out of the bounds, but a row that a step of the global set has carried past
         them keeps its offset: clamping it would erase what the row has learned.
         """
-        learned = self._mask(self.learned)
-        shared = torch.where(learned, proposed.shared.clamp(self.lower, self.upper), self.shared)
+        shared = torch.where(self._mask(self.learned), proposed.shared.clamp(self.lower, self.upper), self.shared)
         floor = torch.minimum(self.offsets, self.lower - shared)
         ceiling = torch.maximum(self.offsets, self.upper - shared)
-        movable = learned & self._mask(self.per_row)
-        offsets = torch.where(movable, proposed.offsets.clamp(floor, ceiling), self.offsets)
+        offsets = torch.where(self._mask(self.learned_per_row), proposed.offsets.clamp(floor, ceiling), self.offsets)
         return TableValues(shared, offsets)
 
     @torch.no_grad()
