@@ -8,8 +8,10 @@ from torch import Tensor
 from callbacks.rules.rule import RuleState
 from lightning_modules.em import ParameterTable, Statistics
 
-# Decay of the gradients' scale and noise from batch to batch: far away, older ones are worthless.
+# Decay of the gradients' scale and noise from batch to batch, at the fastest: far away, older ones are worthless.
 _DECAY = 0.8
+# Degrees of freedom over which the noise is pooled where the last batches have fewer: far fewer tell little.
+_MEMORY = 32
 # Relative variance under which images count as alike: keeps a division by their noise finite.
 _LEAST_NOISE = 1e-12
 # Mean squared surprise, in units of its expectation, above which the model is taken to have been wrong.
@@ -64,7 +66,7 @@ def initial_state(table: ParameterTable, radius: float) -> RuleState:
 
 
 def observe(
-    state: RuleState, statistics: Statistics, place: Tensor, centre: Tensor, radius: float, reach: float
+    state: RuleState, statistics: Statistics, place: Tensor, centre: Tensor, radius: float, reach: float, cautious: bool
 ) -> tuple[Model, RuleState]:
     r"""Takes the gradients of one step into the filter.
 
@@ -76,13 +78,13 @@ def observe(
         + (1 - e^{-|d|^2 / \ell^2})\, \kappa_{ij}^2 s_i^2,
 
     with the scale s of the images' gradients and the reach ℓ. Half of what the drift does to the gradient over the
-    move is added to the gradient's variance. The measurement is the mean gradient of n images, whose noise is known
-    from how far the images differ: :math:`\nu_i = (\overline{g_i^2} - \bar g_i^2)/n`. A single image does not tell;
-    there it is what the filter's variance leaves unexplained of its surprise (Mehra, IEEE TAC 15, 1970), a rougher
-    estimate. Where the measured gradients surprise the filter much more than it expects (the objective is no
-    quadratic), all its variances grow by that factor (strong tracking; Zhou & Frank, IFAC 1991). Secant pairs of noisy
-    gradients are thereby weighed by what they are worth (Hennig & Kiefel, "Quasi-Newton methods: a new direction",
-    JMLR 14, 2013).
+    move is added to the gradient's variance. The measurement is the mean gradient of the images, whose noise is known
+    from how far the images differ: :math:`\nu_i = V_i / n` for n of them, and :math:`V_i \sum r^2 / (\sum r)^2` where
+    responsibilities r share them among the rows (White, Econometrica 48, 1980). A single image does not tell; there it
+    is judged by the filter's surprise (Mehra, IEEE TAC 15, 1970). Where the measured gradients surprise the filter much
+    more than it expects (the objective is no quadratic), all its variances grow by that factor (strong tracking; Zhou &
+    Frank, IFAC 1991). Secant pairs of noisy gradients are thereby weighed by what they are worth (Hennig & Kiefel,
+    "Quasi-Newton methods: a new direction", JMLR 14, 2013).
 
     Args:
         state: State of the filter.
@@ -91,13 +93,14 @@ def observe(
         centre: Coordinates about which the places are chosen: curvature drifts as this moves, not as they stray.
         radius: First trust radius; before anything is known a step has this length.
         reach: Distance ℓ in log units over which curvature changes.
+        cautious: Take a single image's gradient for noise until later ones agree with it. That keeps variances honest
+            where steps have one image each, and makes such steps slow where there is no noise.
 
     Shape:
         - place, centre: `[K + 1, P]`
     """
     count, gradient = statistics.count[:, None], statistics.mean_gradient
-    products = statistics.mean_gradient_products
-    square = products.diagonal(dim1=1, dim2=2)
+    square = statistics.mean_square_gradient
     seen, first = count > 0, state["images"] == 0
     # Components that have had no gradient yet: a network may begin without using what the parameter acts on.
     fresh = state["square"] == 0
@@ -111,14 +114,11 @@ def observe(
     predicted = known + (curvature @ move[..., None])[..., 0]
     covariance = _carried(state["covariance"], move, centre - state["centre"], unit, fresh, radius, reach)
     surprise = gradient - predicted
-    # How far the images of one batch differ, pooled over the last batches. One image alone does not tell: then, what of
-    # the surprise the filter does not explain.
-    apart = products - gradient[:, :, None] * gradient[:, None, :]
-    alone = (2 - count).clamp(0, 1)
-    unexplained = alone * (surprise.square() - covariance[:, :, 0, 0]).clamp_min(0)
-    within = _DECAY * state["within"] + count[..., None] * (apart + torch.diag_embed(unexplained))
-    freedom = _DECAY * state["freedom"] + (count - 1).clamp_min(0) + alone
-    noise = within.diagonal(dim1=1, dim2=2).clamp_min(0) / (freedom * count).clamp_min(_TINY) + _LEAST_NOISE * unit
+    within, freedom = _scatter(state, statistics, surprise, covariance[:, :, 0, 0], fresh, cautious)
+    # A variance that few degrees of freedom tell is taken for larger, as Student's t is wider than the normal.
+    images = statistics.effective_count[:, None]
+    factor = 1 / (freedom * count).clamp_min(_TINY) + 2 / (freedom.square() * images).clamp_min(_TINY)
+    noise = within.diagonal(dim1=1, dim2=2).clamp_min(0) * factor + _LEAST_NOISE * unit
     alive = square > 0
     excess = torch.where(alive, surprise.square() / (covariance[:, :, 0, 0] + noise), 0.0).sum(1, keepdim=True)
     excess = excess / alive.sum(1, keepdim=True).clamp_min(1)
@@ -249,6 +249,31 @@ def model_of(state: RuleState) -> Model:
 def places(shared: Tensor, offsets: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
     """Coordinates of the global set and of each row as they are read, `[K + 1, P]`."""
     return torch.cat([shared[None], (shared + offsets).clamp(lower, upper)])
+
+
+def _scatter(
+    state: RuleState, statistics: Statistics, surprise: Tensor, explained: Tensor, fresh: Tensor, cautious: bool
+) -> tuple[Tensor, Tensor]:
+    r"""How far the images' gradients differ, pooled over the last steps, and how many degrees of freedom tell it.
+
+    One image alone does not tell. What does is what of the surprise z the filter's variance c does not explain, z² − c;
+    and, by caution, how much of it would be noise if the noise V were what it was thought to be, the first image all
+    noise: the step of EM :math:`V \leftarrow z^2 V^2 / (c + V)^2 + c V / (c + V)`.
+    """
+    count, within, freedom = statistics.count[:, None], state["within"], state["freedom"]
+    alone = (2 - statistics.effective_count[:, None]).clamp(0, 1) * count
+    left = (surprise.square() - explained).clamp_min(0).sqrt()
+    spread = torch.zeros_like(left)
+    if cautious:
+        believed = within.diagonal(dim1=1, dim2=2) / (freedom * count).clamp_min(_TINY)
+        believed = torch.where(fresh, statistics.mean_square_gradient, believed)
+        share = believed / (explained + believed).clamp_min(_TINY)
+        left, spread = torch.maximum(left, share * surprise.abs()), share * explained
+    left = left * surprise.sign()
+    told = left[:, :, None] * left[:, None, :] + spread.diag_embed()
+    kept = (1 - statistics.freedom[:, None] / _MEMORY - (1 - _DECAY) * alone).clamp_min(_DECAY)
+    within = kept[..., None] * within + statistics.gradient_scatter + (alone * count)[..., None] * told
+    return within, kept * freedom + statistics.freedom[:, None] + alone
 
 
 def _carried(

@@ -62,9 +62,9 @@ class NewtonRule(Rule):
     def step(self, table: ParameterTable, statistics: Statistics, state: RuleState) -> tuple[TableValues, RuleState]:
         """One step for the global set and for every row that has images; see `Rule.step`."""
         place = places(table.shared, table.offsets, table.lower, table.upper)
-        model, state = observe(state, statistics, place, place, self.radius, self.reach)
+        model, state = observe(state, statistics, place, place, self.radius, self.reach, cautious=False)
         # What has no rows moves with the global set alone.
-        own = torch.cat([torch.ones_like(place[:1]), table.mask(table.per_row).expand_as(place[1:]).double()])
+        own = torch.cat([torch.ones_like(place[:1]), table.mask(table.learned_per_row).expand_as(place[1:]).double()])
         lower = own * torch.maximum(-model.radius, table.lower - place)
         upper = own * torch.minimum(model.radius, table.upper - place)
         step = torch.where(statistics.count[:, None] > 0, step_within(model, lower, upper, self.radius), 0.0)
