@@ -1,4 +1,4 @@
-"""What the second-order rules know of the objective, a gradient and its curvature, and the step that follows."""
+"""What the second-order rules know of the objective: a gradient and its curvature, filtered from noisy gradients."""
 
 from typing import NamedTuple
 
@@ -13,16 +13,12 @@ _DECAY = 0.8
 # Degrees of freedom over which the noise is pooled where the last batches have fewer: far fewer tell little.
 _MEMORY = 32
 # Relative variance under which images count as alike: keeps a division by their noise finite.
-_LEAST_NOISE = 1e-12
+LEAST_NOISE = 1e-12
 # Mean squared surprise, in units of its expectation, above which the model is taken to have been wrong.
 _SURPRISE = 16.0
 # Trust radii as multiples of the first: least and largest, and the change after agreement and after overshooting.
 LEAST_RADIUS, _LARGEST, _GROWTH, _CUT = 0.2, 2.0, 1.5, 0.5
-# Least curvature of a direction, in units of the curvature that is assumed before anything is known.
-_FLOOR = 0.125
-_SQUARE_ROOT_STEPS = 30
-_VARIANCE_STEPS = 10
-_TINY = 1e-60
+TINY = 1e-60
 
 
 class Model(NamedTuple):
@@ -43,6 +39,13 @@ class Model(NamedTuple):
     doubt: Tensor
     scale: Tensor
     radius: Tensor
+
+
+def check_distances(radius: float, reach: float) -> None:
+    """Raises a `ValueError` for a trust radius or a reach that is no distance."""
+    for name, value in (("radius", radius), ("reach", reach)):
+        if not value > 0:
+            raise ValueError(f"{name} must be a positive distance in log units, got {value}")
 
 
 def initial_state(table: ParameterTable, radius: float) -> RuleState:
@@ -105,7 +108,7 @@ def observe(
     # Components that have had no gradient yet: a network may begin without using what the parameter acts on.
     fresh = state["square"] == 0
     square = torch.where(fresh, square, torch.lerp(square, state["square"], _DECAY))
-    unit = square.clamp_min(_TINY)
+    unit = square.clamp_min(TINY)
     move = torch.where(first, 0.0, place - state["place"])
     eye = torch.eye(place.shape[1], dtype=place.dtype, device=place.device)
 
@@ -117,8 +120,8 @@ def observe(
     within, freedom = _scatter(state, statistics, surprise, covariance[:, :, 0, 0], fresh, cautious)
     # A variance that few degrees of freedom tell is taken for larger, as Student's t is wider than the normal.
     images = statistics.effective_count[:, None]
-    factor = 1 / (freedom * count).clamp_min(_TINY) + 2 / (freedom.square() * images).clamp_min(_TINY)
-    noise = within.diagonal(dim1=1, dim2=2).clamp_min(0) * factor + _LEAST_NOISE * unit
+    factor = 1 / (freedom * count).clamp_min(TINY) + 2 / (freedom.square() * images).clamp_min(TINY)
+    noise = within.diagonal(dim1=1, dim2=2).clamp_min(0) * factor + LEAST_NOISE * unit
     alive = square > 0
     excess = torch.where(alive, surprise.square() / (covariance[:, :, 0, 0] + noise), 0.0).sum(1, keepdim=True)
     excess = excess / alive.sum(1, keepdim=True).clamp_min(1)
@@ -149,92 +152,15 @@ def observe(
     return model_of(state), state
 
 
-def step_within(model: Model, lower: Tensor, upper: Tensor, radius: float) -> Tensor:
-    r"""Newton's step inside a box.
-
-    With :math:`S` the scales and :math:`B = S^{-1/2} A S^{-1/2}`, curvature counts by its size,
-    :math:`|B| = (B^2 + \mu^2 I)^{1/2}`, so that a saddle repels (Dauphin et al., NeurIPS 2014). Coordinates that leave
-    the box are held at its side and the others solved again.
-
-    Args:
-        model: Gradient and curvature.
-        lower, upper: Most that each coordinate may move down (≤ 0) and up (≥ 0).
-        radius: First trust radius; sets the least curvature μ.
-
-    Shape:
-        - lower, upper: `[K + 1, P]`
-        - output: `[K + 1, P]`; 0 where nothing has a gradient
-    """
-    root = model.scale.clamp_min(_TINY**0.5).sqrt()
-    bowl = magnitude(model.curvature / (root[:, :, None] * root[:, None, :]), _FLOOR / radius)
-    slope, lower, upper = model.gradient / root, lower * root, upper * root
-    held, step = torch.zeros_like(slope, dtype=torch.bool), torch.zeros_like(slope)
-    for _ in range(slope.shape[1] + 1):
-        # Rows and columns of the held coordinates become those of the identity.
-        free = ~held
-        system = torch.where(free[:, :, None] & free[:, None, :], bowl, 0.0) + torch.diag_embed(held.double())
-        pull = slope + (bowl @ torch.where(held, step, 0.0)[..., None])[..., 0]
-        # `solve` would make the host wait for an accelerator, to check what cannot fail here.
-        solved = torch.linalg.solve_ex(system, torch.where(free, -pull, step)[..., None])[0][..., 0]
-        step = torch.minimum(torch.maximum(solved, lower), upper)
-        held = held | (step != solved)
-    return torch.where(model.scale > 0, step / root, 0.0)
-
-
-def magnitude(matrix: Tensor, floor: float) -> Tensor:
-    """`(B² + floor²)^½` of symmetric matrices `[..., P, P]`, by Newton and Schulz's products.
-
-    An eigendecomposition would make the host wait for an accelerator.
-    """
-    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    square = matrix @ matrix + floor**2 * eye
-    total = square.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    root, inverse = square / total, eye.expand_as(square)
-    for _ in range(_SQUARE_ROOT_STEPS):
-        factor = 1.5 * eye - 0.5 * inverse @ root
-        root, inverse = root @ factor, factor @ inverse
-    return root * total.sqrt()
-
-
-def optimum_variance(model: Model, width: Tensor) -> Tensor:
-    r"""Variance v of the place where the gradient vanishes: the sandwich :math:`A^{-1} \Sigma A^{-1}`.
-
-    A curvature that is not well known leaves the place uncertain too: Σ is the covariance of the gradient plus
-    :math:`\sum_j \operatorname{Var}(A_{ij}) v_j`, by iteration from the largest v.
-
-    Args:
-        model: Gradient and curvature with their variances.
-        width: Distance between the bounds: no variance exceeds that of the uniform distribution between them.
-
-    Shape:
-        - width: `[P]`
-        - output: `[K + 1, P]`
-    """
-    root = model.scale.clamp_min(_TINY**0.5).sqrt()
-    pair = root[:, :, None] * root[:, None, :]
-    alive = (model.scale > 0).double()
-    curvature = model.curvature / pair * alive[:, :, None] * alive[:, None, :]
-    covariance, doubt = model.covariance / pair, model.doubt / pair.square()
-    # Coordinates that cannot move have no distance between their bounds, and no variance.
-    prior = (width * root).square().clamp_min(_TINY) / 12
-    variance = prior
-    for _ in range(_VARIANCE_STEPS):
-        extra = (doubt * variance[:, None, :]).sum(2) + _LEAST_NOISE * covariance.diagonal(dim1=1, dim2=2) + _TINY
-        information = curvature @ torch.linalg.inv_ex(covariance + torch.diag_embed(extra))[0] @ curvature
-        precision = information + torch.diag_embed(1 / prior)
-        variance = torch.linalg.inv_ex(precision)[0].diagonal(dim1=1, dim2=2).clamp_min(0)
-    return variance / root.square()
-
-
 def model_of(state: RuleState) -> Model:
     """What the filter's state says."""
     rows, covariance = state["mean"][:, :, 1:], state["covariance"].diagonal(dim1=2, dim2=3)
     # Of A_ij and A_ji, the one that is known better counts for more: the scales may lie orders of magnitude apart.
-    precision = 1 / (covariance[:, :, 1:] + _TINY)
+    precision = 1 / (covariance[:, :, 1:] + TINY)
     curvature = (precision * rows + precision.mT * rows.mT) / (precision + precision.mT)
     # The filters of the components know their variances; the images know how the components vary together.
     noise = state["within"].diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
-    correlation = state["within"] / (noise[:, :, None] * noise[:, None, :]).clamp_min(_TINY)
+    correlation = state["within"] / (noise[:, :, None] * noise[:, None, :]).clamp_min(TINY)
     spread = covariance[:, :, 0].clamp_min(0).sqrt()
     return Model(
         gradient=state["mean"][:, :, 0],
@@ -244,11 +170,6 @@ def model_of(state: RuleState) -> Model:
         scale=state["square"].sqrt(),
         radius=state["radius"],
     )
-
-
-def places(shared: Tensor, offsets: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
-    """Coordinates of the global set and of each row as they are read, `[K + 1, P]`."""
-    return torch.cat([shared[None], (shared + offsets).clamp(lower, upper)])
 
 
 def _scatter(
@@ -265,9 +186,9 @@ def _scatter(
     left = (surprise.square() - explained).clamp_min(0).sqrt()
     spread = torch.zeros_like(left)
     if cautious:
-        believed = within.diagonal(dim1=1, dim2=2) / (freedom * count).clamp_min(_TINY)
+        believed = within.diagonal(dim1=1, dim2=2) / (freedom * count).clamp_min(TINY)
         believed = torch.where(fresh, statistics.mean_square_gradient, believed)
-        share = believed / (explained + believed).clamp_min(_TINY)
+        share = believed / (explained + believed).clamp_min(TINY)
         left, spread = torch.maximum(left, share * surprise.abs()), share * explained
     left = left * surprise.sign()
     told = left[:, :, None] * left[:, None, :] + spread.diag_embed()

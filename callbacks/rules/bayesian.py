@@ -5,14 +5,8 @@ import os
 import torch
 from torch import Tensor
 
-from callbacks.rules._gradient_model import (
-    LEAST_RADIUS,
-    initial_state,
-    observe,
-    optimum_variance,
-    places,
-    step_within,
-)
+from callbacks.rules._gradient_model import LEAST_RADIUS, check_distances, initial_state, observe
+from callbacks.rules._newton_step import bounded_step, optimum_variance, places
 from callbacks.rules.rule import Rule, RuleState
 from lightning_modules.em import ParameterTable, Statistics, TableValues
 from lightning_modules.graph import seeded_normal
@@ -78,9 +72,7 @@ class BayesianRule(Rule):
     """
 
     def __init__(self, radius: float = 0.5, reach: float = 0.5, exploration: float = 1.0) -> None:
-        for name, value in (("radius", radius), ("reach", reach)):
-            if not value > 0:
-                raise ValueError(f"{name} must be a positive distance in log units, got {value}")
+        check_distances(radius, reach)
         if not exploration >= 0:
             raise ValueError(f"exploration must not be negative, got {exploration}")
         self.radius = radius
@@ -108,10 +100,7 @@ class BayesianRule(Rule):
         model, filters = observe(state, statistics, place, mean, self.radius, self.reach, cautious=True)
         back = model.curvature @ (mean - place)[..., None]
         model = model._replace(gradient=model.gradient + back[..., 0])
-        own = torch.cat([torch.ones_like(mean[:1]), table.mask(table.learned_per_row).expand_as(mean[1:]).double()])
-        lower = own * torch.maximum(-model.radius, table.lower - mean)
-        upper = own * torch.minimum(model.radius, table.upper - mean)
-        step = torch.where(statistics.count[:, None] > 0, step_within(model, lower, upper, self.radius), 0.0)
+        step = bounded_step(table, statistics, model, mean, self.radius)
 
         variance = optimum_variance(model, table.upper - table.lower)
         seen, met = statistics.count[1:, None] > 0, (filters["images"][1:] > 0).double()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from callbacks import BayesianRule, GradientRule, NewtonRule, Rule
 from callbacks.rules import _gradient_model as model
+from callbacks.rules._newton_step import magnitude, optimum_variance, step_within
 from lightning_modules.em import EStep, ParameterTable, Statistics, TableValues
 
 NAMES = ["a", "b", "c"]
@@ -141,7 +142,7 @@ def test_magnitude_equals_the_eigendecomposition(size: int) -> None:
     matrix = matrix + matrix.mT
     values, vectors = torch.linalg.eigh(matrix)
     expected = vectors @ torch.diag_embed((values.square() + 0.01).sqrt()) @ vectors.mT
-    torch.testing.assert_close(model.magnitude(matrix, 0.1), expected, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(magnitude(matrix, 0.1), expected, rtol=1e-9, atol=1e-10)
 
 
 def row_steps(rule: Rule, t: ParameterTable, bests: Tensor, steps: int, shares: list[int], noise: float = 0.0) -> Any:
@@ -244,8 +245,8 @@ def intervals(size: int, images: int, soft: bool) -> tuple[list[float], list[flo
         back = found.curvature @ (mean - place)[..., None]
         found = found._replace(gradient=found.gradient + back[..., 0])
         lower, upper = (torch.maximum(-found.radius, t.lower - mean), torch.minimum(found.radius, t.upper - mean))
-        mean = mean + model.step_within(found, lower, upper, radius)
-        deviation = model.optimum_variance(found, t.upper - t.lower).sqrt()
+        mean = mean + step_within(found, lower, upper, radius)
+        deviation = optimum_variance(found, t.upper - t.lower).sqrt()
         place = mean + (deviation * draw(repetitions + 1, size)).clamp(-0.1, 0.1)
         covered.append(((mean[1:] - best).abs() < 1.6449 * deviation[1:]).double().mean().item())
         ideal = of_one * (squares.sqrt() / total)[:, None]
