@@ -146,12 +146,13 @@ def test_magnitude_equals_the_eigendecomposition(size: int) -> None:
 
 
 def row_steps(rule: Rule, t: ParameterTable, bests: Tensor, steps: int, shares: list[int], noise: float = 0.0) -> Any:
-    """Steps on one quadratic for each row, with the given numbers of images in every step."""
+    """Steps on one quadratic for each row, with the given numbers of images in every step; a rule may explore."""
     generator = torch.Generator().manual_seed(1)
     state, labels = rule.initial_state(t), torch.repeat_interleave(torch.arange(len(shares)), torch.tensor(shares))
     rows = torch.eye(len(shares))[labels]
     for _ in range(steps):
-        place = t.shared + rows.double() @ t.offsets
+        read = rule.explored(t, state) or t.state
+        place = read.shared + rows.double() @ read.offsets
         each = 2 * (place - bests[labels])
         each = each + noise * torch.randn(each.shape, generator=generator, dtype=torch.float64)
         stats = Statistics(len(shares), len(t.names))
@@ -365,6 +366,14 @@ def test_pooling_variance_is_learned_from_the_rows() -> None:
     assert found["apart"][1] == pytest.approx(0.68, abs=0.3)  # mean square of the rows' optima
     assert found["alike"][1] < 0.1  # the prior counts as one row of four and one
     assert found["alike"][0].offsets.abs().max() < 0.15
+
+
+def test_rows_walk_to_optima_that_are_far_and_not_well_known() -> None:
+    """Drawn to the global set in every step, rows whose curvature is unknown would never leave it to learn it."""
+    bests = torch.tensor([[1.5], [-1.5], [1.0], [-1.0]], dtype=torch.float64)
+    t = table(names=["a"], per_row=["a"], row_names=["k", "l", "m", "n"])
+    row_steps(BayesianRule(), t, bests, 80, [4, 4, 4, 4], noise=1.0)
+    torch.testing.assert_close(t.shared + t.offsets, bests, rtol=0, atol=0.15)
 
 
 @pytest.mark.parametrize("rule", [NewtonRule(), BayesianRule()])
