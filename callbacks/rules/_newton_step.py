@@ -12,23 +12,27 @@ _SQUARE_ROOT_STEPS = 30
 _VARIANCE_STEPS = 10
 
 
-def bounded_step(table: ParameterTable, statistics: Statistics, model: Model, place: Tensor, radius: float) -> Tensor:
-    """Newton's step of the global set and of each row that has images, within trust radii and bounds.
+def bounded_step(
+    table: ParameterTable, statistics: Statistics, model: Model, place: Tensor, trust: Tensor, radius: float
+) -> Tensor:
+    """Newton's step of the global set and of each row that has images, within bounds and a distance.
 
     Args:
         table: The table, for its bounds and for what has rows.
         statistics: Sums over the images of the step.
         model: Gradient and curvature at the place.
         place: Coordinates to step from.
+        trust: Most that each coordinate may move; several such boxes are served side by side.
         radius: First trust radius.
 
     Shape:
-        - place, output: `[K + 1, P]`
+        - place: `[K + 1, P]`
+        - trust, output: `[..., K + 1, P]`
     """
     # What has no rows moves with the global set alone.
     own = torch.cat([torch.ones_like(place[:1]), table.mask(table.learned_per_row).expand_as(place[1:]).double()])
-    lower = own * torch.maximum(-model.radius, table.lower - place)
-    upper = own * torch.minimum(model.radius, table.upper - place)
+    lower = own * torch.maximum(-trust, table.lower - place)
+    upper = own * torch.minimum(trust, table.upper - place)
     return torch.where(statistics.count[:, None] > 0, step_within(model, lower, upper, radius), 0.0)
 
 
@@ -45,17 +49,18 @@ def step_within(model: Model, lower: Tensor, upper: Tensor, radius: float) -> Te
         radius: First trust radius; sets the least curvature μ.
 
     Shape:
-        - lower, upper: `[K + 1, P]`
-        - output: `[K + 1, P]`; 0 where nothing has a gradient
+        - lower, upper: `[..., K + 1, P]`
+        - output: `[..., K + 1, P]`; 0 where nothing has a gradient
     """
     root = model.scale.clamp_min(TINY**0.5).sqrt()
     bowl = magnitude(model.curvature / (root[:, :, None] * root[:, None, :]), _FLOOR / radius)
-    slope, lower, upper = model.gradient / root, lower * root, upper * root
+    lower, upper = lower * root, upper * root
+    slope = (model.gradient / root).expand_as(lower)
     held, step = torch.zeros_like(slope, dtype=torch.bool), torch.zeros_like(slope)
-    for _ in range(slope.shape[1] + 1):
+    for _ in range(slope.shape[-1] + 1):
         # Rows and columns of the held coordinates become those of the identity.
         free = ~held
-        system = torch.where(free[:, :, None] & free[:, None, :], bowl, 0.0) + torch.diag_embed(held.double())
+        system = torch.where(free[..., :, None] & free[..., None, :], bowl, 0.0) + torch.diag_embed(held.double())
         pull = slope + (bowl @ torch.where(held, step, 0.0)[..., None])[..., 0]
         # `solve` would make the host wait for an accelerator, to check what cannot fail here.
         solved = torch.linalg.solve_ex(system, torch.where(free, -pull, step)[..., None])[0][..., 0]

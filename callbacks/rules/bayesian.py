@@ -100,16 +100,14 @@ class BayesianRule(Rule):
         model, filters = observe(state, statistics, place, mean, self.radius, self.reach, cautious=True)
         back = model.curvature @ (mean - place)[..., None]
         model = model._replace(gradient=model.gradient + back[..., 0])
-        step = bounded_step(table, statistics, model, mean, self.radius)
+        trust = torch.stack([model.radius, torch.full_like(mean, torch.inf)])
+        step, wanted = bounded_step(table, statistics, model, mean, trust, self.radius)
 
         variance = optimum_variance(model, table.upper - table.lower)
         seen, met = statistics.count[1:, None] > 0, (filters["images"][1:] > 0).double()
         share = _share(state["pooling_variance"], variance[1:])
         # The posterior mean is drawn to 0 from where the row's own images want it, however far; the way there is walked
         # in steps. Drawing in each step instead would hold a row whose optimum is far and not well known for ever.
-        wanted = bounded_step(
-            table, statistics, model._replace(radius=torch.full_like(mean, torch.inf)), mean, self.radius
-        )
         target = share * (table.offsets + wanted[1:] - step[0])
         offsets = table.offsets + (target - table.offsets).clamp(-model.radius[1:], model.radius[1:])
         spread = (met * (target.square() + share * variance[1:])).sum(0)

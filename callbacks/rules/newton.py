@@ -62,7 +62,7 @@ class NewtonRule(Rule):
         """One step for the global set and for every row that has images; see `Rule.step`."""
         place = places(table.shared, table.offsets, table.lower, table.upper)
         model, state = observe(state, statistics, place, place, self.radius, self.reach, cautious=False)
-        step = bounded_step(table, statistics, model, place, self.radius)
+        step = bounded_step(table, statistics, model, place, model.radius, self.radius)
         share = state["images"] / (state["images"] + self.pseudo_count).clamp_min(torch.finfo(torch.float64).tiny)
         moved = (statistics.count[1:, None] > 0) & ~table.mask(table.integers)
         return TableValues(
