@@ -100,6 +100,7 @@ def my_lab(tmp_path: Path) -> Path:
 
 def test_a_rule_and_an_assignment_of_ones_own_train(my_lab: Path, tmp_path: Path) -> None:
     words = ["fit", "-c", DEMO, "-c", "mine.yaml", *FEW_CROPS, "--trainer.max_epochs=1", "--trainer.accelerator=cpu"]
+    words += ["--trainer.enable_model_summary=false", "--trainer.limit_val_batches=0"]
     python_path = os.pathsep.join([str(my_lab), str(PROJECT)])
     result = subprocess.run(
         [sys.executable, "-m", "lightning_modules.cli", *words],
