@@ -5,17 +5,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from callbacks._em_metrics import em_metrics
+from callbacks._em_requirements import check_module, check_trainer
 from callbacks.rules import GradientRule, Rule, RuleState
 from lightning_modules.em import Assignment, EStep, ParameterTable, Statistics, TableValues
-
-# Standard deviations either side of the mean that hold 90 % of a normal distribution.
-NORMAL_90 = 1.6449
-_PARTS = ("reconstruction", "perceptual", "smoothness")
 
 
 class EMParameterCallback(Callback):
@@ -55,11 +52,16 @@ class EMParameterCallback(Callback):
             raise ValueError(f"max_skipped_steps must be at least 1, got {max_skipped_steps}")
         self.rule = GradientRule() if rule is None else rule
         self.update_rows = update_rows
+        self.history_size = history_size
         self.max_skipped_steps = max_skipped_steps
         self._table: ParameterTable | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """State before the first step of a run."""
         self._rule_state: RuleState = {}
-        self._proxies: deque[Tensor] = deque(maxlen=history_size)
-        self._states: deque[TableValues] = deque(maxlen=history_size)
+        self._proxies: deque[Tensor] = deque(maxlen=self.history_size)
+        self._states: deque[TableValues] = deque(maxlen=self.history_size)
         # Skipped steps: in all, in a row, and the longest row; counted on the device.
         self._skipped = torch.zeros(3, dtype=torch.long)
         self._warned = False
@@ -119,13 +121,18 @@ class EMParameterCallback(Callback):
     # Lightning's side --------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check, before anything is trained, that the M-step will be right in this setup."""
+        """Check, before anything is trained, that the M-step will be right in this setup.
+
+        What an earlier run has learned of its own objective is no knowledge of another's: every `fit` starts the rule
+        afresh, unless a checkpoint, which is read after this, continues it.
+        """
         table = getattr(pl_module, "em_parameters", None)
         self._table = table if isinstance(table, ParameterTable) else None
         if stage != "fit":
             return
-        _check_module(pl_module)
-        _check_trainer(trainer)
+        self._begin()
+        check_module(pl_module)
+        check_trainer(trainer, EMParameterCallback)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the state to the module's device, and continue after the step at which a checkpoint was taken."""
@@ -151,6 +158,7 @@ class EMParameterCallback(Callback):
                     "step, so that an image would be counted more than once: choose another optimiser, such as Adam"
                 )
         self._last_step = trainer.global_step
+        table.rows_learn = self.update_rows
         table.take_gradient()  # of whoever ran before, such as a learning-rate finder
         table.explore(self.rule.explored(table, self._rule_state))
 
@@ -253,8 +261,6 @@ class EMParameterCallback(Callback):
         assignment: Assignment | None,
     ) -> None:
         proposed, rule_state = self.rule.step(table, statistics, self._rule_state)
-        if not self.update_rows:
-            proposed = proposed._replace(offsets=table.offsets)
         proposed = table.project(proposed)
         finite = statistics.finite & proposed.shared.isfinite().all() & proposed.offsets.isfinite().all()
         if rejected is None:
@@ -293,37 +299,10 @@ class EMParameterCallback(Callback):
             )
 
     def _log(self, trainer: Trainer, table: ParameterTable, statistics: Statistics) -> None:
-        # One transfer for everything that is logged.
-        parts = torch.stack([statistics.mean(name) for name in ("proxy", *_PARTS)], dim=1)
-        count = statistics.count[:, None]
-        rows = torch.cat([table.values(), parts, count], dim=1).tolist()
-        metrics: dict[str, float] = {"em/skipped_steps": float(self._skipped[0])}
-        names = [*table.names, "loss_proxy", *_PARTS]
-        metrics.update({f"em/{name}": value for name, value in zip(names, rows[0], strict=False)})
-        for row_name, values in zip(table.row_names, rows[1:], strict=True):
-            named = dict(zip(names, values, strict=False))
-            metrics.update({f"em/{name}/{row_name}": named[name] for name in table.per_row})
-            if values[-1] > 0:
-                metrics[f"em/loss_proxy/{row_name}"] = named["loss_proxy"]
-        metrics.update(self._error_bars(table))
-        metrics = {name: value for name, value in metrics.items() if value == value}
+        deviation = self.rule.standard_deviation(table, self._rule_state)
+        metrics = em_metrics(table, statistics, self.skipped_steps, deviation)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
-
-    def _error_bars(self, table: ParameterTable) -> dict[str, float]:
-        deviation = self.rule.standard_deviation(table, self._rule_state)
-        if deviation is None:
-            return {}
-        metrics: dict[str, float] = {}
-        for side, sign in (("lower", -1), ("upper", 1)):
-            edge = (table.shared + sign * NORMAL_90 * deviation[0]).clamp(table.lower, table.upper).exp().tolist()
-            metrics.update({f"em/interval/{name}/{side}": value for name, value in zip(table.names, edge, strict=True)})
-        shared, *rows = deviation.tolist()
-        metrics.update({f"em/std/{name}": value for name, value in zip(table.names, shared, strict=True)})
-        for row_name, values in zip(table.row_names, rows, strict=True):
-            named = dict(zip(table.names, values, strict=True))
-            metrics.update({f"em/std/{name}/{row_name}": named[name] for name in table.per_row})
-        return metrics
 
     def _log_assignment(self, trainer: Trainer, assignment: Assignment) -> None:
         numbers = assignment.diagnostics()
@@ -354,38 +333,3 @@ def _e_step(outputs: Any) -> EStep:
             f"{got}: add the statistics of the batch (lightning_modules.EStep)"
         )
     return step
-
-
-def _check_module(pl_module: LightningModule) -> None:
-    table = getattr(pl_module, "em_parameters", None)
-    if not isinstance(table, ParameterTable):
-        what = "has no attribute" if table is None else f"has a {type(table).__name__} as"
-        raise MisconfigurationException(
-            "EMParameterCallback learns the parameters of a lightning_modules.ParameterTable, but "
-            f"{type(pl_module).__name__} {what} `em_parameters`: create the table in the module's __init__"
-        )
-    if not pl_module.automatic_optimization:
-        raise MisconfigurationException(
-            "EMParameterCallback needs automatic optimisation: under manual optimisation Lightning does not say which "
-            "batches belong to an optimiser step"
-        )
-
-
-def _check_trainer(trainer: Trainer) -> None:
-    strategy = trainer.strategy
-    supported = isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)
-    if not supported:
-        raise MisconfigurationException(
-            f"EMParameterCallback does not work with {type(strategy).__name__}, under which a module's buffers or "
-            "gradients are not whole on every process: use one device or strategy='ddp'"
-        )
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    if strategy.root_device.type == "mps":
-        raise MisconfigurationException(
-            "EMParameterCallback needs float64, which Apple's MPS does not have: add --trainer.accelerator cpu"
-        )
-    twins = [callback for callback in callbacks if isinstance(callback, EMParameterCallback)]
-    if len(twins) > 1:
-        raise MisconfigurationException(
-            f"{len(twins)} EMParameterCallbacks would each move the same parameter table: keep one of them"
-        )

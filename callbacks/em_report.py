@@ -154,7 +154,8 @@ def _cell(table: "ParameterTable", name: str, value: float, bars: list[list[floa
     on_bound = any(rests_on_bound(value, bound) for bound in table.bounds[name])
     cell = f"{value:.4g}*" if on_bound else f"{value:.4g}"
     deviation = math.nan if bars is None else bars[row][table.names.index(name)]
-    return cell if math.isnan(deviation) else f"{cell} ±{value * deviation:.1g}"
+    # One digit that counts, and no exponent: ±20, not ±2e+01.
+    return cell if math.isnan(deviation) else f"{cell} ±{float(f'{value * deviation:.1g}'):g}"
 
 
 def _inside(table: "ParameterTable", name: str, value: float) -> float:

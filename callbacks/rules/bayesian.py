@@ -1,16 +1,12 @@
 """M-step that keeps a posterior of the parameters: where they are, and how well that is known."""
 
+import os
+
 import torch
 from torch import Tensor
 
-from callbacks.rules._gradient_model import (
-    LEAST_RADIUS,
-    initial_state,
-    observe,
-    optimum_variance,
-    places,
-    step_within,
-)
+from callbacks.rules._gradient_model import LEAST_RADIUS, check_distances, initial_state, observe
+from callbacks.rules._newton_step import bounded_step, optimum_variance, places
 from callbacks.rules.rule import Rule, RuleState
 from lightning_modules.em import ParameterTable, Statistics, TableValues
 from lightning_modules.graph import seeded_normal
@@ -36,6 +32,11 @@ class BayesianRule(Rule):
     the images' own correlations between the components. The mean moves by :math:`-|A|^{-1} \hat g` in the same trust
     region, and a uniform distribution over the bounds limits the standard deviation where the loss is flat.
 
+    Several images a step show how noisy their gradients are; a single one does not. Then all of it is taken for noise
+    until later ones agree, and the intervals stay wide for some dozens of steps: raise `batch_size` or
+    `accumulate_grad_batches`. A row's deviation is that of images which are its own for the most part; where rows blend
+    about equally, they share what is known, and it says too much.
+
     Rows are pooled by empirical Bayes (Gelman & Hill 2007, chapter 12): their offsets are draws of
     :math:`\mathcal N(0, \tau^2)`, an offset that its own images put at d with variance s² is given the posterior mean
     :math:`d\,\tau^2 / (\tau^2 + s^2)`, and τ², one for each parameter, is learned by EM from the posterior means and
@@ -47,7 +48,8 @@ class BayesianRule(Rule):
         exploration: Posterior standard deviations by which the parameters of a training step stray from the mean, at
             random and by a fifth of the radius at most. The curvature is learned from it: without (0), the path of the
             mean may leave some of it unknown, and the standard deviations stay wide. The table itself, and so
-            validation, checkpoints and the result, hold the mean.
+            validation, checkpoints and the result, hold the mean. The draws are a function of the step and of the run's
+            seed (`seed_everything`; 0 without): alike on every process, and on resuming those of the run that began.
 
     Raises:
         ValueError: If an argument is outside its range.
@@ -70,9 +72,7 @@ class BayesianRule(Rule):
     """
 
     def __init__(self, radius: float = 0.5, reach: float = 0.5, exploration: float = 1.0) -> None:
-        for name, value in (("radius", radius), ("reach", reach)):
-            if not value > 0:
-                raise ValueError(f"{name} must be a positive distance in log units, got {value}")
+        check_distances(radius, reach)
         if not exploration >= 0:
             raise ValueError(f"exploration must not be negative, got {exploration}")
         self.radius = radius
@@ -88,6 +88,8 @@ class BayesianRule(Rule):
             # Before the first gradient: that of the uniform distribution between the bounds.
             "deviation": ((table.upper - table.lower) / 12**0.5).repeat(rows, 1),
             "steps": torch.zeros(1, dtype=torch.long, device=table.shared.device),
+            # Every process has this variable, and in it the same number, whatever its own generator has come to.
+            "seed": torch.full((1,), int(os.environ.get("PL_GLOBAL_SEED", 0)), device=table.shared.device),
         }
 
     def step(self, table: ParameterTable, statistics: Statistics, state: RuleState) -> tuple[TableValues, RuleState]:
@@ -95,27 +97,28 @@ class BayesianRule(Rule):
         mean = places(*table.state, table.lower, table.upper)
         read = self.explored(table, state)
         place = mean if read is None else places(*read, table.lower, table.upper)
-        model, filters = observe(state, statistics, place, mean, self.radius, self.reach)
+        model, filters = observe(state, statistics, place, mean, self.radius, self.reach, cautious=True)
         back = model.curvature @ (mean - place)[..., None]
         model = model._replace(gradient=model.gradient + back[..., 0])
-        own = torch.cat([torch.ones_like(mean[:1]), table.mask(table.per_row).expand_as(mean[1:]).double()])
-        lower = own * torch.maximum(-model.radius, table.lower - mean)
-        upper = own * torch.minimum(model.radius, table.upper - mean)
-        step = torch.where(statistics.count[:, None] > 0, step_within(model, lower, upper, self.radius), 0.0)
+        trust = torch.stack([model.radius, torch.full_like(mean, torch.inf)])
+        step, wanted = bounded_step(table, statistics, model, mean, trust, self.radius)
 
         variance = optimum_variance(model, table.upper - table.lower)
         seen, met = statistics.count[1:, None] > 0, (filters["images"][1:] > 0).double()
         share = _share(state["pooling_variance"], variance[1:])
-        target = share * (table.offsets + step[1:] - step[0])
+        # The posterior mean is drawn to 0 from where the row's own images want it, however far; the way there is walked
+        # in steps. Drawing in each step instead would hold a row whose optimum is far and not well known for ever.
+        target = share * (table.offsets + wanted[1:] - step[0])
         offsets = table.offsets + (target - table.offsets).clamp(-model.radius[1:], model.radius[1:])
         spread = (met * (target.square() + share * variance[1:])).sum(0)
         # What has no rows is as uncertain in a row as it is in the global set.
-        rows = torch.where(table.mask(table.per_row), share * variance[1:], variance[:1])
+        rows = torch.where(table.mask(table.learned_per_row), share * variance[1:], variance[:1])
         next_state = {
             **filters,
             "pooling_variance": (_FIRST_POOLING_VARIANCE + spread) / (1 + met.sum(0)),
             "deviation": torch.cat([variance[:1], rows]).sqrt(),
             "steps": state["steps"] + 1,
+            "seed": state["seed"],
         }
         moved = seen & ~table.mask(table.integers)
         return TableValues(table.shared + step[0], torch.where(moved, offsets, table.offsets)), next_state
@@ -130,7 +133,7 @@ class BayesianRule(Rule):
         if not self.exploration:
             return None
         rows = len(table.row_names) + 1
-        key = state["steps"] * rows + torch.arange(rows, device=table.shared.device)
+        key = (state["seed"] << 32) + state["steps"] * rows + torch.arange(rows, device=table.shared.device)
         draws = seeded_normal(key, (len(table.names),)).to(table.shared)
         stray = (self.exploration * self.standard_deviation(table, state) * draws).nan_to_num(0.0)
         stray = stray.clamp(-LEAST_RADIUS * self.radius, LEAST_RADIUS * self.radius)

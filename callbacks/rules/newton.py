@@ -2,7 +2,8 @@
 
 import torch
 
-from callbacks.rules._gradient_model import initial_state, observe, places, step_within
+from callbacks.rules._gradient_model import check_distances, initial_state, observe
+from callbacks.rules._newton_step import bounded_step, places
 from callbacks.rules.rule import Rule, RuleState
 from lightning_modules.em import ParameterTable, Statistics, TableValues
 
@@ -46,9 +47,7 @@ class NewtonRule(Rule):
     """
 
     def __init__(self, radius: float = 0.5, reach: float = 0.5, pseudo_count: float = 20.0) -> None:
-        for name, value in (("radius", radius), ("reach", reach)):
-            if not value > 0:
-                raise ValueError(f"{name} must be a positive distance in log units, got {value}")
+        check_distances(radius, reach)
         if not pseudo_count >= 0:
             raise ValueError(f"pseudo_count must not be negative, got {pseudo_count}")
         self.radius = radius
@@ -62,12 +61,8 @@ class NewtonRule(Rule):
     def step(self, table: ParameterTable, statistics: Statistics, state: RuleState) -> tuple[TableValues, RuleState]:
         """One step for the global set and for every row that has images; see `Rule.step`."""
         place = places(table.shared, table.offsets, table.lower, table.upper)
-        model, state = observe(state, statistics, place, place, self.radius, self.reach)
-        # What has no rows moves with the global set alone.
-        own = torch.cat([torch.ones_like(place[:1]), table.mask(table.per_row).expand_as(place[1:]).double()])
-        lower = own * torch.maximum(-model.radius, table.lower - place)
-        upper = own * torch.minimum(model.radius, table.upper - place)
-        step = torch.where(statistics.count[:, None] > 0, step_within(model, lower, upper, self.radius), 0.0)
+        model, state = observe(state, statistics, place, place, self.radius, self.reach, cautious=False)
+        step = bounded_step(table, statistics, model, place, model.radius, self.radius)
         share = state["images"] / (state["images"] + self.pseudo_count).clamp_min(torch.finfo(torch.float64).tiny)
         moved = (statistics.count[1:, None] > 0) & ~table.mask(table.integers)
         return TableValues(

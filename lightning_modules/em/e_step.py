@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 # Columns of `Statistics.sums` after the gradient's and its products'.
-_COLUMNS = ("count", "reconstruction", "perceptual", "smoothness", "similarity", "proxy")
+_COLUMNS = ("square_count", "cube_count", "count", "reconstruction", "perceptual", "smoothness", "similarity", "proxy")
 
 
 class EStep(NamedTuple):
@@ -54,7 +54,8 @@ class EStep(NamedTuple):
 class Statistics:
     """Sums over images: row 0 over all of them, row k weighted by the responsibility of table row k.
 
-    Sums and counts add up over micro-batches and processes, and only then become means: never means of means.
+    Sums and counts add up over micro-batches and processes, and only then become means: never means of means. How
+    far a mean over shared images can be trusted is a matter of the squares of the responsibilities r.
 
     Args:
         num_rows: Number K of the table's rows.
@@ -62,8 +63,9 @@ class Statistics:
         device: Where the sums live.
 
     Attributes:
-        sums: One float64 tensor `[K + 1, P + P² + 6]`: the gradient g of the proxy with respect to the table's
-            coordinates and its products g gᵀ, then count, reconstruction, perceptual, smoothness, similarity and proxy.
+        sums: One float64 tensor `[K + 1, 2P + P² + 8]`: r g, with the gradient g of the proxy with respect to the
+            table's coordinates; r² g and r² g gᵀ; r² and r³; then, each times r, 1 (count), reconstruction, perceptual,
+            smoothness, similarity and proxy.
         latent: Sums of the assignment's own statistics, float64 `[M]`.
 
     Example:
@@ -75,7 +77,7 @@ class Statistics:
 
     def __init__(self, num_rows: int, num_parameters: int, device: torch.device | str = "cpu") -> None:
         self.num_parameters = num_parameters
-        columns = num_parameters * (num_parameters + 1) + len(_COLUMNS)
+        columns = num_parameters * (num_parameters + 2) + len(_COLUMNS)
         self.sums = torch.zeros(num_rows + 1, columns, dtype=torch.float64, device=device)
         self.latent = self.sums.new_zeros(0)
 
@@ -97,18 +99,22 @@ class Statistics:
         zero = rows.new_zeros(len(rows))
         smoothness = zero if step.smoothness is None else step.smoothness.double()
         gradient = rows.new_zeros(len(rows), self.num_parameters) if gradient is None else gradient.double()
-        values = [
-            gradient,
-            (gradient[:, :, None] * gradient[:, None, :]).flatten(1),
-            torch.ones_like(zero)[:, None],
-            step.reconstruction.double()[:, None],
-            (zero if step.perceptual is None else step.perceptual.double())[:, None],
-            smoothness[:, None],
-            (smoothness if step.similarity is None else step.similarity.double())[:, None],
-            step.proxy[:, None],
+        columns = [
+            torch.ones_like(zero),
+            step.reconstruction.double(),
+            zero if step.perceptual is None else step.perceptual.double(),
+            smoothness,
+            smoothness if step.similarity is None else step.similarity.double(),
+            step.proxy,
         ]
-        share, images = (torch.where(used[:, None], part, 0.0) for part in (share, torch.cat(values, dim=1)))
-        self.sums += share.T @ images
+        share, gradient, values = (
+            torch.where(used[:, None], part, 0.0) for part in (share, gradient, torch.stack(columns, dim=1))
+        )
+        square, one = share.square().T, torch.ones_like(gradient[:, :1])
+        products = (gradient[:, :, None] * gradient[:, None, :]).flatten(1)
+        squares = square @ torch.cat([gradient, products, one], dim=1)
+        cubes = share.pow(3).sum(0)[:, None]
+        self.sums += torch.cat([share.T @ gradient, squares, cubes, share.T @ values], dim=1)
         if step.latent is not None:
             latent = torch.where(used[:, None], step.latent.double(), 0.0).sum(0)
             self.latent = latent if not len(self.latent) else self.latent + latent
@@ -139,11 +145,43 @@ class Statistics:
         return self.sums[:, : self.num_parameters] / self.count[:, None].clamp_min(torch.finfo(torch.float64).tiny)
 
     @property
-    def mean_gradient_products(self) -> Tensor:
-        """Mean over the images of g gᵀ, `[K + 1, P, P]`: with `mean_gradient`, how far the images' gradients differ."""
+    def effective_count(self) -> Tensor:
+        r"""How many whole images would give as good a mean, :math:`(\sum r)^2 / \sum r^2`, `[K + 1]`."""
+        return self.count.square() / self.sum("square_count").clamp_min(torch.finfo(torch.float64).tiny)
+
+    @property
+    def mean_square_gradient(self) -> Tensor:
+        """Mean over the images of g², weighted by r², `[K + 1, P]`; 0 for rows without images."""
+        square = self.sum("square_count")[:, None].clamp_min(torch.finfo(torch.float64).tiny)
+        return self._products.diagonal(dim1=1, dim2=2) / square
+
+    @property
+    def gradient_scatter(self) -> Tensor:
+        r"""How far the images' gradients differ: :math:`\sum r^2 (g - \bar g)(g - \bar g)^\top`, `[K + 1, P, P]`.
+
+        Over `freedom` times `count`, it is the covariance of the mean gradient :math:`\bar g = \sum r g / \sum r`.
+        """
+        size, mean = self.num_parameters, self.mean_gradient
+        across = self.sums[:, size : 2 * size, None] * mean[:, None, :]
+        square = self.sum("square_count")[:, None, None]
+        return self._products - across - across.mT + square * mean[:, :, None] * mean[:, None, :]
+
+    @property
+    def freedom(self) -> Tensor:
+        r"""Degrees of freedom of `gradient_scatter`, `[K + 1]`: n − 1 for n images that a row has to itself.
+
+        Gradients of covariance V have a mean of covariance :math:`V \sum r^2 / (\sum r)^2` and a scatter of expectation
+        :math:`V (\sum r^2 - 2 \sum r^3 / \sum r + (\sum r^2)^2 / (\sum r)^2)`.
+        """
+        tiny = torch.finfo(torch.float64).tiny
+        square = self.sum("square_count")
+        freedom = self.count - 2 * self.sum("cube_count") / square.clamp_min(tiny) + square / self.count.clamp_min(tiny)
+        return freedom.clamp_min(0)
+
+    @property
+    def _products(self) -> Tensor:
         size = self.num_parameters
-        sums = self.sums[:, size : size * (size + 1)].unflatten(1, (size, size))
-        return sums / self.count[:, None, None].clamp_min(torch.finfo(torch.float64).tiny)
+        return self.sums[:, 2 * size : size * (size + 2)].unflatten(1, (size, size))
 
     @property
     def finite(self) -> Tensor:

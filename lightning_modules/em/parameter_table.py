@@ -8,17 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.em._anchor import Anchored
 from lightning_modules.em._float64 import Float64Buffers
-
-# Name: (initial value, lower bound, upper bound) of the parameters of graph diffusion.
-DIFFUSION_PARAMETERS = {
-    "sigma": (0.3, 0.1, 0.5),  # patch L2 distance
-    "tau": (0.1, 0.05, 0.3),  # diffusion step
-    "radius": (10.0, 5.0, 20.0),  # pixels
-    "sigma_s": (10.0, 5.0, 20.0),  # pixels
-    "sigma_f": (0.3, 0.1, 0.5),  # patch L2 distance
-    "smooth_steps": (5, 2, 10),  # iterations
-}
+from lightning_modules.em.parameter_bounds import check_bounds, resolve
 
 
 class TableValues(NamedTuple):
@@ -82,7 +74,7 @@ class ParameterTable(Float64Buffers):
         integers: list[str] | None = None,
     ) -> None:
         super().__init__()
-        start, limits = _resolve(initial or {}, bounds or {})
+        start, limits = resolve(initial or {}, bounds or {})
         self.names = tuple(start)
         self.bounds = {name: (float(limits[name][0]), float(limits[name][1])) for name in self.names}
         whole = ["smooth_steps"] if integers is None else integers
@@ -93,7 +85,7 @@ class ParameterTable(Float64Buffers):
         for argument in ("integers", "learned", "per_row"):
             self._check_names(argument, getattr(self, argument))
         for name in self.names:
-            self._check_bounds(name, start[name])
+            check_bounds(name, start[name], self.bounds[name], whole=name in self.integers)
 
         shared = torch.tensor([self._coordinate(name, start[name]) for name in self.names], dtype=torch.float64)
         self.register_buffer("shared", shared)
@@ -107,6 +99,8 @@ class ParameterTable(Float64Buffers):
         self._moving = tuple(p for p, n in enumerate(self.names) if n in self.learned and n not in self.integers)
         self._leaves: list[Tensor] = []
         self._explored: TableValues | None = None
+        #: whether the M-step moves the rows; where not, `project` keeps their offsets as they are
+        self.rows_learn = True
         self._start = TableValues(shared.clone(), self.offsets.clone())
         self._read_constants()
 
@@ -148,7 +142,7 @@ class ParameterTable(Float64Buffers):
             elif name in self.integers:
                 theta[name] = (column + 0.5).floor().long()
             else:
-                theta[name] = _Anchored.apply(column.exp().to(self.anchor.dtype), self.anchor)
+                theta[name] = Anchored.apply(column.exp().to(self.anchor.dtype), self.anchor)
         return theta
 
     def get_parameters(self, row: int | None = None) -> dict[str, float]:
@@ -206,19 +200,22 @@ class ParameterTable(Float64Buffers):
         gradient[:, _constant(self._moving, torch.long, total.device)] = total
         return gradient
 
+    @property
+    def learned_per_row(self) -> tuple[str, ...]:
+        """Names whose rows the M-step moves: those of `per_row` that are learned; none where the rows rest."""
+        return tuple(name for name in self.per_row if name in self.learned) if self.rows_learn else ()
+
     def project(self, proposed: TableValues) -> TableValues:
         """What of a proposed state this table accepts.
 
-        Only learned parameters move, only those with rows have offsets. The global set is clamped into its bounds. A
-        row's own step may not carry it out of the bounds, but a row that a step of the global set has carried past
+        Only learned parameters move, and of the rows only those that learn. The global set is clamped into its bounds.
+        A row's own step may not carry it out of the bounds, but a row that a step of the global set has carried past
         them keeps its offset: clamping it would erase what the row has learned.
         """
-        learned = self._mask(self.learned)
-        shared = torch.where(learned, proposed.shared.clamp(self.lower, self.upper), self.shared)
+        shared = torch.where(self._mask(self.learned), proposed.shared.clamp(self.lower, self.upper), self.shared)
         floor = torch.minimum(self.offsets, self.lower - shared)
         ceiling = torch.maximum(self.offsets, self.upper - shared)
-        movable = learned & self._mask(self.per_row)
-        offsets = torch.where(movable, proposed.offsets.clamp(floor, ceiling), self.offsets)
+        offsets = torch.where(self._mask(self.learned_per_row), proposed.offsets.clamp(floor, ceiling), self.offsets)
         return TableValues(shared, offsets)
 
     @torch.no_grad()
@@ -239,7 +236,7 @@ class ParameterTable(Float64Buffers):
 
         DDP waits for a gradient of every parameter, the anchor included.
         """
-        return _Anchored.apply(value, self.anchor)
+        return Anchored.apply(value, self.anchor)
 
     def vector(self, values: Mapping[str, float], default: float = 0.0) -> Tensor:
         """One number for each column, float64 `[P]` on the table's device, copied there once.
@@ -326,7 +323,7 @@ class ParameterTable(Float64Buffers):
                 self._check_names(f"initial_rows[{row!r}]", [name])
                 if name not in self.per_row:
                     raise ValueError(f"initial_rows[{row!r}] sets {name!r}, which has no rows: add it to per_row")
-                self._check_bounds(name, value)
+                check_bounds(name, value, self.bounds[name], whole=name in self.integers)
                 column = self.names.index(name)
                 offsets[self.row_names.index(row), column] = self._coordinate(name, value) - shared[column]
         return offsets
@@ -335,22 +332,6 @@ class ParameterTable(Float64Buffers):
         for name in names:
             if name not in self.names:
                 raise ValueError(f"{argument} names {name!r}, but the table's parameters are {', '.join(self.names)}")
-
-    def _check_bounds(self, name: str, value: float) -> None:
-        lower, upper = self.bounds[name]
-        whole = name in self.integers
-        if not (math.isfinite(lower) and math.isfinite(upper) and lower <= upper):
-            raise ValueError(f"bounds of {name!r} must be finite with lower ≤ upper, got ({lower}, {upper})")
-        if lower < 0 or (lower == 0 and not whole):
-            raise ValueError(
-                f"bounds of {name!r} must be positive, since it is learned in log space, got lower={lower}"
-            )
-        if not lower <= value <= upper:
-            raise ValueError(
-                f"{name}={value} lies outside its bounds ({lower}, {upper}): change the value or the bounds"
-            )
-        if whole and not all(float(number).is_integer() for number in (value, lower, upper)):
-            raise ValueError(f"{name} and its bounds must be whole numbers, got {value} in ({lower}, {upper})")
 
     def extra_repr(self) -> str:
         """Names, for `print(module)`."""
@@ -362,36 +343,3 @@ class ParameterTable(Float64Buffers):
 def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A small tensor that is copied to its device once: each copy would make the host wait for an accelerator."""
     return torch.tensor(values, dtype=dtype, device=device)
-
-
-class _Anchored(torch.autograd.Function):
-    """The value as it is, with the anchor in its graph at weight 0.
-
-    A plain `value + 0 * anchor` would hand a NaN on for ever once a single bad batch had reached the anchor through its
-    optimiser. The anchor's gradient is 0, and NaN where the value's is not finite, by which a gradient scaler knows.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, anchor: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return grad, (0 * grad).sum()
-
-
-def _resolve(
-    initial: Mapping[str, float], bounds: Mapping[str, tuple[float, float]]
-) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-    """Start values and bounds of every parameter of the table, in order."""
-    start, limits = dict(initial), dict(bounds)
-    if set(start) <= set(DIFFUSION_PARAMETERS) and set(limits) <= set(DIFFUSION_PARAMETERS):
-        start = {name: start.get(name, default) for name, (default, _, _) in DIFFUSION_PARAMETERS.items()}
-        limits = {n: limits.get(n, (lower, upper)) for n, (_, lower, upper) in DIFFUSION_PARAMETERS.items()}
-    unpaired = set(start) ^ set(limits)
-    if unpaired:
-        raise ValueError(
-            f"parameters of your own need a start value and bounds each; {', '.join(sorted(unpaired))} "
-            "stands in only one of initial and bounds"
-        )
-    return start, limits

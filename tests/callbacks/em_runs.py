@@ -143,6 +143,7 @@ def run(
     `rule` names a rule, or an assignment that learns by the gradient rule; regimes learn without clean images.
     """
     torch.set_num_threads(1)
+    L.seed_everything(7, verbose=False)
     latent = rule in ("mixture", "similarity")
     module = make_module(assignment=rule) if latent else make_module()
     callback = EMParameterCallback(make_rule("gradient" if latent else rule))

@@ -1,5 +1,6 @@
 """The callback's manners: what it refuses, skips, logs, and lives together with."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +74,52 @@ def test_learns_the_best_parameter(tmp_path: Path) -> None:
     assert float(status["global_gain"]) == pytest.approx(0.5, rel=0.05)
 
 
-def test_rows_rest_where_they_are_told_to(tmp_path: Path) -> None:
-    module, callback = make_module(), EMParameterCallback(make_rule("gradient"), update_rows=False)
-    make_trainer(tmp_path, callback, epochs=1).fit(module, SmoothImages(16))
-    assert not module.em_parameters.offsets.any()
-    assert callback.get_parameters(1) == callback.get_parameters()
+@pytest.mark.parametrize("rule", ["gradient", "sign", "newton", "bayesian"])
+def test_rows_rest_where_they_are_told_to(rule: str, tmp_path: Path) -> None:
+    module, callback = make_module(), EMParameterCallback(make_rule(rule), update_rows=False)
+    ratios = []
+
+    class Watch(L.Callback):
+        def on_train_batch_start(self, *args: Any) -> None:
+            handed = module.em_parameters(torch.tensor([[0.0, 0, 0], [0, 1, 0]]))["tau"]  # to this step's forward
+            ratios.append(float(handed[1] / handed[0]))
+
+    table = module.em_parameters
+    with torch.no_grad():
+        table.offsets[1, table.names.index("tau")] = 0.2
+    before = table.offsets.clone()
+    make_trainer(tmp_path, callback, epochs=1, callbacks=[Watch()]).fit(module, SmoothImages(16))
+    assert torch.equal(table.offsets, before)
+    assert ratios == pytest.approx([math.exp(0.2)] * 3, rel=1e-6)  # an exploring rule strays with the global set alone
+    assert callback.get_parameters(0) == callback.get_parameters()
     assert callback.get_parameters()["tau"] != pytest.approx(0.1, rel=1e-3)
     with pytest.raises(ValueError, match="row 3 is not in the table"):
         callback.get_parameters(class_idx=3)
+
+
+@pytest.mark.parametrize("rule", ["gradient", "sign", "newton", "bayesian"])
+def test_a_second_run_of_the_same_callback_starts_afresh(rule: str, tmp_path: Path) -> None:
+    """As if the first had never been: another objective has other curvatures, moments and proxies."""
+    runs = []
+    for callback in (used := EMParameterCallback(make_rule(rule)), EMParameterCallback(make_rule(rule)), used):
+        module = make_module(network=callback is used and not runs)
+        trainer = make_trainer(tmp_path / str(len(runs)), callback, epochs=2)
+        trainer.fit(module, SmoothImages(16))
+        runs.append((module.em_parameters.values().clone(), callback.state_dict()))
+    _, (fresh, fresh_state), (second, second_state) = runs
+    assert torch.equal(second, fresh)
+    assert second_state["proxies"] == fresh_state["proxies"]
+    assert all(torch.equal(second_state["rule_state"][name], t) for name, t in fresh_state["rule_state"].items())
+
+
+def test_a_used_callback_resumes_from_a_checkpoint_as_a_new_one(tmp_path: Path) -> None:
+    reached = []
+    for callback in (used := EMParameterCallback(make_rule("newton")), EMParameterCallback(make_rule("newton")), used):
+        module, ckpt = make_module(network=False), tmp_path / "epoch=0.ckpt" if reached else None
+        trainer = make_trainer(tmp_path, callback, epochs=2)
+        trainer.fit(module, SmoothImages(16), ckpt_path=ckpt, weights_only=True if ckpt else None)
+        reached.append((module.em_parameters.values().clone(), len(callback.loss_history)))
+    assert all(torch.equal(values, reached[0][0]) and steps == 6 for values, steps in reached)
 
 
 def test_a_step_that_is_not_finite_is_skipped_counted_and_said_once(tmp_path: Path) -> None:

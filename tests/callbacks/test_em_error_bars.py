@@ -100,11 +100,12 @@ def test_the_closing_table_shows_them() -> None:
     table = make_module(network=False).em_parameters
     deviation = torch.full((1 + len(CLASSES), 6), 0.1, dtype=torch.float64)
     deviation[:, table.names.index("smooth_steps")] = torch.nan
+    deviation[0, table.names.index("sigma_s")] = 5.0
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(parameter_report(table, deviation))
     lines = console.export_text().splitlines()
     now = next(line for line in lines if "now" in line)
     assert "0.3 ±0.03" in now
-    assert "2 ±0.2" in now  # sigma_s
+    assert "2 ±10 " in now  # sigma_s, without an exponent
     assert now.count("±") == 5  # not the number of steps
     assert sum("0.3 ±0.03" in line for line in lines) >= 1 + len(CLASSES)
