@@ -10,7 +10,6 @@ from torch.utils.data import DataLoader, Dataset
 from datamodules._degradation import Degradation, degrade
 from datamodules._detector_crops import FixedCrops, RandomCrop, RandomDegradation, View
 from datamodules._image_data import Batch, ImageDataModule, Split
-from datamodules._image_files import read_image
 from datamodules._labelled_files import (
     LabelledFiles,
     find_labelled,
