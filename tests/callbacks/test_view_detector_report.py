@@ -200,7 +200,7 @@ class TestReport:
         assert rows[4]["file_accuracy"] == rows[0]["semantic_accuracy"] == ""
         printed = capsys.readouterr().out
         assert "the shortcut semantic was not run: no semantic_weights are given" in printed
-        assert "thumbnail alone reaches an accuracy of 0.800, the detector 0.800" in printed
+        assert "thumbnail alone reaches an accuracy of 0.800, the detector 0.800 on the same images" in printed
         assert "jpeg 50" in printed
 
     def test_mistakes_are_shown_with_their_residuals(self, root: Path, tmp_path: Path) -> None:
@@ -252,6 +252,47 @@ class TestReport:
         trainer(tmp_path, report, limit_test_batches=3).test(Stub(), data, verbose=False)
         row = table(tmp_path)[0]
         assert (row["n"], row["positive"], row["thumbnail_n"]) == ("6", "1", "4")
+
+    def test_shortcuts_are_compared_on_their_own_images(self, root: Path, tmp_path: Path, capsys: Any) -> None:
+        """Three images a class are looked at, the first, the middle and the last: among them no mistake."""
+        report = DetectorReport(baseline_images=6)
+        trainer(tmp_path, report).test(Stub(), module(root, conditions=["clean"]), verbose=False)
+        row = table(tmp_path)[0]
+        assert (row["accuracy"], row["thumbnail_n"]) == ("0.8", "6")
+        assert row["accuracy_beside_shortcuts"] == "1.0"
+        assert "the detector 1.000 on the same images" in capsys.readouterr().out
+
+    def test_a_training_image_that_cannot_be_read_ends_the_run_before_the_test(
+        self, root: Path, tmp_path: Path
+    ) -> None:
+        class Counting(Stub):
+            steps = 0
+
+            def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+                self.steps += 1
+                return super().test_step(batch, batch_idx, dataloader_idx)
+
+        (root / "train" / "generated" / "3.png").write_bytes(b"")
+        stub = Counting()
+        with pytest.raises(ValueError, match=r"train/generated/3\.png cannot be read as an image"):
+            trainer(tmp_path, DetectorReport()).test(stub, module(root), verbose=False)
+        assert stub.steps == 0
+
+    def test_images_smaller_than_a_crop_are_counted_by_class(self, root: Path, tmp_path: Path, capsys: Any) -> None:
+        """Shorter sides are 20 or 30 in photographs and 20 in generated images: at half of 20, a crop does not fit."""
+        data = module(root, conditions=["clean", "rescale 0.5"], crop_size=12)
+        trainer(tmp_path, DetectorReport()).test(Stub(), data, verbose=False)
+        counts = {row["condition"]: (row["mirrored"], row["mirrored_positive"]) for row in table(tmp_path)[::4]}
+        assert counts == {"clean": ("0", "0"), "rescale 0.5": ("8", "5")}
+        printed = capsys.readouterr().out
+        assert "! rescale 0.5: 3 of 5 photographic and 5 of 5 generated images are smaller than a crop" in printed
+        assert "! clean" not in printed
+
+    def test_files_cannot_be_looked_at_where_all_are_degraded(self, root: Path, tmp_path: Path, capsys: Any) -> None:
+        trainer(tmp_path, DetectorReport()).test(Stub(), module(root, conditions=["jpeg 50"]), verbose=False)
+        row = table(tmp_path)[0]
+        assert (row["file_accuracy"], row["thumbnail_n"]) == ("", "10")
+        assert "the shortcut file was not run: it looks at the files as they are" in capsys.readouterr().out
 
     def test_without_mistakes_there_are_no_pictures(self, root: Path, tmp_path: Path) -> None:
         for wrong in ("photographic/3.png", "generated/ü 1.png"):
