@@ -8,13 +8,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from rich import get_console
-from rich.box import SIMPLE_HEAD
-from rich.markup import escape
-from rich.table import Table
 from torch import Tensor
 
 from callbacks._detector_figures import beside_residual, reliability_figure, roc_figure, tile
 from callbacks._detector_scores import accuracy, score, slices
+from callbacks._detector_tables import markdown, remarks, report_table
 from callbacks._display import require_positive, run_directory, tensorboard_loggers
 from callbacks._judgements import (
     DetectorData,
@@ -34,13 +32,12 @@ from callbacks.restored_image_writer import write_png
 TABLE_NAME = "detector_report.csv"
 MISTAKES_NAME = "worst_mistakes"
 
-_NEAR = 0.05  # of accuracy: a shortcut that comes so near the detector is pointed out
 _LONGEST_NAME = 50  # letters of up to four bytes; file systems take 255 bytes
 _LARGEST_SIDE = 512  # pixels of a mistake that are shown, from its middle
 
 
 class DetectorReport(Callback):
-    """Writes an honest account of `test`: `detector_report.csv`, `worst_mistakes/`, figures, and a table on the screen.
+    """Writes an honest account of `test`: `detector_report.csv`, `worst_mistakes/`, a table on the screen, TensorBoard.
 
     The CSV has a row for each condition of the test and each part of the images: all, by shorter side, by file format.
     Beside the detector's scores stand those of three *shortcuts*, linear classifiers trained on the training images,
@@ -123,14 +120,19 @@ class DetectorReport(Callback):
         by_shortcut = {name: shortcuts.judge(name, one.index) for name, one in judged.items()}
         table = report_rows(data, judged, by_shortcut, decision_threshold(pl_module))
         write_table(table, self._directory / TABLE_NAME, list(table[0]))
-        pictures = self._write_mistakes(data, pl_module, next(iter(judged.values())))
+        mistakes, pictures = self._write_mistakes(data, pl_module, next(iter(judged.values())))
         self._draw(trainer, data, judged, by_shortcut, pictures)
+        lines = remarks(table, shortcuts.not_run, data.class_names)
+        for logger in tensorboard_loggers(trainer):
+            logger.experiment.add_text("test/report", markdown(table, lines, mistakes), trainer.global_step)
         console = get_console()  # that of the progress bar, which moves out of the way
         console.print(report_table(table))
-        for line in (*remarks(table, shortcuts, data.class_names), f"report: {self._directory / TABLE_NAME}"):
+        for line in (*lines, f"report: {self._directory / TABLE_NAME}"):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def _write_mistakes(self, data: DetectorData, pl_module: LightningModule, judged: Judgements) -> list[Tensor]:
+    def _write_mistakes(
+        self, data: DetectorData, pl_module: LightningModule, judged: Judgements
+    ) -> tuple[list[Row], list[Tensor]]:
         """Writes the worst mistakes as pictures beside their residuals, with a table about them."""
         files, threshold = data.files("test"), decision_threshold(pl_module)
         rows, pictures = [], []
@@ -143,7 +145,7 @@ class DetectorReport(Callback):
             rows.append({"picture": name, "path": files.names[place], "label": label, "probability": probability})
         table = self._directory / MISTAKES_NAME / f"{MISTAKES_NAME}.csv"
         write_table(rows, table, ["picture", "path", "label", "probability"])
-        return pictures
+        return rows, pictures
 
     def _draw(
         self,
@@ -191,61 +193,6 @@ def report_rows(
     return rows
 
 
-def report_table(rows: list[Row]) -> Table:
-    """Builds the table for the screen: every condition, then the parts of the first."""
-    table = Table(
-        title="What the detector is worth",
-        caption="accuracy above one half, and above the detector's own threshold; then the accuracy that looking at "
-        "file, thumbnail or content alone reaches. More is in the CSV.",
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 0, 0, 1),  # on a screen of 80 letters nothing is cut off
-    )
-    columns = {
-        "n": "images",
-        "accuracy": "accuracy",
-        "accuracy_at_threshold": "own",
-        "auroc": "AUROC",
-        "ece": "ECE",
-        **{f"{name}_accuracy": name for name in SHORTCUTS},
-    }
-    table.add_column("", no_wrap=True)
-    for header in columns.values():
-        table.add_column(header, justify="right", no_wrap=True)
-    first = rows[0]["condition"]
-    for part in (
-        [(row["condition"], row) for row in rows if row["slice"] == "all"],
-        [(row["slice"], row) for row in rows if row["slice"] != "all" and row["condition"] == first],
-    ):
-        for name, row in part:
-            table.add_row(escape(name), *(_cell(row[column]) for column in columns))
-        table.add_section()
-    return table
-
-
-def remarks(rows: list[Row], shortcuts: Shortcuts, class_names: list[str]) -> list[str]:
-    """Returns what has to be said beside the numbers."""
-    lines = [f"the shortcut {name} was not run: {reason}" for name, reason in shortcuts.not_run.items()]
-    whole = rows[0]
-    for name in SHORTCUTS:
-        reached, own = whole[f"{name}_accuracy"], whole["accuracy_beside_shortcuts"]
-        if reached != "" and reached >= own - _NEAR:
-            lines.append(
-                f"! {name} alone reaches an accuracy of {reached:.3f}, the detector {own:.3f} on the same images: "
-                "these data cannot tell whether the detector has learned more than that"
-            )
-    for row in rows:
-        counts = (row["n"] - row["positive"], row["positive"])
-        small = (row["mirrored"] - row["mirrored_positive"], row["mirrored_positive"])
-        if row["slice"] == "all" and all(counts) and abs(small[0] / counts[0] - small[1] / counts[1]) > _NEAR:
-            parts = [f"{few} of {all_} {name}" for few, all_, name in zip(small, counts, class_names, strict=True)]
-            lines.append(
-                f"! {row['condition']}: {' and '.join(parts)} images are smaller than a crop and were continued by "
-                "their mirror image, which may give the label away: choose a smaller crop_size"
-            )
-    return lines
-
-
 def _beside(judged: Judgements, by_shortcut: dict[str, Tensor], part: Tensor) -> Row:
     """Returns the shortcuts' scores on a part of the images, and the detector's accuracy on the same images."""
     row: Row = {"accuracy_beside_shortcuts": math.nan}
@@ -277,7 +224,3 @@ def _entry(value: Any) -> Any:
     if not isinstance(value, float):
         return value
     return "" if math.isnan(value) else round(value, 6)
-
-
-def _cell(value: Any) -> str:
-    return "" if value == "" else str(value) if isinstance(value, int) else f"{value:.3f}"

@@ -147,7 +147,7 @@ class GeneratedImageDetector(L.LightningModule):
     @property
     def _restoration(self) -> RestorationResidual | None:
         """The restoration that learns, or else the first."""
-        return next(iter(sorted(self._restorations, key=lambda view: not view.learn)), None)
+        return min(self._restorations, key=lambda view: not view.learn, default=None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the parameters of the restoration that the checkpoint holds."""

@@ -1,7 +1,9 @@
 """DetectorReport: scores against other libraries, shortcuts that find what is planted, files and pictures."""
 
 import csv
+import io
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,14 @@ import torch
 from detector_runs import Stub, module, paint, trainer, two_processes
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
+from rich.console import Console
 from sklearn.metrics import average_precision_score, roc_auc_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from callbacks import DetectorReport
 from callbacks._detector_figures import beside_residual, reliability, tile
 from callbacks._detector_scores import accuracy, best_threshold, score, slices
+from callbacks._detector_tables import report_table
 from callbacks._judgements import Judgements, worst_mistakes
 from callbacks._shortcut_baselines import (
     file_features,
@@ -237,6 +241,11 @@ class TestReport:
         )
         events = EventAccumulator(logger.log_dir).Reload()
         assert sorted(events.Tags()["images"]) == ["test/calibration", "test/roc", "test/worst_mistakes"]
+        (event,) = events.Tensors("test/report/text_summary")
+        text = event.tensor_proto.string_val[0].decode()
+        assert re.search(r"clean +10 +0\.800 +0\.800 ", text)
+        assert "thumbnail alone reaches an accuracy of 0.800" in text
+        assert "1. `val/generated/ü 1.png`: generated, said 0.078" in text
         assert (Path(logger.log_dir) / "detector_report.csv").is_file()
 
     def test_without_training_images_shortcuts_are_not_run(self, root: Path, tmp_path: Path, capsys: Any) -> None:
@@ -332,6 +341,27 @@ class TestReport:
             trainer(tmp_path, DetectorReport(semantic_weights=str(tmp_path / "other.pth"))).test(Stub(), module(root))
         with pytest.raises(ValueError, match="baseline_images must be at least 4, got 1"):
             DetectorReport(baseline_images=1)
+
+
+def test_nothing_is_cut_off_on_a_narrow_screen() -> None:
+    names = ["clean", "rescale 0.75"], ["side 64 to 127", "side 1024 and more", "format JPEG2000"]
+    scores = {
+        "n": 45000,
+        "positive": 20000,
+        "accuracy": 0.975,
+        "accuracy_at_threshold": 0.98,
+        "auroc": 1.0,
+        "ece": 0.04,
+    }
+    scores |= {f"{name}_accuracy": 0.5 for name in ("file", "thumbnail", "semantic")}
+    scores |= {"mirrored": 0, "mirrored_positive": 0, "accuracy_beside_shortcuts": 0.975}
+    rows = [{"condition": name, "slice": "all", **scores} for name in names[0]]
+    rows += [{"condition": "clean", "slice": name, **scores} for name in names[1]]
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(report_table(rows))
+    text = console.export_text()
+    assert "…" not in text
+    assert all(name in text for name in (*names[0], *names[1]))
 
 
 def test_pictures() -> None:
