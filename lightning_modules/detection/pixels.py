@@ -9,8 +9,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from datamodules.image_reader import decode_image, read_image
-
 # Steps of the R2 sequence (Roberts, 2018): any number of its first points covers the square evenly.
 _STEPS = (0.7548776662466927, 0.5698402909980532)
 
@@ -29,6 +27,9 @@ def to_pixels(image: Any) -> Tensor:
         FileNotFoundError: If there is no such file.
         ValueError: If it is none of these, or a file that cannot be read; the message names it.
     """
+    if isinstance(image, str | Path | Image.Image):
+        # here: whoever has a package `datamodules` of their own can still import everything else
+        from datamodules.image_reader import decode_image, read_image
     if isinstance(image, str | Path):
         if not Path(image).is_file():
             raise FileNotFoundError(f"{image} is not a file: give the path of an image")
