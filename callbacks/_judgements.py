@@ -31,6 +31,9 @@ class DetectorData(Protocol):
     def read(self, path: Path, condition: str = "clean") -> Tensor:
         """Returns a whole image `[3, H, W]`, uint8, as it is under a condition."""
 
+    def mirrors(self, height: int, width: int, condition: str = "clean") -> bool:
+        """Tells whether an image of a size is smaller than a crop under a condition, and continued by its mirror."""
+
 
 @dataclass(frozen=True)
 class Judgements:

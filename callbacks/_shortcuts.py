@@ -24,6 +24,8 @@ _CLEAN = "clean"
 class Shortcuts:
     """Linear classifiers that look at a file's format and size, at its colours, and at what an image shows.
 
+    They are trained when they are made, and so read the training images then.
+
     Args:
         data: Images to train and test on.
         most: Images to train on, and images to test on, at the most.
@@ -39,6 +41,8 @@ class Shortcuts:
             self.not_run["semantic"] = "no semantic_weights are given"
         else:
             self._views["semantic"] = semantic
+        if _CLEAN not in data.conditions:
+            self.not_run["file"] = f"it looks at the files as they are, and {_CLEAN} is not among the conditions"
         try:
             files = data.files("train")
         except (OSError, ValueError) as error:
@@ -69,12 +73,13 @@ class Shortcuts:
 
     def _features(self, files: Files, chosen: Tensor, condition: str) -> dict[str, list[Any]]:
         features: dict[str, list[Any]] = {name: [] for name in SHORTCUTS if name in self._views}
-        if condition == _CLEAN:
+        looks_at_files = condition == _CLEAN and "file" not in self.not_run
+        if looks_at_files:
             features["file"] = []
         for i in chosen.tolist():
             image = self._data.read(files.paths[i], condition)
             for name, view in self._views.items():
                 features[name].append(view(image))
-            if condition == _CLEAN:
+            if looks_at_files:
                 features["file"].append(file_features(files.paths[i]))
         return features

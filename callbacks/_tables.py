@@ -12,13 +12,20 @@ from lightning.pytorch import Trainer
 Row = dict[str, Any]
 
 
+def require_directory(owner: object, output_dir: str | None) -> None:
+    """Raises a `ValueError` unless this is None or may become a directory."""
+    if output_dir is not None and (not output_dir.strip() or Path(output_dir).is_file()):
+        got = f"{output_dir!r}, which is a file" if output_dir.strip() else repr(output_dir)
+        raise ValueError(f"{type(owner).__name__}: output_dir must name a directory, got {got}.")
+
+
 def gather(rows: list[Row]) -> list[Row]:
-    """Collects the rows of all processes, on all of them. It is a collective: call it on every rank."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return list(rows)
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, rows)
-    return [row for part in gathered for row in part]
+    """Collects the rows of all processes by their `order`, on all. It is a collective: call it on every rank."""
+    gathered: list[Any] = [rows]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gathered = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(gathered, rows)
+    return sorted((row for part in gathered for row in part), key=lambda row: row["order"])
 
 
 def write_table(rows: list[Row], path: Path, columns: list[str]) -> None:

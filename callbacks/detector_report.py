@@ -1,7 +1,6 @@
 """What a detector is worth: scores by condition, size and format, and what shortcuts reach on the same images."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,13 +8,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from rich import get_console
-from rich.box import SIMPLE_HEAD
-from rich.markup import escape
-from rich.table import Table
 from torch import Tensor
 
 from callbacks._detector_figures import beside_residual, reliability_figure, roc_figure, tile
-from callbacks._detector_scores import score, slices
+from callbacks._detector_scores import accuracy, score, slices
+from callbacks._detector_tables import markdown, remarks, report_table
 from callbacks._display import require_positive, run_directory, tensorboard_loggers
 from callbacks._judgements import (
     DetectorData,
@@ -35,23 +32,24 @@ from callbacks.restored_image_writer import write_png
 TABLE_NAME = "detector_report.csv"
 MISTAKES_NAME = "worst_mistakes"
 
-_NEAR = 0.05  # of accuracy: a shortcut that comes so near the detector is pointed out
 _LONGEST_NAME = 50  # letters of up to four bytes; file systems take 255 bytes
 _LARGEST_SIDE = 512  # pixels of a mistake that are shown, from its middle
 
 
 class DetectorReport(Callback):
-    """Writes an honest account of `test`: `detector_report.csv`, `worst_mistakes/`, figures, and a table on the screen.
+    """Writes an honest account of `test`: `detector_report.csv`, `worst_mistakes/`, a table on the screen, TensorBoard.
 
     The CSV has a row for each condition of the test and each part of the images: all, by shorter side, by file format.
     Beside the detector's scores stand those of three *shortcuts*, linear classifiers trained on the training images,
     which look at nothing that a detector should look at: at format and size of the file (`file`); at mean colour and a
     thumbnail of 8×8 pixels (`thumbnail`); and at what an ImageNet network recognises (`semantic`). Where a shortcut
-    comes near the detector, the data cannot tell whether the detector has learned more than it.
+    comes near the detector on the same images (`accuracy_beside_shortcuts`), the data cannot tell whether the detector
+    has learned more than it. `mirrored` counts the images that are smaller than a crop and were continued by their
+    mirror image, `mirrored_positive` those of them that are generated: a seam that can give a class away.
 
     It takes what `test_step` returns, `{"probability", "label", "index", "weight": [B], "name": list[str]}`, one
-    loader for each of the DataModule's `conditions`, and the DataModule's `files` and `read`. Pictures show the
-    module's `residual`, and the accuracy at its `threshold` is told, where it has them.
+    loader for each of the DataModule's `conditions`, and the DataModule's `files`, `read` and `mirrors`. Pictures show
+    the module's `residual`, and the accuracy at its `threshold` is told, where it has them.
 
     Args:
         baseline_images: Images on which shortcuts are trained, and images on which they are tested, at the most.
@@ -74,22 +72,25 @@ class DetectorReport(Callback):
         self.semantic_weights = semantic_weights
         self.num_mistakes = num_mistakes
         self._directory = Path()
-        self._semantic: Callable[[Tensor], Any] | None = None
+        self._shortcuts: Shortcuts | None = None
         self._rows: list[Row] = []
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Finds the directory, on every rank, and checks that the data can be reported on."""
+        """Finds the directory, on every rank, checks that the data can be reported on, and trains the shortcuts."""
         self._directory = Path(run_directory(trainer) or trainer.default_root_dir)
         self._rows = []
         two_classes(self, trainer)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if missing := [name for name in ("conditions", "files", "read") if not hasattr(data, name)]:
+        if missing := [name for name in ("conditions", "files", "read", "mirrors") if not hasattr(data, name)]:
             raise TypeError(
-                f"DetectorReport needs a DataModule with conditions, files and read, such as "
+                f"DetectorReport needs a DataModule with conditions, files, read and mirrors, such as "
                 f"GeneratedImagesDataModule; {type(data).__name__} has no {missing[0]}."
             )
-        # read now: a file that is of another network must not be found out after an hour of testing
-        self._semantic = None if self.semantic_weights is None else semantic_features(self.semantic_weights)
+        # now: weights or a training image that cannot be read must not be found out after an hour of testing
+        if trainer.is_global_zero:
+            rank_zero_info("training the shortcuts, to which the detector is compared")
+            semantic = None if self.semantic_weights is None else semantic_features(self.semantic_weights)
+            self._shortcuts = Shortcuts(data, self.baseline_images, semantic)
 
     def on_test_batch_end(
         self,
@@ -105,28 +106,33 @@ class DetectorReport(Callback):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collects what all processes have seen."""
-        self._rows = sorted(gather(self._rows), key=lambda row: row["order"])
+        self._rows = gather(self._rows)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes and prints."""
         rows, self._rows = self._rows, []
-        if not trainer.is_global_zero or not rows:
+        shortcuts, self._shortcuts = self._shortcuts, None
+        if shortcuts is None or not rows:  # not the first process, or nothing tested
             return
         data = cast(DetectorData, trainer.datamodule)  # type: ignore[attr-defined]
         judged = judgements(rows, data.conditions)
-        rank_zero_info("training and testing the shortcuts, to which the detector is compared")
-        shortcuts = Shortcuts(data, self.baseline_images, self._semantic)
+        rank_zero_info("testing the shortcuts")
         by_shortcut = {name: shortcuts.judge(name, one.index) for name, one in judged.items()}
         table = report_rows(data, judged, by_shortcut, decision_threshold(pl_module))
         write_table(table, self._directory / TABLE_NAME, list(table[0]))
-        pictures = self._write_mistakes(data, pl_module, next(iter(judged.values())))
+        mistakes, pictures = self._write_mistakes(data, pl_module, next(iter(judged.values())))
         self._draw(trainer, data, judged, by_shortcut, pictures)
+        lines = remarks(table, shortcuts.not_run, data.class_names)
+        for logger in tensorboard_loggers(trainer):
+            logger.experiment.add_text("test/report", markdown(table, lines, mistakes), trainer.global_step)
         console = get_console()  # that of the progress bar, which moves out of the way
         console.print(report_table(table))
-        for line in (*remarks(table, shortcuts), f"report: {self._directory / TABLE_NAME}"):
+        for line in (*lines, f"report: {self._directory / TABLE_NAME}"):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def _write_mistakes(self, data: DetectorData, pl_module: LightningModule, judged: Judgements) -> list[Tensor]:
+    def _write_mistakes(
+        self, data: DetectorData, pl_module: LightningModule, judged: Judgements
+    ) -> tuple[list[Row], list[Tensor]]:
         """Writes the worst mistakes as pictures beside their residuals, with a table about them."""
         files, threshold = data.files("test"), decision_threshold(pl_module)
         rows, pictures = [], []
@@ -139,7 +145,7 @@ class DetectorReport(Callback):
             rows.append({"picture": name, "path": files.names[place], "label": label, "probability": probability})
         table = self._directory / MISTAKES_NAME / f"{MISTAKES_NAME}.csv"
         write_table(rows, table, ["picture", "path", "label", "probability"])
-        return pictures
+        return rows, pictures
 
     def _draw(
         self,
@@ -178,61 +184,26 @@ def report_rows(
     rows = []
     for condition, one in judged.items():
         formats, sizes = zip(*(kinds[i] for i in one.index.tolist()), strict=True)
+        mirrored = torch.tensor([data.mirrors(height, width, condition) for width, height in sizes])
         for name, part in slices(sizes, formats).items():
             row = {"condition": condition, "slice": name, **score(one.probability[part], one.label[part], threshold)}
-            for shortcut in SHORTCUTS:
-                probability = by_shortcut[condition].get(shortcut)
-                tested = part & probability.isfinite() if probability is not None else torch.zeros_like(part)
-                scores = score(probability[tested], one.label[tested]) if probability is not None else {}
-                row |= {f"{shortcut}_{column}": scores.get(column, math.nan) for column in ("n", "accuracy", "auroc")}
+            row |= {"mirrored": int(mirrored[part].sum()), "mirrored_positive": int(one.label[part & mirrored].sum())}
+            row |= _beside(one, by_shortcut[condition], part)
             rows.append({column: _entry(value) for column, value in row.items()})
     return rows
 
 
-def report_table(rows: list[Row]) -> Table:
-    """Builds the table for the screen: every condition, then the parts of the first."""
-    table = Table(
-        title="What the detector is worth",
-        caption="accuracy above one half, and above the detector's own threshold; then the accuracy that looking at "
-        "file, thumbnail or content alone reaches. More is in the CSV.",
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 0, 0, 1),  # on a screen of 80 letters nothing is cut off
-    )
-    columns = {
-        "n": "images",
-        "accuracy": "accuracy",
-        "accuracy_at_threshold": "own",
-        "auroc": "AUROC",
-        "ece": "ECE",
-        **{f"{name}_accuracy": name for name in SHORTCUTS},
-    }
-    table.add_column("", no_wrap=True)
-    for header in columns.values():
-        table.add_column(header, justify="right", no_wrap=True)
-    first = rows[0]["condition"]
-    for part in (
-        [(row["condition"], row) for row in rows if row["slice"] == "all"],
-        [(row["slice"], row) for row in rows if row["slice"] != "all" and row["condition"] == first],
-    ):
-        for name, row in part:
-            table.add_row(escape(name), *(_cell(row[column]) for column in columns))
-        table.add_section()
-    return table
-
-
-def remarks(rows: list[Row], shortcuts: Shortcuts) -> list[str]:
-    """Returns what has to be said beside the numbers."""
-    lines = [f"the shortcut {name} was not run: {reason}" for name, reason in shortcuts.not_run.items()]
-    whole = rows[0]
-    for name in SHORTCUTS:
-        reached = whole[f"{name}_accuracy"]
-        if reached != "" and reached >= whole["accuracy"] - _NEAR:
-            lines.append(
-                f"! {name} alone reaches an accuracy of {reached:.3f}, the detector {whole['accuracy']:.3f}: these "
-                "data cannot tell whether the detector has learned more than that"
-            )
-    return lines
+def _beside(judged: Judgements, by_shortcut: dict[str, Tensor], part: Tensor) -> Row:
+    """Returns the shortcuts' scores on a part of the images, and the detector's accuracy on the same images."""
+    row: Row = {"accuracy_beside_shortcuts": math.nan}
+    for shortcut in SHORTCUTS:
+        row |= {f"{shortcut}_{column}": math.nan for column in ("n", "accuracy", "auroc")}
+    for shortcut, probability in by_shortcut.items():
+        tested = part & probability.isfinite()  # the same for each of them
+        scores = score(probability[tested], judged.label[tested])
+        row |= {f"{shortcut}_{column}": scores[column] for column in ("n", "accuracy", "auroc")}
+        row["accuracy_beside_shortcuts"] = accuracy(judged.probability[tested], judged.label[tested])
+    return row
 
 
 def _picture(image: Tensor, pl_module: LightningModule) -> Tensor:
@@ -253,7 +224,3 @@ def _entry(value: Any) -> Any:
     if not isinstance(value, float):
         return value
     return "" if math.isnan(value) else round(value, 6)
-
-
-def _cell(value: Any) -> str:
-    return "" if value == "" else str(value) if isinstance(value, int) else f"{value:.3f}"

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks._display import run_directory
 from callbacks._judgements import decision_threshold, image_rows, two_classes
-from callbacks._tables import Row, gather, keep_predictions, write_table
+from callbacks._tables import Row, gather, keep_predictions, require_directory, write_table
 
 TABLE_NAME = "predictions.csv"
 
@@ -19,7 +19,8 @@ class PredictionWriter(BasePredictionWriter):
 
     It takes what `predict_step` returns, `{"probability": [B], "name": list[str], "index": [B], "weight": [B]}`, and
     adds a column where there is a `"novelty": [B]`. The label is the second of the DataModule's `class_names` where the
-    probability is above the threshold, and the first elsewhere. The table is there when it is complete: an interrupted
+    probability is above the threshold, and the first elsewhere. Probabilities have all their digits, by which images
+    keep their order however certain the module is. The table is there when it is complete: an interrupted
     run leaves none, and an earlier one as it was.
 
     Args:
@@ -37,8 +38,7 @@ class PredictionWriter(BasePredictionWriter):
         self, output_dir: str | None = None, threshold: float | None = None, keep_predictions: bool = False
     ) -> None:
         super().__init__(write_interval="batch")
-        if output_dir is not None and (not output_dir.strip() or Path(output_dir).is_file()):
-            raise ValueError(f"PredictionWriter: output_dir must name a directory, got {output_dir!r}.")
+        require_directory(self, output_dir)
         if threshold is not None and not 0 <= threshold <= 1:
             raise ValueError(f"PredictionWriter: threshold must lie between 0 and 1, got {threshold}.")
         self.output_dir = output_dir
@@ -71,12 +71,11 @@ class PredictionWriter(BasePredictionWriter):
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the table."""
-        rows = sorted(gather(self._rows), key=lambda row: row["order"])
+        rows = gather(self._rows)
         self._rows = []
         threshold = decision_threshold(pl_module) if self.threshold is None else self.threshold
         for row in rows:
             row["label"] = self._class_names[row["probability"] > threshold]
-            row["probability"] = round(row["probability"], 6)
         columns = ["path", "label", "probability"] + ["novelty"] * any("novelty" in row for row in rows)
         if trainer.is_global_zero:
             write_table(rows, self._path, columns)

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from callbacks._display import run_directory
-from callbacks._tables import gather, keep_predictions, write_table
+from callbacks._tables import gather, keep_predictions, require_directory, write_table
 
 TABLE_NAME = "restored.csv"
 
@@ -40,10 +40,7 @@ class RestoredImageWriter(BasePredictionWriter):
 
     def __init__(self, output_dir: str | None = None, keep_predictions: bool = False) -> None:
         super().__init__(write_interval="batch")
-        if output_dir is not None and not output_dir.strip():
-            raise ValueError(f"RestoredImageWriter: output_dir must name a directory, got {output_dir!r}.")
-        if output_dir is not None and Path(output_dir).exists() and not Path(output_dir).is_dir():
-            raise ValueError(f"RestoredImageWriter: output_dir must be a directory, but {output_dir} is a file.")
+        require_directory(self, output_dir)
         self.output_dir = output_dir
         self.keep_predictions = keep_predictions
         self._directory = Path()
@@ -92,7 +89,7 @@ class RestoredImageWriter(BasePredictionWriter):
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gives every file its name, and writes the CSV."""
-        rows = sorted(gather(self._rows), key=lambda row: row["order"])
+        rows = gather(self._rows)
         count = Counter(row["name"] for row in rows)
         if repeated := [name for name in count if count[name] > 1]:
             raise ValueError(f"RestoredImageWriter: two images are called {repeated[0]!r}; names must be unique.")
@@ -175,5 +172,5 @@ def _outputs_of(path: Path) -> set[str]:
     """Returns the files that an earlier run has written, by its table."""
     if not path.is_file():
         return set()
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:  # as it was written
         return {row.get("output") or "" for row in csv.DictReader(file)}

@@ -3,6 +3,7 @@
 from datamodules.cifar10 import CIFAR10DataModule
 from datamodules.generated_images import GeneratedImagesDataModule
 from datamodules.image_folder import ImageFolderDataModule
+from datamodules.image_reader import decode_image, read_image
 from datamodules.patches import PatchDataModule
 from datamodules.photo_crops import PhotoCropsDataModule
 
@@ -12,4 +13,6 @@ __all__ = [
     "ImageFolderDataModule",
     "PatchDataModule",
     "PhotoCropsDataModule",
+    "decode_image",
+    "read_image",
 ]

@@ -1,128 +1,49 @@
-"""Finding and decoding image files of any kind."""
+"""Finding image files."""
 
-import lzma
-import struct
-import zlib
+from collections import Counter
 from pathlib import Path
 
-import numpy as np
-import tifffile
-import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
+from lightning.pytorch.utilities import rank_zero_warn
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm")
+_JPEG = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo")
+_JPEG_2000 = (".jp2", ".j2k", ".jpx")
+_NETPBM = (".ppm", ".pgm", ".pbm", ".pnm")
+_OTHERS = (".png", ".apng", ".webp", ".avif", ".gif", ".tif", ".tiff", ".bmp", ".dib", ".tga", ".qoi")
+SUFFIXES = (*_JPEG, *_OTHERS, *_JPEG_2000, *_NETPBM)
 
-# what Pillow and tifffile raise at damaged files
-_READ_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    LookupError,
-    TypeError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-    lzma.LZMAError,
-    Image.DecompressionBombError,
+# Images by their names, which are not read: other encodings, drawings and documents of programs, raw photographs.
+_NOT_READ = frozenset(
+    (
+        *(".heic", ".heif", ".hif", ".jxl", ".jxr", ".avifs", ".exr", ".hdr", ".pfm", ".dds", ".pcx"),
+        *(".svg", ".svgz", ".eps", ".ico", ".icns", ".psd", ".xcf"),
+        *(".dng", ".cr2", ".cr3", ".nef", ".nrw", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw", ".raw"),
+    )
 )
 
 
 def find_images(root: Path) -> list[Path]:
-    """Returns the image files below a folder, sorted by relative path; hidden files and folders are left out."""
+    """Returns the image files below a folder, sorted by relative path; hidden files and folders are left out.
+
+    Other files that look like images are counted by suffix in a warning.
+    """
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a folder. root must be a folder with images ({', '.join(SUFFIXES)})")
-    paths = [
-        path
-        for path in root.rglob("*")
-        if path.suffix.lower() in SUFFIXES
-        and not any(part.startswith(".") for part in path.relative_to(root).parts)
-        and path.is_file()
-    ]
+    paths, left_out = [], Counter[str]()
+    for path in root.rglob("*"):
+        suffix = path.suffix.lower()
+        known = suffix in SUFFIXES
+        if not known and suffix not in _NOT_READ:
+            continue
+        if any(part.startswith(".") for part in path.relative_to(root).parts) or not path.is_file():
+            continue
+        if known:
+            paths.append(path)
+        else:
+            left_out[suffix] += 1
+    counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(left_out.items()))
     if not paths:
-        raise FileNotFoundError(f"{root} holds no images: no file below it ends in {', '.join(SUFFIXES)}")
+        unread = f" ({counts} cannot be read)" if counts else ""
+        raise FileNotFoundError(f"{root} holds no images{unread}: no file below it ends in {', '.join(SUFFIXES)}")
+    if counts:
+        rank_zero_warn(f"{root}: {counts} left out, which cannot be read; convert them, for instance to PNG")
     return sorted(paths, key=lambda path: path.relative_to(root).parts)
-
-
-def read_image(path: Path) -> Tensor:
-    """Decodes a file to eight-bit RGB, upright.
-
-    Of an animation or a multi-page file it takes the first frame. Transparent pixels are laid over white. 16-bit
-    values are scaled down; floating-point values may be in [0, 1] or in [0, 255].
-
-    Shape:
-        - result: [3, H, W], uint8.
-    """
-    try:
-        pixels = _decode(path)
-    except _READ_ERRORS as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}. Repair the file or move it elsewhere") from error
-    return torch.from_numpy(np.array(_to_bytes(pixels, path))).permute(2, 0, 1)
-
-
-def _decode(path: Path) -> np.ndarray:
-    """Returns [H, W, C] with one, three or four channels, of any type of number."""
-    try:
-        opened = Image.open(path)
-    except UnidentifiedImageError:
-        if path.suffix.lower() not in (".tif", ".tiff"):
-            raise
-        return _decode_tiff(path)  # colour with 16 bits or floating point, which Pillow does not know
-    with opened:
-        image = ImageOps.exif_transpose(opened)
-        if image.mode[0] in "IF":  # 16 and 32 bits, floating point: one channel
-            return np.asarray(image)[..., None]
-        if image.mode in ("LA", "La", "PA", "RGBa") or "transparency" in image.info:
-            image = image.convert("RGBA")
-        return np.asarray(image if image.mode == "RGBA" else image.convert("RGB"))
-
-
-def _decode_tiff(path: Path) -> np.ndarray:
-    with tifffile.TiffFile(path) as file:
-        page = file.pages.first
-        count = page.imagewidth * page.imagelength
-        if Image.MAX_IMAGE_PIXELS is not None and count > 2 * Image.MAX_IMAGE_PIXELS:  # where Pillow refuses, too
-            raise Image.DecompressionBombError(f"{count} pixels are more than {2 * Image.MAX_IMAGE_PIXELS}")
-        pixels, axes = page.asarray(), page.axes
-    if axes in ("SYX", "CYX"):
-        pixels, axes = np.moveaxis(pixels, 0, -1), "YXS"
-    if axes not in ("YX", "YXS"):
-        raise ValueError(f"the axes {axes} are not those of an image")
-    if axes == "YX":
-        pixels = pixels[..., None]
-    if pixels.shape[-1] not in (1, 3, 4):
-        raise ValueError(f"an image has 1, 3 or 4 channels, not {pixels.shape[-1]}")
-    return pixels
-
-
-def _to_bytes(pixels: np.ndarray, path: Path) -> np.ndarray:
-    """Turns pixels [H, W, C] of any type into eight-bit RGB."""
-    if pixels.dtype != np.uint8:
-        if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
-            raise ValueError(
-                f"{path} has the pixel value {pixels[~np.isfinite(pixels)][0]}; pixels must be finite. Replace such "
-                "values, for instance with numpy.nan_to_num, or move the file elsewhere"
-            )
-        pixels = pixels.astype(np.float64) * (255 / _white(pixels, path))
-    if pixels.shape[-1] == 4:
-        opacity = pixels[..., 3:].astype(np.float64) / 255
-        pixels = pixels[..., :3] * opacity + 255 * (1 - opacity)
-    if pixels.dtype != np.uint8:
-        pixels = np.rint(pixels).astype(np.uint8)
-    return np.broadcast_to(pixels, (*pixels.shape[:2], 3))
-
-
-def _white(pixels: np.ndarray, path: Path) -> float:
-    """Returns the value that stands for white in pixels that are not eight-bit."""
-    if pixels.dtype == np.bool_:
-        return 1
-    least, most = float(pixels.min()), float(pixels.max())
-    whites = (1, 255) if pixels.dtype.kind == "f" else (65535,)
-    for white in whites:
-        if least >= 0 and most <= white:
-            return white
-    accepted = "[0, 1] or [0, 255]" if pixels.dtype.kind == "f" else "[0, 65535]"
-    raise ValueError(
-        f"{path} has pixel values from {least:g} to {most:g} ({pixels.dtype}); expected a range within {accepted}. "
-        "Rescale the image and save it again"
-    )

@@ -11,8 +11,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from datamodules._image_files import find_images, read_image
+from datamodules._image_files import find_images
 from datamodules._random import permutation
+from datamodules.image_reader import read_image
 
 _Row = tuple[int, dict[str, str]]  # number of the line, and its columns
 
@@ -148,9 +149,12 @@ def _table_parts(path: Path, class_names: list[str]) -> dict[str, Callable[[], L
 
 def _read_table(path: Path, columns: tuple[str, ...]) -> list[_Row]:
     """Reads the rows of a table with the numbers of their lines."""
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, skipinitialspace=True, restval="")
-        found, rows = reader.fieldnames or [], [(reader.line_num, row) for row in reader]
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, skipinitialspace=True, restval="")
+            found, rows = reader.fieldnames or [], [(reader.line_num, row) for row in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be read as a table: {error}. Save it as CSV in UTF-8") from error
     if missing := [name for name in columns if name not in found]:
         raise ValueError(f"{path} has no column {missing[0]}; its columns are {', '.join(found) or 'none'}")
     if not rows:

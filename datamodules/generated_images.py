@@ -10,7 +10,6 @@ from torch.utils.data import DataLoader, Dataset
 from datamodules._degradation import Degradation, degrade
 from datamodules._detector_crops import FixedCrops, RandomCrop, RandomDegradation, View
 from datamodules._image_data import Batch, ImageDataModule, Split
-from datamodules._image_files import read_image
 from datamodules._labelled_files import (
     LabelledFiles,
     find_labelled,
@@ -20,6 +19,7 @@ from datamodules._labelled_files import (
     require_files,
 )
 from datamodules._sampler import Draw, FixedBatches
+from datamodules.image_reader import read_image
 
 _CONDITIONS = ("clean", "jpeg 95", "jpeg 75", "jpeg 50", "rescale 0.75", "rescale 0.5", "blur 1")
 
@@ -156,6 +156,16 @@ class GeneratedImagesDataModule(ImageDataModule):
             - result: [3, H, W], uint8.
         """
         return degrade(read_image(path), Degradation.parse(condition))
+
+    def mirrors(self, height: int, width: int, condition: str = "clean") -> bool:
+        """Tells whether an image of a size is smaller than a crop, and so continued by its mirror image.
+
+        Args:
+            height: Height of the image as its file has it, in pixels.
+            width: Width, likewise.
+            condition: `clean`, or a degradation, which may rescale it.
+        """
+        return min(Degradation.parse(condition).size(height, width)) < self.crop_size
 
     def _find(self, split: Split) -> LabelledFiles:
         root = Path(self.root)

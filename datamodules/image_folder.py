@@ -9,9 +9,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules._augmentation import mirror
 from datamodules._image_data import Batch, ImageDataModule, Split
-from datamodules._image_files import find_images, read_image
+from datamodules._image_files import find_images
 from datamodules._random import mix, permutation
 from datamodules._sampler import Draw
+from datamodules.image_reader import read_image
 
 _PLACE_STREAM = 0xC209_9ED5  # sets the place of a crop apart from what else is derived from its key
 

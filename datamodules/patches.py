@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules._image_data import Batch, ImageDataModule, Split
-from datamodules._image_files import find_images, read_image
+from datamodules._image_files import find_images
 from datamodules._random import draw, mix, stream
 from datamodules._sampler import Draw, EpochBatches, EpochLoader
 from datamodules.image_folder import ImageFolderDataModule
+from datamodules.image_reader import read_image
 from datamodules.photo_crops import PhotoCropsDataModule
 
 _PATCHES, _VALIDATION = 101, 102  # streams apart from those of the loaders

@@ -47,7 +47,7 @@ class GeneratedImageDetector(L.LightningModule):
     At the end of every validation in a fit, temperature, threshold and one Gaussian mixture a class (on the features)
     are fitted to the validation images: images of the training set would not do, for the network has seen them. What
     is logged under `val/` as `ece`, `accuracy_at_threshold` and `generative_accuracy` is cross-fitted, each half of the
-    images judged by a fit to the other. `test/` uses what the checkpoint holds.
+    images judged by a fit to the other, and is NaN where a half has too few. `test/` uses what the checkpoint holds.
 
     Args:
         inputs: Views that the network sees, side by side; the restoration's residual by default.
@@ -93,6 +93,8 @@ class GeneratedImageDetector(L.LightningModule):
             # `load_from_checkpoint` can build the whole module from the checkpoint alone.
             self.save_hyperparameters()
         self.inputs = DetectorInputs([RestorationResidual()] if inputs is None else inputs)
+        if (learning := sum(view.learn for view in self._restorations)) > 1:
+            raise ValueError(f"one restoration can learn its parameters, got {learning} inputs with learn=True")
         probe = _probe(self.inputs, "inputs", torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
         self.backbone = TraceNetwork(probe.shape[1]) if backbone is None else backbone
         features = _probe(self.backbone, "the backbone", probe)
@@ -110,6 +112,7 @@ class GeneratedImageDetector(L.LightningModule):
         self._seen_by_condition: dict[str, Predictions] = {}
         self._shape = tuple(self.crops.tolist())
         self._fitted: dict[str, Tensor] = {}
+        self._has_parameters = False
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and features of images, each given by its crops.
@@ -138,14 +141,27 @@ class GeneratedImageDetector(L.LightningModule):
         return float(self.calibration.threshold)
 
     @property
-    def _restoration(self) -> RestorationResidual | None:
-        return next((view for view in self.inputs.views if isinstance(view, RestorationResidual)), None)
+    def _restorations(self) -> list[RestorationResidual]:
+        return [view for view in self.inputs.views if isinstance(view, RestorationResidual)]
 
-    def setup(self, stage: str) -> None:
-        """Takes over the parameters of a reconstruction where the inputs ask for it."""
-        for view in self.inputs.views:
-            if stage == "fit" and isinstance(view, RestorationResidual):
+    @property
+    def _restoration(self) -> RestorationResidual | None:
+        """The restoration that learns, or else the first."""
+        return min(self._restorations, key=lambda view: not view.learn, default=None)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the parameters of the restoration that the checkpoint holds."""
+        self._has_parameters = True
+
+    def on_fit_start(self) -> None:
+        """Take over the parameters of a reconstruction where the inputs ask for it, and no checkpoint has brought them.
+
+        Not in `setup`, which comes before a checkpoint is loaded.
+        """
+        if not self._has_parameters:
+            for view in self._restorations:
                 view.take_over()
+        self._has_parameters = True
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Loss of each image under the current parameters; for a restoration that learns, also its E-step."""
@@ -174,6 +190,8 @@ class GeneratedImageDetector(L.LightningModule):
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Judge images under one condition."""
+        if batch_idx == dataloader_idx == 0:
+            self._compare_crops(batch["image"])
         condition = batch["condition"]
         if condition not in self._seen_by_condition:
             self._seen_by_condition[condition] = Predictions().to(self.device)
@@ -181,6 +199,8 @@ class GeneratedImageDetector(L.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Judge images, and say which are like nothing that was seen before (`novelty` above 0)."""
+        if batch_idx == 0:
+            self._compare_crops(batch["image"])
         output, features = self._judge(batch)
         return {**output, "novelty": self.densities.novelty(features)}
 
@@ -190,7 +210,13 @@ class GeneratedImageDetector(L.LightningModule):
         self._seen.reset()
         if self.trainer.sanity_checking:
             return
-        self._log("val", scores(seen, cross_judge(seen, self.calibration, self.densities)))
+        values = scores(seen, cross_judge(seen, self.calibration, self.densities))
+        self._log("val", values)
+        if undefined := [f"val/{name}" for name, value in values.items() if value.isnan()]:
+            rank_zero_warn(
+                f"{', '.join(undefined)} cannot be told: validation has too few images of a class. Each half is judged "
+                f"by a fit to the other, which takes {self.densities.images_needed} of each class for the densities"
+            )
         if self.trainer.state.fn == "fit":
             self._fit_to(seen)
 
@@ -239,7 +265,7 @@ class GeneratedImageDetector(L.LightningModule):
         crops = fixed_crops(to_pixels(image).to(self.device), size, count)
         training = self.training
         self.eval()
-        logits = [self(part[None])[0] * len(part) for part in crops.split(_CROPS_AT_ONCE)]
+        logits = [self(part[None])[0].double() * len(part) for part in crops.split(_CROPS_AT_ONCE)]
         self.train(training)
         return float(self.calibration(torch.stack(logits).sum() / count))
 
@@ -247,20 +273,32 @@ class GeneratedImageDetector(L.LightningModule):
     def residual(self, images: Tensor) -> Tensor:
         """What the restoration takes away from whole images, for pictures; without a restoration, the first view.
 
+        Of a view that has not three channels it is their mean, in grey.
+
         Shape:
             - images: `[B, 3, H, W]` in [0, 1]
             - output: `[B, 3, H, W]`, in units of the pixels
         """
         view: Any = self._restoration or self.inputs.views[0]
         result: Tensor = view.view(images)
-        return result
+        return result if result.shape[1] == 3 else result.mean(1, keepdim=True).expand(-1, 3, -1, -1)
 
     # Inside ------------------------------------------------------------------------------------------------------
 
     def _judge(self, batch: Batch) -> tuple[dict[str, Any], Tensor]:
         logit, features = self(batch["image"])
-        output = {"probability": self.calibration(logit), "logit": logit}
+        # in float64: in float32 images that are almost certain would be equal, and their order lost
+        output = {"probability": self.calibration(logit.double()), "logit": logit}
         return {**output, **{name: batch[name] for name in _PASSED_ON if name in batch}}, features
+
+    def _compare_crops(self, images: Tensor) -> None:
+        """Warn where images are not looked at as they were when the detector was calibrated."""
+        now, then = [images.shape[1], images.shape[-1]], self.crops.tolist()
+        if self.calibration.fitted and now != then:
+            rank_zero_warn(
+                f"the detector was calibrated on {then[0]} crops of {then[1]} pixels an image and now sees {now[0]} of "
+                f"{now[1]}: its probabilities and threshold need not hold. Set eval_crops and crop_size alike"
+            )
 
     def _evaluate(self, batch: Batch, seen: Predictions) -> dict[str, Any]:
         output, features = self._judge(batch)

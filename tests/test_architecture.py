@@ -31,6 +31,7 @@ def test_imports_run_one_way() -> None:
         ("lightning_modules/reconstruction.py", "import lightning_modules.cli"),
         ("callbacks/rules/sign.py", "import lightning_modules.reconstruction"),
         ("callbacks/em_report.py", "import datamodules"),
+        ("lightning_modules/detection/pixels.py", "import datamodules.image_folder"),
         ("datamodules/_random.py", "import lightning_modules.graph.noise"),
     ],
 )

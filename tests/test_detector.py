@@ -3,15 +3,33 @@
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
-from detector_training import CONDITIONS, SIDE, VALIDATION, TextureData, Textures, make_module, make_trainer, run
+from detector_training import (
+    CONDITIONS,
+    SIDE,
+    TRAINING,
+    VALIDATION,
+    TextureData,
+    Textures,
+    make_module,
+    make_trainer,
+    run,
+)
 from PIL import Image
 
-from lightning_modules import Colours, FullResolutionResNet, GeneratedImageDetector, TraceNetwork
+from lightning_modules import (
+    Colours,
+    FullResolutionResNet,
+    GeneratedImageDetector,
+    RestorationResidual,
+    TraceNetwork,
+)
+from lightning_modules.detection import DetectorInput
 
 SCRIPT = Path(__file__).with_name("detector_training.py")
 PROJECT = Path(__file__).parents[1]
@@ -164,11 +182,42 @@ def test_predictions(single: tuple[dict, Path], tmp_path: Path) -> None:
     parts = make_trainer(tmp_path).predict(module, TextureData(16), ckpt_path=path, weights_only=True)
     assert [name for part in parts for name in part["name"]] == [f"{i}.png" for i in range(VALIDATION)]
     joined = {name: torch.cat([part[name] for part in parts]) for name in ("logit", "probability", "novelty")}
-    scaled = joined["logit"] / module.calibration.temperature
-    torch.testing.assert_close(joined["probability"], torch.sigmoid(scaled).float())
+    scaled = joined["logit"].double() / module.calibration.temperature
+    torch.testing.assert_close(joined["probability"], torch.sigmoid(scaled))
     assert 0 < float((joined["novelty"] > 0).double().mean()) < 0.2
     strange = module.densities.novelty(module(torch.rand(4, 2, 3, SIDE, SIDE))[1] + 50)
     assert (strange > 0).all()
+
+
+def test_other_crops_than_those_of_the_calibration_are_told(single: tuple[dict, Path], tmp_path: Path) -> None:
+    class OneCrop(Textures):
+        def __getitem__(self, item):
+            batch = super().__getitem__(item)
+            return batch | {"image": batch["image"][:, :1]}
+
+    class OtherData(TextureData):
+        def _load(self, split):
+            return OneCrop(VALIDATION, 1)
+
+    options = {"ckpt_path": single[1] / "epoch=5.ckpt", "weights_only": True}
+    message = "calibrated on 2 crops of 12 pixels an image and now sees 1 of 12"
+    with pytest.warns(UserWarning, match=message) as caught:
+        make_trainer(tmp_path).predict(make_module(), OtherData(16), **options)
+    assert sum(message in str(warning.message) for warning in caught) == 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*calibrated on")
+        make_trainer(tmp_path).predict(make_module(), TextureData(16), **options)
+        make_trainer(tmp_path).test(make_module(), TextureData(16), verbose=False, **options)
+        make_trainer(tmp_path).predict(make_module(), OtherData(16))  # never calibrated
+
+
+def test_too_few_validation_images_are_told(tmp_path: Path) -> None:
+    class Few(TextureData):
+        def _load(self, split):
+            return Textures(TRAINING, 0) if split == "train" else Textures(14, 1)
+
+    with pytest.warns(UserWarning, match="val/generative_accuracy, val/novel cannot be told: validation has too few"):
+        make_trainer(tmp_path, epochs=1).fit(make_module(), Few(16))
 
 
 class TestOneImage:
@@ -207,6 +256,25 @@ class TestOneImage:
         module, image = make_module(), torch.rand(1, 3, 23, 37)
         view = module.inputs.views[0]
         torch.testing.assert_close(module.residual(image), view(image) / view.gain)
+
+    @pytest.mark.parametrize("channels", [1, 5])
+    def test_a_view_of_other_channels_is_shown_in_grey(self, channels: int) -> None:
+        class Powers(DetectorInput):
+            def view(self, images: torch.Tensor) -> torch.Tensor:
+                return torch.cat([images[:, :1] ** power for power in range(1, channels + 1)], dim=1)
+
+        module, image = GeneratedImageDetector([Powers()], TraceNetwork(channels)), torch.rand(1, 3, 23, 37)
+        shown = module.residual(image)
+        assert shown.shape == image.shape
+        torch.testing.assert_close(shown[:, 2], module.inputs.views[0].view(image).mean(1))
+
+
+def test_any_restoration_may_learn_but_one_alone() -> None:
+    residuals = [RestorationResidual(learn=learn) for learn in (False, True, True)]
+    detector = GeneratedImageDetector(residuals[:2])
+    assert detector.em_parameters is residuals[1].em_parameters
+    with pytest.raises(ValueError, match="one restoration can learn its parameters, got 2 inputs with learn=True"):
+        GeneratedImageDetector(residuals)
 
 
 def test_any_backbone_serves() -> None:

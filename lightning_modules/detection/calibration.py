@@ -36,6 +36,11 @@ class Calibration(Float64Buffers):
         return torch.sigmoid(logit / self.temperature.to(logit.dtype))
 
     @property
+    def fitted(self) -> bool:
+        """Whether there has been a fit."""
+        return bool((self.temperature != 1) | (self.boundary != 0))
+
+    @property
     def threshold(self) -> Tensor:
         """Probability above which calling an image generated was most accurate where this was fitted."""
         return torch.sigmoid(self.boundary / self.temperature)

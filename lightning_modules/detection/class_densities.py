@@ -9,6 +9,9 @@ from lightning_modules.em.gaussian_mixture_model import GaussianMixtureModel
 
 # Of the variance that the directions kept are scaled to: no component collapses onto a handful of images.
 _REGULARISATION = 1e-2
+# What varies less is taken for constant: a feature beside its own mean (float32 has seven digits), a direction
+# of standardised features by its variance.
+_CONSTANT = 1e-6
 
 
 class ClassDensities(Float64Buffers):
@@ -91,12 +94,12 @@ class ClassDensities(Float64Buffers):
         features = features.double()
         self.offset.copy_(features.mean(0))
         deviation = features.std(0)
-        self.scale.copy_(torch.where(deviation > 0, deviation, 1.0))
+        self.scale.copy_(torch.where(deviation > _CONSTANT * self.offset.abs(), deviation, 1.0))
         standard = (features - self.offset) / self.scale
         variance, directions = torch.linalg.eigh(standard.T @ standard / len(standard))
         variance, directions = (part[..., -self.num_directions :] for part in (variance, directions))
-        # to variance 1; a direction without variance is kept as it is
-        self.directions.copy_(directions / variance.clamp_min(1e-6).sqrt())
+        # to variance 1; a direction in which nothing varies says nothing about an image, whatever it may vary there
+        self.directions.copy_(directions * torch.where(variance > _CONSTANT, variance, torch.inf).rsqrt())
         rows = standard @ self.directions
         for number, mixture in enumerate(self._mixtures):
             mixture.load_state_dict(_fitted(mixture, rows[label == number]).state_dict())

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 # Steps of the R2 sequence (Roberts, 2018): any number of its first points covers the square evenly.
@@ -27,10 +27,15 @@ def to_pixels(image: Any) -> Tensor:
         FileNotFoundError: If there is no such file.
         ValueError: If it is none of these, or a file that cannot be read; the message names it.
     """
+    if isinstance(image, str | Path | Image.Image):
+        # here: whoever has a package `datamodules` of their own can still import everything else
+        from datamodules.image_reader import decode_image, read_image
     if isinstance(image, str | Path):
-        image = _read(Path(image))
+        if not Path(image).is_file():
+            raise FileNotFoundError(f"{image} is not a file: give the path of an image")
+        image = read_image(Path(image))
     if isinstance(image, Image.Image):
-        image = _upright_rgb(image)
+        image = decode_image(image)
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3):
             raise ValueError(f"an array must be bytes [H, W] or [H, W, 3], got {image.dtype} {list(image.shape)}")
@@ -78,31 +83,3 @@ def _mirrored(position: Tensor, length: int) -> Tensor:
     """Positions folded back into the image, as between two mirrors at the outer pixels' edges."""
     position = position % (2 * length)
     return torch.minimum(position, 2 * length - 1 - position)
-
-
-def _read(path: Path) -> Image.Image:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file: give the path of an image")
-    try:
-        with Image.open(path) as opened:
-            opened.load()
-            return opened
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
-
-
-def _upright_rgb(image: Image.Image) -> np.ndarray[Any, Any]:
-    """Eight-bit colour [H, W, 3], upright; transparent pixels are laid over white, 16 bits are scaled down."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF":
-        pixels = np.asarray(image, dtype=np.float64)
-        if image.mode[0] == "F" or pixels.min() < 0 or pixels.max() > 65535:
-            raise ValueError(f"images of mode {image.mode} have no white: convert the image to 8 or 16 bits")
-        return np.repeat(np.rint(pixels * (255 / 65535)).astype(np.uint8)[..., None], 3, axis=2)
-    if image.mode in ("LA", "La", "PA", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-    if image.mode != "RGBA":
-        return np.asarray(image.convert("RGB"))
-    pixels = np.asarray(image).astype(np.float64)
-    opacity = pixels[..., 3:] / 255
-    return np.rint(pixels[..., :3] * opacity + 255 * (1 - opacity)).astype(np.uint8)

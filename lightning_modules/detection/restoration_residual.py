@@ -35,7 +35,7 @@ class RestorationResidual(DetectorInput):
         diffusion: The graph diffusion; patches of 3 by default.
         em_parameters: Its parameters; by default values that suit photographs without visible noise.
         checkpoint: Checkpoint of a `GraphDiffusionReconstruction` whose global parameters are taken over when the fit
-            starts. From then on they travel with the detector, so that its checkpoint needs no other.
+            starts. From then on they travel with the detector: a fit that resumes does not read it again.
         learn: Learn the parameters from the detector's own loss, under `callbacks.EMParameterCallback`.
         gain: See `DetectorInput`.
 

@@ -22,15 +22,17 @@ _BINS = 15
 
 
 class Judgement(NamedTuple):
-    """What a calibrated detector says about N images.
+    """What a calibrated detector says about N images; NaN where nothing has been fitted that could say it.
 
     Attributes:
+        ranking: Probability of "generated" by one calibration of all the images, `[N]`: their order.
         probability: Calibrated probability of "generated", `[N]`.
-        called: Whether the probability is above the threshold, bool `[N]`.
-        densities: Log density under each class, `[N, 2]`; NaN without a fit.
-        novelty: `[N]`; NaN without a fit.
+        called: 1 where the probability is above the threshold and 0 elsewhere, `[N]`.
+        densities: Log density under each class, `[N, 2]`.
+        novelty: `[N]`.
     """
 
+    ranking: Tensor
     probability: Tensor
     called: Tensor
     densities: Tensor
@@ -39,9 +41,11 @@ class Judgement(NamedTuple):
 
 def judge(seen: Evaluated, calibration: Calibration, densities: ClassDensities) -> Judgement:
     """Judges images by what has been fitted."""
+    probability = calibration(seen.logit)
     return Judgement(
-        calibration(seen.logit),
-        seen.logit > calibration.boundary,
+        probability,
+        probability,
+        (seen.logit > calibration.boundary).double(),
         densities.log_densities(seen.features),
         densities.novelty(seen.features),
     )
@@ -50,22 +54,25 @@ def judge(seen: Evaluated, calibration: Calibration, densities: ClassDensities) 
 def cross_judge(seen: Evaluated, calibration: Calibration, densities: ClassDensities) -> Judgement:
     """Judges each half of the images by a fit to the other, so that nothing is judged by a fit to itself.
 
-    Where a half has too few images for a fit, it is judged by what has been fitted before.
+    What a half has too few images to fit is NaN in the other: an earlier fit has seen these very images. Images of one
+    class can be fitted to by nothing, and are judged by what there is.
     """
+    whole = judge(seen, calibration, densities)
+    if not seen.has_both_classes:
+        return whole
+    crossed = [torch.full_like(values, torch.nan) for values in whole]
     first, second = seen.halves()
-    parts = []
     for own, other in ((first, second), (second, first)):
-        fitted = deepcopy(calibration), deepcopy(densities)
         rest = seen.select(other)
-        if rest.has_both_classes:
-            fitted[0].fit(rest.logit, rest.label)
-            fitted[1].fit(rest.features, rest.label)
-        parts.append((own, judge(seen.select(own), *fitted)))
-    result = judge(seen, calibration, densities)
-    for own, part in parts:
-        for whole, values in zip(result, part, strict=True):
-            whole[own] = values
-    return result
+        if not rest.has_both_classes:
+            continue
+        fitted = deepcopy(calibration), deepcopy(densities)
+        fitted[1].fitted.fill_(False)
+        fitted[0].fit(rest.logit, rest.label)
+        fitted[1].fit(rest.features, rest.label)
+        for target, values in zip(crossed, judge(seen.select(own), *fitted), strict=True):
+            target[own] = values
+    return Judgement(*crossed)._replace(ranking=whole.ranking)
 
 
 def scores(seen: Evaluated, judgement: Judgement) -> dict[str, Tensor]:
@@ -78,16 +85,16 @@ def scores(seen: Evaluated, judgement: Judgement) -> dict[str, Tensor]:
     nothing = seen.logit.new_tensor(torch.nan)
     if not len(label):
         return {}
-    both, probability = seen.has_both_classes, judgement.probability
+    both, ranking, probability = seen.has_both_classes, judgement.ranking, judgement.probability
     generative = judgement.densities.argmax(1) == label
-    fitted = bool(judgement.novelty.isfinite().all())
+    calibrated, fitted = (bool(values.isfinite().all()) for values in (probability, judgement.novelty))
     return {
-        "loss": F.binary_cross_entropy(probability, label.double()),
-        "accuracy": binary_accuracy(seen.logit.sigmoid(), label),
-        "accuracy_at_threshold": (judgement.called == (label > 0)).double().mean(),
-        "average_precision": binary_average_precision(seen.logit.sigmoid(), label) if both else nothing,
-        "auroc": binary_auroc(seen.logit.sigmoid(), label) if both else nothing,
-        "ece": binary_calibration_error(probability, label, n_bins=_BINS),
+        "loss": F.binary_cross_entropy(probability, label.double()) if calibrated else nothing,
+        "accuracy": binary_accuracy(ranking, label),
+        "accuracy_at_threshold": (judgement.called == label).double().mean() if calibrated else nothing,
+        "average_precision": binary_average_precision(ranking, label) if both else nothing,
+        "auroc": binary_auroc(ranking, label) if both else nothing,
+        "ece": binary_calibration_error(probability, label, n_bins=_BINS) if calibrated else nothing,
         "generative_accuracy": generative.double().mean() if fitted else nothing,
         "novel": (judgement.novelty > 0).double().mean() if fitted else nothing,
     }

@@ -1,7 +1,9 @@
 """DetectorReport: scores against other libraries, shortcuts that find what is planted, files and pictures."""
 
 import csv
+import io
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,14 @@ import torch
 from detector_runs import Stub, module, paint, trainer, two_processes
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
+from rich.console import Console
 from sklearn.metrics import average_precision_score, roc_auc_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from callbacks import DetectorReport
 from callbacks._detector_figures import beside_residual, reliability, tile
 from callbacks._detector_scores import accuracy, best_threshold, score, slices
+from callbacks._detector_tables import report_table
 from callbacks._judgements import Judgements, worst_mistakes
 from callbacks._shortcut_baselines import (
     file_features,
@@ -200,7 +204,7 @@ class TestReport:
         assert rows[4]["file_accuracy"] == rows[0]["semantic_accuracy"] == ""
         printed = capsys.readouterr().out
         assert "the shortcut semantic was not run: no semantic_weights are given" in printed
-        assert "thumbnail alone reaches an accuracy of 0.800, the detector 0.800" in printed
+        assert "thumbnail alone reaches an accuracy of 0.800, the detector 0.800 on the same images" in printed
         assert "jpeg 50" in printed
 
     def test_mistakes_are_shown_with_their_residuals(self, root: Path, tmp_path: Path) -> None:
@@ -237,6 +241,11 @@ class TestReport:
         )
         events = EventAccumulator(logger.log_dir).Reload()
         assert sorted(events.Tags()["images"]) == ["test/calibration", "test/roc", "test/worst_mistakes"]
+        (event,) = events.Tensors("test/report/text_summary")
+        text = event.tensor_proto.string_val[0].decode()
+        assert re.search(r"clean +10 +0\.800 +0\.800 ", text)
+        assert "thumbnail alone reaches an accuracy of 0.800" in text
+        assert "1. `val/generated/ü 1.png`: generated, said 0.078" in text
         assert (Path(logger.log_dir) / "detector_report.csv").is_file()
 
     def test_without_training_images_shortcuts_are_not_run(self, root: Path, tmp_path: Path, capsys: Any) -> None:
@@ -252,6 +261,47 @@ class TestReport:
         trainer(tmp_path, report, limit_test_batches=3).test(Stub(), data, verbose=False)
         row = table(tmp_path)[0]
         assert (row["n"], row["positive"], row["thumbnail_n"]) == ("6", "1", "4")
+
+    def test_shortcuts_are_compared_on_their_own_images(self, root: Path, tmp_path: Path, capsys: Any) -> None:
+        """Three images a class are looked at, the first, the middle and the last: among them no mistake."""
+        report = DetectorReport(baseline_images=6)
+        trainer(tmp_path, report).test(Stub(), module(root, conditions=["clean"]), verbose=False)
+        row = table(tmp_path)[0]
+        assert (row["accuracy"], row["thumbnail_n"]) == ("0.8", "6")
+        assert row["accuracy_beside_shortcuts"] == "1.0"
+        assert "the detector 1.000 on the same images" in capsys.readouterr().out
+
+    def test_a_training_image_that_cannot_be_read_ends_the_run_before_the_test(
+        self, root: Path, tmp_path: Path
+    ) -> None:
+        class Counting(Stub):
+            steps = 0
+
+            def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+                self.steps += 1
+                return super().test_step(batch, batch_idx, dataloader_idx)
+
+        (root / "train" / "generated" / "3.png").write_bytes(b"")
+        stub = Counting()
+        with pytest.raises(ValueError, match=r"train/generated/3\.png cannot be read as an image"):
+            trainer(tmp_path, DetectorReport()).test(stub, module(root), verbose=False)
+        assert stub.steps == 0
+
+    def test_images_smaller_than_a_crop_are_counted_by_class(self, root: Path, tmp_path: Path, capsys: Any) -> None:
+        """Shorter sides are 20 or 30 in photographs and 20 in generated images: at half of 20, a crop does not fit."""
+        data = module(root, conditions=["clean", "rescale 0.5"], crop_size=12)
+        trainer(tmp_path, DetectorReport()).test(Stub(), data, verbose=False)
+        counts = {row["condition"]: (row["mirrored"], row["mirrored_positive"]) for row in table(tmp_path)[::4]}
+        assert counts == {"clean": ("0", "0"), "rescale 0.5": ("8", "5")}
+        printed = capsys.readouterr().out
+        assert "! rescale 0.5: 3 of 5 photographic and 5 of 5 generated images are smaller than a crop" in printed
+        assert "! clean" not in printed
+
+    def test_files_cannot_be_looked_at_where_all_are_degraded(self, root: Path, tmp_path: Path, capsys: Any) -> None:
+        trainer(tmp_path, DetectorReport()).test(Stub(), module(root, conditions=["jpeg 50"]), verbose=False)
+        row = table(tmp_path)[0]
+        assert (row["file_accuracy"], row["thumbnail_n"]) == ("", "10")
+        assert "the shortcut file was not run: it looks at the files as they are" in capsys.readouterr().out
 
     def test_without_mistakes_there_are_no_pictures(self, root: Path, tmp_path: Path) -> None:
         for wrong in ("photographic/3.png", "generated/ü 1.png"):
@@ -291,6 +341,27 @@ class TestReport:
             trainer(tmp_path, DetectorReport(semantic_weights=str(tmp_path / "other.pth"))).test(Stub(), module(root))
         with pytest.raises(ValueError, match="baseline_images must be at least 4, got 1"):
             DetectorReport(baseline_images=1)
+
+
+def test_nothing_is_cut_off_on_a_narrow_screen() -> None:
+    names = ["clean", "rescale 0.75"], ["side 64 to 127", "side 1024 and more", "format JPEG2000"]
+    scores = {
+        "n": 45000,
+        "positive": 20000,
+        "accuracy": 0.975,
+        "accuracy_at_threshold": 0.98,
+        "auroc": 1.0,
+        "ece": 0.04,
+    }
+    scores |= {f"{name}_accuracy": 0.5 for name in ("file", "thumbnail", "semantic")}
+    scores |= {"mirrored": 0, "mirrored_positive": 0, "accuracy_beside_shortcuts": 0.975}
+    rows = [{"condition": name, "slice": "all", **scores} for name in names[0]]
+    rows += [{"condition": "clean", "slice": name, **scores} for name in names[1]]
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(report_table(rows))
+    text = console.export_text()
+    assert "…" not in text
+    assert all(name in text for name in (*names[0], *names[1]))
 
 
 def test_pictures() -> None:

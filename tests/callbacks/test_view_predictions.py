@@ -66,6 +66,17 @@ def test_the_threshold_is_the_modules_unless_one_is_given(
     assert sum(row["label"] == "generated" for row in rows(tmp_path / "predictions.csv")) == generated
 
 
+def test_certain_images_keep_their_order(images: Path, tmp_path: Path) -> None:
+    class Certain(Stub):
+        def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+            return self.judge(batch) | {"probability": torch.sigmoid(20 + batch["index"].double() / 10)}
+
+    trainer(tmp_path, PredictionWriter()).predict(Certain(), module(images))
+    written = [float(row["probability"]) for row in rows(tmp_path / "predictions.csv")]
+    assert written == torch.sigmoid(20 + torch.arange(5).double() / 10).tolist()
+    assert len(set(written)) == 5
+
+
 def test_novelty_is_a_column_where_it_is_known(images: Path, tmp_path: Path) -> None:
     data = module(images, class_names=("real", "fake"))
     trainer(tmp_path, PredictionWriter()).predict(WithNovelty(), data)

@@ -234,5 +234,5 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="output_dir must name a directory, got ' '"):
         RestoredImageWriter(" ")
-    with pytest.raises(ValueError, match=r"output_dir must be a directory, but .*file is a file"):
+    with pytest.raises(ValueError, match=r"output_dir must name a directory, got .*file"):
         RestoredImageWriter(str(tmp_path / "file"))

@@ -21,8 +21,8 @@ from datamodules import GeneratedImagesDataModule
 from datamodules._augmentation import mirror
 from datamodules._degradation import Degradation, degrade
 from datamodules._detector_crops import FixedCrops, RandomCrop, RandomDegradation
-from datamodules._image_files import read_image
 from datamodules._sampler import FixedBatches
+from datamodules.image_reader import read_image
 
 CLASSES = ("photographic", "generated")
 
@@ -178,6 +178,13 @@ class TestCrops:
         assert torch.equal(crop[:, :10, :10], whole)
         assert torch.equal(crop[:, 10:], crop[:, 4:10].flip(1))
 
+    @pytest.mark.parametrize("size", [(15, 40), (40, 15), (16, 16)])
+    @pytest.mark.parametrize("condition", ["clean", "rescale 0.5", "jpeg 50"])
+    def test_images_that_are_mirrored_out_are_known(self, root, size, condition):
+        image = torch.from_numpy(noise(*size)).permute(2, 0, 1)
+        small = min(degrade(image, Degradation.parse(condition)).shape[1:]) < 16
+        assert module(root).mirrors(*size, condition) == small
+
 
 class TestSources:
     def test_the_parts_of_a_folder(self, root):
@@ -326,6 +333,14 @@ class TestTables:
         path.write_text("")
         with pytest.raises(ValueError, match="no column path; its columns are none"):
             module(path).setup("predict")
+
+    def test_a_table_that_is_no_text_is_named(self, root):
+        path = table(root / "a.csv", self.rows(root))
+        path.write_bytes(path.read_bytes() + "train/generated/Zoë.png,generated\n".encode("latin-1"))
+        with pytest.raises(
+            ValueError, match=r"a\.csv cannot be read as a table: 'utf-8' codec .* Save it as CSV in UTF-8"
+        ):
+            module(path).setup("fit")
 
     def test_one_class(self, root):
         rows = [row for row in self.rows(root) if row["label"] == "generated"]

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from datamodules import ImageFolderDataModule
-from datamodules._image_files import find_images, read_image
+from datamodules._image_files import find_images
+from datamodules.image_reader import read_image
 
 RED, HALF = (255, 0, 0), (128, 128, 128)
 
@@ -145,6 +146,27 @@ class TestFolder:
             shutil.copy(folder / "image_0.png", folder / hidden)
         names = [path.relative_to(folder).as_posix() for path in find_images(folder)]
         assert names == [f"image_{i}.png" for i in range(5)] + ["sub/image_5.png", "sub/image_6.png"]
+
+    def test_every_suffix_that_pillow_knows_is_read(self, folder):
+        names = ["a.jfif", "b.JPE", "c.avif", "d.jp2", "e.tga", "f.pbm", "g.qoi"]
+        with Image.open(folder / "image_0.png") as image:
+            for name in names:
+                kind = {"a": "JPEG", "b": "JPEG"}.get(name[0])
+                image.convert("1" if name == "f.pbm" else "RGB").save(folder / name, kind)
+        assert [path.name for path in find_images(folder)][:7] == names
+        assert {tuple(read_image(folder / name).shape) for name in names} == {(3, 20, 30)}
+
+    def test_what_looks_like_an_image_and_is_not_read_is_counted(self, folder):
+        for name in ("a.heic", "b.HEIC", "sub/c.cr2", "notes.txt", ".hidden/d.heic"):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(b"")
+        with pytest.warns(UserWarning, match=r"1 \.cr2, 2 \.heic left out, which cannot be read") as caught:
+            assert len(find_images(folder)) == 7
+        assert len(caught) == 1
+        for path in find_images(folder):
+            path.unlink()
+        with pytest.raises(FileNotFoundError, match=r"holds no images \(1 \.cr2, 2 \.heic cannot be read\)"):
+            find_images(folder)
 
     def test_absent(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):

@@ -116,6 +116,18 @@ class TestDensities:
         densities.fit(torch.cat([seen.features, torch.ones(120, 2)], dim=1), seen.label)
         assert densities.log_densities(torch.ones(3, 8)).isfinite().all()
 
+    def test_what_is_constant_but_for_rounding_says_nothing(self) -> None:
+        """One feature is constant to seven digits; a copy of another leaves a direction without variance."""
+        seen = evaluated()
+        rounding = 1e-3 * (1 + 6e-8 * torch.randn(120, 1, generator=torch.Generator().manual_seed(2)).double())
+        features = torch.cat([seen.features, rounding, seen.features[:, :1]], dim=1)
+        densities = ClassDensities(8)
+        densities.fit(features, seen.label)
+        other = features.clone()
+        other[:, 6] += 1e-8
+        other[:, 7] += 1e-3
+        torch.testing.assert_close(densities.novelty(other), densities.novelty(features), rtol=0, atol=1e-2)
+
 
 def test_what_is_fitted_keeps_its_digits_in_a_module_of_lower_precision() -> None:
     seen = evaluated()
@@ -167,6 +179,47 @@ def test_one_class_alone_has_an_accuracy_but_no_curve() -> None:
     assert found["accuracy"].isfinite()
     assert found["auroc"].isnan()
     assert found["average_precision"].isnan()
+
+
+@pytest.mark.parametrize(
+    ("generated", "undefined"),
+    [
+        (1, {"loss", "ece", "accuracy_at_threshold", "generative_accuracy", "novel"}),
+        (10, {"generative_accuracy", "novel"}),
+        (14, set()),
+    ],
+)
+def test_what_a_half_is_too_small_to_fit_is_not_told(generated: int, undefined: set[str]) -> None:
+    """Six directions take seven images of a class. An earlier fit, which was made to these very images, is no judge."""
+    seen = evaluated(count=120)
+    seen = seen.select((seen.label == 0) | ((seen.label == 1).cumsum(0) <= generated))
+    calibration, densities = Calibration(), ClassDensities(6)
+    calibration.fit(seen.logit, seen.label)
+    densities.fit(seen.features, seen.label)
+    found = scores(seen, cross_judge(seen, calibration, densities))
+    assert {name for name, value in found.items() if value.isnan()} == undefined
+    assert densities.fitted == (generated > 1), "the fit itself is left alone"
+
+
+def test_images_of_one_class_are_judged_by_what_there_is() -> None:
+    whole = evaluated()
+    seen, calibration = whole.select(whole.label == 1), Calibration()
+    calibration.fit(whole.logit, whole.label)
+    judged = cross_judge(seen, calibration, ClassDensities(6))
+    torch.testing.assert_close(judged.probability, calibration(seen.logit))
+
+
+@pytest.mark.parametrize("shift", [0.0, 30.0])
+def test_one_order_of_the_images_everywhere(shift: float) -> None:
+    """What is logged, and what any reader of the probabilities computes; also where they come near 1."""
+    seen = evaluated()
+    seen = seen._replace(logit=seen.logit.float().double() + shift)
+    calibration = Calibration()
+    calibration.temperature.fill_(1.5)
+    judged = judge(seen, calibration, ClassDensities(6))
+    expected = metrics.roc_auc_score(seen.label.numpy(), judged.probability.numpy())
+    assert float(scores(seen, judged)["auroc"]) == pytest.approx(expected, abs=1e-6)
+    assert expected == pytest.approx(metrics.roc_auc_score(seen.label.numpy(), seen.logit.numpy()), abs=1e-6)
 
 
 def test_no_image_is_judged_by_a_fit_to_itself() -> None:

@@ -7,7 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_modules import GeneratedImageDetector, GraphDiffusion, GraphDiffusionReconstruction, ParameterTable
+from lightning_modules import (
+    GeneratedImageDetector,
+    GraphDiffusion,
+    GraphDiffusionReconstruction,
+    ParameterTable,
+    TraceNetwork,
+)
 from lightning_modules.detection import Colours, DetectorInputs, NeighborDifferences, RestorationResidual
 
 
@@ -98,9 +104,37 @@ class TestParametersOfAReconstruction:
     def test_every_restoration_of_a_detector_takes_over_its_own(self, tmp_path: Path) -> None:
         paths = [self.saved(tmp_path / f"{sigma}.ckpt", sigma=sigma) for sigma in (0.2, 0.6)]
         detector = GeneratedImageDetector([RestorationResidual(checkpoint=path) for path in paths])
-        detector.setup("fit")
+        detector.on_fit_start()
         found = [view.em_parameters.get_parameters()["sigma"] for view in detector.inputs.views]
         assert found == pytest.approx([0.2, 0.6])
+
+    def test_a_fit_that_resumes_needs_no_reconstruction(self, tmp_path: Path) -> None:
+        path = self.saved(tmp_path / "reconstruction.ckpt", sigma=0.37)
+
+        def trainer(epochs: int) -> L.Trainer:
+            quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+            return L.Trainer(accelerator="cpu", max_epochs=epochs, enable_checkpointing=False, **quiet)
+
+        def detector() -> GeneratedImageDetector:
+            torch.manual_seed(0)
+            backbone = TraceNetwork(3, (8,), (1,), normalization="group")
+            return GeneratedImageDetector([RestorationResidual(checkpoint=path)], backbone)
+
+        batch = {
+            "image": torch.rand(2, 1, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
+            "label": torch.tensor([0, 1]),
+            "weight": torch.ones(2),
+        }
+        loader = torch.utils.data.DataLoader([batch], batch_size=None)
+        first = trainer(1)
+        first.fit(detector(), loader)
+        first.save_checkpoint(tmp_path / "detector.ckpt")
+        Path(path).unlink()
+        resumed = detector()
+        trainer(2).fit(resumed, loader, ckpt_path=tmp_path / "detector.ckpt", weights_only=True)
+        assert resumed.em_parameters.get_parameters()["sigma"] == pytest.approx(0.37)
+        with pytest.raises(FileNotFoundError, match=r"reconstruction\.ckpt does not exist"):
+            trainer(1).fit(detector(), loader)
 
     def test_values_outside_the_bounds_are_refused(self, tmp_path: Path) -> None:
         path = self.saved(tmp_path / "reconstruction.ckpt", sigma=0.5)

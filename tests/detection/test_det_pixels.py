@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
 from datamodules._degradation import Degradation
 from datamodules._detector_crops import FixedCrops
-from datamodules._image_files import read_image
+from datamodules.image_reader import read_image
 from lightning_modules.detection import fixed_crops, to_pixels
 
 
@@ -63,6 +64,14 @@ def test_files_are_decoded_as_the_data_are(kind: str, tmp_path: Path) -> None:
     expected = read_image(path).float() / 255
     assert torch.equal(to_pixels(path), expected)
     assert torch.equal(to_pixels(str(path)), expected)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.uint16])
+def test_files_that_pillow_does_not_know_are_decoded_as_the_data_are(dtype: type, tmp_path: Path) -> None:
+    pixels = picture() / 255 if dtype is np.float32 else picture().astype(np.uint16) * 257
+    tifffile.imwrite(tmp_path / "a.tif", pixels.astype(dtype), photometric="rgb", compression="zlib")
+    expected = torch.from_numpy(picture()).permute(2, 0, 1) / 255
+    torch.testing.assert_close(to_pixels(tmp_path / "a.tif"), expected, rtol=0, atol=1e-6)
 
 
 def test_images_in_memory() -> None:
