@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_modules._optimization import configured
 from lightning_modules.detection import (
     Calibration,
     ClassDensities,
@@ -238,15 +239,7 @@ class GeneratedImageDetector(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Optimiser and schedule as injected."""
-        optimizer = self.optimizer(parameter for parameter in self.parameters() if parameter.requires_grad)
-        if self.lr_scheduler is None:
-            return optimizer
-        scheduler = self.lr_scheduler(optimizer)
-        monitor = getattr(scheduler, "monitor", "val/loss")  # only ReduceLROnPlateau asks for it
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": self.lr_interval, "monitor": monitor},
-        }
+        return configured(self.parameters(), self.optimizer, self.lr_scheduler, self.lr_interval)
 
     # For whoever has an image and no DataModule ------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
+from lightning_modules._optimization import configured
 from lightning_modules.em import Assignment, EStep, GlobalAssignment, ParameterTable
 from lightning_modules.em.objectives import probe_step, squared_error, stein_risk
 from lightning_modules.graph import GraphDiffusion, Smoothness, estimate_noise_std, seeded_normal, seeded_uniform
@@ -213,15 +214,7 @@ class GraphDiffusionReconstruction(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Optimiser and schedule as injected."""
-        optimizer = self.optimizer(parameter for parameter in self.parameters() if parameter.requires_grad)
-        if self.lr_scheduler is None:
-            return optimizer
-        scheduler = self.lr_scheduler(optimizer)
-        monitor = getattr(scheduler, "monitor", "val/loss")  # only ReduceLROnPlateau asks for it
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": self.lr_interval, "monitor": monitor},
-        }
+        return configured(self.parameters(), self.optimizer, self.lr_scheduler, self.lr_interval)
 
     @property
     def _max_radius(self) -> float:
