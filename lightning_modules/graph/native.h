@@ -1,4 +1,5 @@
 /* What our kernels for the CPU stand on: real numbers and vectors of them in either precision, 2^x, memory, threads. */
+#pragma once
 #include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
