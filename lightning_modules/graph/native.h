@@ -56,6 +56,34 @@ ALWAYS double sum_of(vector value) {
     return total;
 }
 
+typedef real quarter __attribute__((vector_size(16)));
+typedef real half __attribute__((vector_size(32)));
+
+/* Sum of the lanes, by halves. */
+ALWAYS real across(vector value) {
+    quarter sum;
+#if VECTOR_BYTES == 16
+    sum = value;
+#else
+    half wide;
+#if VECTOR_BYTES == 32
+    wide = value;
+#else
+    half halves[2];
+    memcpy(halves, &value, sizeof value);
+    wide = halves[0] + halves[1];
+#endif
+    quarter quarters[2];
+    memcpy(quarters, &wide, sizeof wide);
+    sum = quarters[0] + quarters[1];
+#endif
+#ifdef DOUBLE
+    return sum[0] + sum[1];
+#else
+    return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+#endif
+}
+
 #define LN2 0.693147180559945309417232121458176568
 #define P2 (LN2 * LN2)
 #define P4 (P2 * P2)

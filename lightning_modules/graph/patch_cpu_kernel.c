@@ -109,8 +109,8 @@ static void weigh(const Worker *w, const real *values) {
     }
 }
 
-/* S, and each of the `kept` matrices in turn the step of the one before; the last of them divided by its sums of rows
- * takes patches to restored patches. */
+/* S' divided by its row sums, which takes patches to restored patches. `kept` matrices in turn take S and the result of
+ * each step. */
 static real *smooth(const Worker *w, real tau, long steps, long kept) {
     const Graph *g = &w->graph;
     long matrix = g->padded * g->pitch;
@@ -192,8 +192,8 @@ static double weights_backward(const Worker *w, real tau) {
         w->edge_grad[edge] = through;
     }
     for (long i = 0; i < g->nodes; i++) { /* of the factors, then of the degrees */
-        real factor = w->factor[i], slope = w->call->symmetric ? factor * factor * factor / 2 : factor * factor;
-        w->node_grad[i] = w->degree[i] <= (real)w->call->degree_floor ? 0 : -w->node_grad[i] * slope;
+        real factor = w->factor[i], by_degree = w->call->symmetric ? factor * factor * factor / 2 : factor * factor;
+        w->node_grad[i] = w->degree[i] <= (real)w->call->degree_floor ? 0 : -w->node_grad[i] * by_degree;
     }
     for (long edge = 0; edge < g->edges; edge++)
         w->edge_grad[edge] = tau * (w->edge_grad[edge] + w->node_grad[g->first[edge]] + w->node_grad[g->second[edge]]);
@@ -229,7 +229,7 @@ static void spatial_backward(const Worker *w, const real *values, real *grad_val
     for (long u = 0; u < w->call->lengths; u++) {
         double length = w->call->distinct[u], grad = w->length_grad[u] * w->near[u], angle = PI * length / radius;
         grad_sigma_s += grad * w->cutoff[u] * length * length;
-        if (length < radius) grad_radius += grad * sin(angle) * angle;
+        if (!(length >= radius)) grad_radius += grad * sin(angle) * angle;
     }
     grad_values[SIGMA_S] = grad_sigma_s / (sigma_s * sigma_s * sigma_s);
     grad_values[RADIUS] = grad_radius / (2 * radius);
@@ -267,7 +267,8 @@ static real *take_reals(char **memory, long count) { return (real *)take(memory,
 static void take_all(Worker *w, Task task, char **memory) {
     const Call *q = w->call;
     const Graph *g = &w->graph;
-    long matrix = g->padded * g->pitch, edges = round_up(g->edges, most(LANES, GROUP)), entries = round_up(g->entries, GROUP), steps = 0;
+    long edges = round_up(g->edges, most(LANES, GROUP)), entries = round_up(g->entries, GROUP);
+    long matrix = g->padded * g->pitch, steps = 0;
     for (long image = 0; image < q->batch; image++) steps = most(steps, q->steps[image]);
     w->plane = take_reals(memory, q->height * q->width);
     w->mean = take_reals(memory, q->channels);

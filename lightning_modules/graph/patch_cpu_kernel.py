@@ -69,7 +69,8 @@ def diffuse_patches_compiled(
         return torch.as_tensor(value, dtype=images.dtype).view(-1).expand(len(images))
 
     values = torch.stack([each(value) for value in (*parameters[:5], noise_std)], dim=1)
-    steps = torch.as_tensor(parameters.smooth_steps, dtype=torch.int64).view(-1).expand(len(images)).contiguous()
+    steps = torch.as_tensor(parameters.smooth_steps, dtype=torch.int64).clamp_min(0)
+    steps = steps.view(-1).expand(len(images)).contiguous()
     own = None if guide is images else guide
     restored: Tensor = _Diffusion.apply(images, own, values, steps, geometry, laplacian == "symmetric")
     return restored

@@ -10,7 +10,7 @@
 #define PI 3.14159265358979323846
 
 #define GROUP 4 /* rows of a product, or edges, that are worked on together */
-#define BLOCK 3 /* vectors across a product: with GROUP rows of it as many sums as the smallest vector units have room for */
+#define BLOCK 3 /* vectors across a product: the sums of GROUP rows of them just fit into sixteen registers */
 
 ALWAYS long round_up(long count, long multiple) { return (count + multiple - 1) / multiple * multiple; }
 
@@ -31,34 +31,6 @@ ALWAYS long pitch_of(long entries) {
 
 ALWAYS vector without_traces(vector value) { return drop(value, (value <= NEGLIGIBLE) & (value >= -NEGLIGIBLE)); }
 ALWAYS real without_trace(real value) { return value <= NEGLIGIBLE && value >= -NEGLIGIBLE ? 0 : value; }
-
-typedef real quarter __attribute__((vector_size(16)));
-typedef real half __attribute__((vector_size(32)));
-
-/* Sum of the lanes, by halves. */
-ALWAYS real across(vector value) {
-    quarter sum;
-#if VECTOR_BYTES == 16
-    sum = value;
-#else
-    half wide;
-#if VECTOR_BYTES == 32
-    wide = value;
-#else
-    half halves[2];
-    memcpy(halves, &value, sizeof value);
-    wide = halves[0] + halves[1];
-#endif
-    quarter quarters[2];
-    memcpy(quarters, &wide, sizeof wide);
-    sum = quarters[0] + quarters[1];
-#endif
-#ifdef DOUBLE
-    return sum[0] + sum[1];
-#else
-    return (sum[0] + sum[2]) + (sum[1] + sum[3]);
-#endif
-}
 
 /* The graph that all images have in common: its edges, each once and node by node in both directions. */
 typedef struct {
