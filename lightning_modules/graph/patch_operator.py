@@ -135,7 +135,7 @@ def without_traces(matrix: Tensor) -> Tensor:
         - matrix: any
         - output: as matrix
     """
-    return torch.nn.functional.threshold(matrix, 1.01 * smallest_weight(matrix.dtype), 0.0)
+    return torch.nn.functional.hardshrink(matrix, 1.01 * smallest_weight(matrix.dtype))
 
 
 def mean_similarity_dense(

@@ -132,6 +132,17 @@ def test_dense_patches_equal_the_reference(dtype: torch.dtype, tolerance: float,
         torch.testing.assert_close(fast, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.usefixtures("graph_backend")
+@pytest.mark.parametrize("laplacian", ["symmetric", "random_walk"])
+def test_steps_longer_than_one(laplacian: Any) -> None:
+    """1 − τ is negative then, and so may be entries of S'."""
+    images, p = noisy_images(), {**parameters(), "tau": 1.6}
+    fast, slow = (
+        GraphDiffusion(4, 3, "patches", laplacian, reference=reference)(images, **p) for reference in (False, True)
+    )
+    torch.testing.assert_close(fast, slow, rtol=0, atol=1e-10)
+
+
 def test_unlike_patches_leave_no_subnormal_numbers() -> None:
     """Weights from 1 down to less than any number; products with subnormal ones are a hundred times slower."""
     features = torch.linspace(0, 30, 40)[None, :, None] ** torch.tensor([1.0, 0.5])

@@ -101,16 +101,6 @@ def test_numbers_serve_as_parameters() -> None:
     assert torch.equal(diffusion(images, **one, noise_std=torch.tensor([0.1])), expected)
 
 
-def test_steps_longer_than_one() -> None:
-    """Entries of the operator then may be negative."""
-    images = random(2, 3, 20, 17, dtype=torch.float64)
-    fast, slow = (
-        GraphDiffusion(6, 4, "patches", reference=reference)(images, **{**NUMBERS, "tau": 1.6})
-        for reference in (False, True)
-    )
-    torch.testing.assert_close(fast, slow, rtol=0, atol=1e-10)
-
-
 def test_the_number_of_threads_changes_no_bit() -> None:
     threads = torch.get_num_threads()
     try:
