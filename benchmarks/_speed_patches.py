@@ -1,9 +1,11 @@
-"""Signals on patches, the textbook graph: dense products beside SciPy and message passing; the fused kernel on CUDA."""
+"""Signals on patches, the textbook graph: compiled and eager beside SciPy and message passing; the kernel on CUDA."""
 
 import argparse
+import contextlib
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -12,7 +14,7 @@ from scipy.sparse import csr_matrix, diags
 from torch import Tensor
 
 from datamodules import CIFAR10DataModule
-from lightning_modules.graph import GraphDiffusion, PatchGrid, radius_graph
+from lightning_modules.graph import GraphDiffusion, PatchGrid, patch_cpu_kernel, patch_operator, radius_graph
 from lightning_modules.graph.parameters import DiffusionParameters
 from lightning_modules.graph.patch_operator import diffuse_patches_dense
 
@@ -32,18 +34,32 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     difference = np.abs(restore(images[:4]).numpy() - expected).max()
     print(f"per image, batch {BATCH}; largest difference to SciPy {difference:.1e}")
 
-    ours = median_ms(lambda: restore(images), repeats=21, warm_up=3) / BATCH
-    floor = _floor(images, grid)
-    work = "textbook graph (patch 8, stride 5), 32×32"
-    peer = median_ms(lambda: [pipeline(image) for image in images[:_SCIPY_IMAGES].numpy()]) / _SCIPY_IMAGES
-    yield record(f"{work}, forward", ours, "SciPy sparse, image by image", peer, floor_ms=floor)
-    peer = median_ms(lambda: restore(images, reference=True)) / BATCH
-    yield record(f"{work}, forward", ours, "our MessagePassing reference", peer, floor_ms=floor)
-    ours = median_ms(lambda: restore(images, gradient=True), repeats=9, warm_up=2) / BATCH
-    peer = median_ms(lambda: restore(images, gradient=True, reference=True)) / BATCH
-    yield record(f"{work}, forward + backward", ours, "our MessagePassing reference", peer, floor_ms=3 * floor)
+    forms: dict[str, Any] = {"eager": eager()}
+    if patch_cpu_kernel.library(torch.float32) is None:
+        print("no compiled rows: no C compiler, or LIGHTNING_EM_COMPILE=0")
+    else:
+        forms = {"compiled": contextlib.nullcontext(), **forms}
+    floor, reference = _floor(images, grid), "our MessagePassing reference"
+    scipy = median_ms(lambda: [pipeline(image) for image in images[:_SCIPY_IMAGES].numpy()]) / _SCIPY_IMAGES
+    peers = {"SciPy sparse, image by image": scipy}
+    for name, gradient, passes, repeats in (("forward", False, 1, 21), ("forward + backward", True, 3, 9)):
+        peers[reference] = (
+            median_ms(lambda gradient=gradient: restore(images, gradient=gradient, reference=True)) / BATCH
+        )
+        for form, context in forms.items():
+            with context:
+                ours = median_ms(lambda gradient=gradient: restore(images, gradient=gradient), repeats, 3) / BATCH
+            for peer, taken in peers.items():
+                work = f"textbook graph (patch 8, stride 5), 32×32, {form}, {name}"
+                yield record(work, ours, peer, taken, floor_ms=passes * floor)
+        peers.clear()  # SciPy has no gradients
     if torch.cuda.is_available():
         yield from _cuda_rows()
+
+
+def eager() -> Any:
+    """A context in which the operator runs in torch."""
+    return mock.patch.object(patch_operator, "serves", return_value=False)
 
 
 def restore(images: Tensor, gradient: bool = False, reference: bool = False, stride: int = 5) -> Tensor:
@@ -113,9 +129,10 @@ def _cuda_rows() -> Iterator[dict[str, Any]]:
 
 
 def _floor(images: Tensor, grid: PatchGrid) -> float:
-    """Milliseconds an image: in and out once; the products S'P, PP' and those of the steps."""
+    """Milliseconds an image: in and out once; distances and steps along the edges, and the product S'P."""
     nodes, dimension = grid.num_patches, images.shape[1] * grid.patch_size**2
-    operations = 2 * (2 * nodes**2 * dimension) + STEPS * 2 * nodes**3
+    edges = radius_graph(grid.centers, RADIUS).shape[1]  # both directions counted
+    operations = 3 * edges // 2 * dimension + STEPS * 2 * edges * nodes + 2 * nodes**2 * dimension
     return floor_ms(2 * images[0].numel() * images.element_size(), operations)
 
 

@@ -6,6 +6,7 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -88,17 +89,28 @@ def fake_photographs(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture(params=["torch", "kernel"])
-def image_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Runs a test of the image operator twice, in torch and by the compiled kernel; neither stands in for the other."""
-    from lightning_modules.graph import image_kernel, image_operator
+def graph_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test of the graph operators twice, in torch and compiled; neither stands in for the other."""
+    from lightning_modules.graph import image_kernel, image_operator, patch_cpu_kernel, patch_operator
 
+    libraries = [
+        module.library(d) for module in (image_kernel, patch_cpu_kernel) for d in (torch.float32, torch.float64)
+    ]
     if request.param == "torch":
-        monkeypatch.setattr(image_operator, "serves", lambda *_: False)
-    elif image_kernel.library(torch.float32) is None or image_kernel.library(torch.float64) is None:
+        for operator in (image_operator, patch_operator):
+            monkeypatch.setattr(operator, "serves", lambda *_: False)
+    elif None in libraries:
         pytest.skip("no compiled kernel: no C compiler, or LIGHTNING_EM_COMPILE=0")
     else:
         monkeypatch.delattr(image_operator, "_ImageDiffusion")
         monkeypatch.delattr(image_operator, "_SimilaritySum")
+        dense = patch_operator.diffuse_patches_dense
+
+        def unnormalized_alone(*arguments: Any) -> torch.Tensor:
+            assert arguments[5] == "unnormalized", "the kernel serves the others"
+            return dense(*arguments)
+
+        monkeypatch.setattr(patch_operator, "diffuse_patches_dense", unnormalized_alone)
     return str(request.param)
 
 

@@ -564,14 +564,12 @@ typedef struct {
     Task task;
     int together; /* all on one image after the other */
     long next;    /* image that nobody has begun */
-    pthread_mutex_t gate;
 } Shared;
 
 struct Member {
     Worker worker;
     Team alone;
     Shared *shared;
-    pthread_t thread;
 };
 
 static void one_image(const Worker *w, Task task, long image) {
@@ -580,18 +578,15 @@ static void one_image(const Worker *w, Task task, long image) {
     else similarity(w, image);
 }
 
-static void *work(void *argument) {
+static void work(void *argument) {
     Member *member = argument;
     Shared *shared = member->shared;
     long batch = member->worker.call->batch;
-    pthread_mutex_lock(&shared->gate); /* opens when it is known how many there are */
-    pthread_mutex_unlock(&shared->gate);
     if (shared->together)
         for (long image = 0; image < batch; image++) one_image(&member->worker, shared->task, image);
     else
-        for (long image; (image = __atomic_fetch_add(&shared->next, 1, __ATOMIC_RELAXED)) < batch;)
+        for (long image; (image = next_image(&shared->next)) < batch;)
             one_image(&member->worker, shared->task, image);
-    return 0;
 }
 
 /* How the work is shared out, and where in memory everything lies; returns the number of threads. With `measure` the
@@ -629,15 +624,9 @@ int64_t memory_needed(const Call *q, int64_t task) {
 
 void run(const Call *q, int64_t task) {
     Grid grid;
-    Team team = {.size = 1, .mutex = PTHREAD_MUTEX_INITIALIZER, .all_here = PTHREAD_COND_INITIALIZER};
-    Shared shared = {.gate = PTHREAD_MUTEX_INITIALIZER};
+    Team team = {.mutex = PTHREAD_MUTEX_INITIALIZER, .all_here = PTHREAD_COND_INITIALIZER};
+    Shared shared = {0};
     char *memory = q->memory;
     long threads = set_out(q, task, &grid, &shared, &team, &memory, 0);
-    pthread_mutex_lock(&shared.gate);
-    /* With fewer threads where there can be no more. */
-    for (; team.size < threads; team.size++)
-        if (pthread_create(&shared.members[team.size].thread, 0, work, &shared.members[team.size])) break;
-    pthread_mutex_unlock(&shared.gate);
-    work(&shared.members[0]);
-    for (long rank = 1; rank < team.size; rank++) pthread_join(shared.members[rank].thread, 0);
+    on_threads(work, (char *)shared.members, sizeof(Member), threads, &team.size);
 }

@@ -4,22 +4,17 @@ It serves where `serves` says so; `image_operator` has the same in torch. Both a
 """
 
 import ctypes
-import threading
 from collections.abc import Sequence
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_modules.graph.native import load_library
+from lightning_modules.graph.compiled_kernel import CompiledKernel
 from lightning_modules.graph.stencil import StencilGeometry
 from lightning_modules.graph.weights import SELF_WEIGHT
 
-_SOURCE = Path(__file__).with_name("image_kernel.c")
-_HEADER = Path(__file__).with_name("image_stencil.h")
 _RESTORE, _RESTORE_BACKWARD, _SIMILARITY, _SIMILARITY_BACKWARD = range(4)
 
 _SIZES = ("batch", "channels", "features", "height", "width", "patch", "offsets", "steps", "threads")
@@ -41,34 +36,8 @@ class _Call(ctypes.Structure):
     )
 
 
-def serves(*tensors: Tensor) -> bool:
-    """Whether the kernel takes these images: on a CPU, in one precision, outside `torch.compile`, and compiled."""
-    dtype = tensors[0].dtype
-    return (
-        dtype in (torch.float32, torch.float64)
-        and all(tensor.device.type == "cpu" and tensor.dtype == dtype for tensor in tensors)
-        and not torch.compiler.is_compiling()
-        and library(dtype) is not None
-    )
-
-
-_lock = threading.Lock()
-
-
-def library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The kernel for a precision, compiled at the first call; None where it cannot be."""
-    with _lock:  # two threads of one process would compile it twice
-        return _library(dtype)
-
-
-@lru_cache
-def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    found = load_library(_SOURCE, (_HEADER,), ("DOUBLE",) if dtype == torch.float64 else ())
-    if found is not None:
-        found.memory_needed.restype = ctypes.c_int64
-        found.memory_needed.argtypes = found.run.argtypes = [ctypes.POINTER(_Call), ctypes.c_int64]
-        found.run.restype = None
-    return found
+_kernel = CompiledKernel("image_kernel.c", ("image_stencil.h", "native.h"), _Call)
+library, serves = _kernel.library, _kernel.serves
 
 
 class CompiledDiffusion(torch.autograd.Function):
@@ -144,20 +113,17 @@ def _run(task: int, geometry: StencilGeometry, **tensors: Tensor | None) -> None
     assert guide is not None
     # The kernel reads where these say there is something, and nothing stops it.
     assert (len(guide), *guide.shape[2:]) == (len(images), *images.shape[2:]), "images and guide differ in size"
-    kernel = library(images.dtype)
-    assert kernel is not None, "ask `serves` before"
     rows, columns = torch.tensor(geometry.offsets, dtype=torch.int64).view(-1, 2).T.contiguous()
-    call = _Call(
+    _kernel.run(
+        task,
+        images.dtype,
         **dict(zip(_SIZES, (*images.shape[:2], guide.shape[1], *images.shape[2:], geometry.patch_size), strict=False)),
         offsets=len(geometry.offsets),
         steps=0 if tau is None else tau.shape[1],
         threads=torch.get_num_threads(),
-        rows=rows.data_ptr(),
-        columns=columns.data_ptr(),
+        rows=rows,
+        columns=columns,
         self_similarity=1.0,
         self_weight=SELF_WEIGHT,
-        **{name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None},
+        **tensors,
     )
-    memory = torch.zeros(kernel.memory_needed(call, task), dtype=torch.uint8)
-    call.memory = memory.data_ptr()
-    kernel.run(call, task)

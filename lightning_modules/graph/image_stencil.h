@@ -1,87 +1,11 @@
-/* What the image operator's kernel stands on: vectors, images as padded planes, a team of threads, windows.
+/* What the image operator's kernel stands on: images as padded planes, a team of threads, windows.
  *
  * An image, or a map with one value for each pair (p, p + d) of a half offset d, is a plane: rows `pitch` apart, with
  * enough zeros after each row and enough rows of zeros above and below that the neighbour of a pixel lies `shift`
  * entries away, and reads as zero where it leaves the image. Only what lies in the image is ever written; that keeps
  * the zeros.
  */
-#include <pthread.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-
-#ifdef DOUBLE
-typedef double real;
-typedef int64_t integer;
-#define MANTISSA 52       /* bits after the point */
-#define BIAS 1023         /* of the exponent */
-#define ROUNDER 0x1.8p52  /* added to a number it leaves the nearest integer in the lowest bits */
-#define LEAST_EXPONENT -511
-#define TERMS 14          /* the next one is under 2e-17 of the sum */
-#else
-typedef float real;
-typedef int32_t integer;
-#define MANTISSA 23
-#define BIAS 127
-#define ROUNDER 0x1.8p23f
-#define LEAST_EXPONENT -63
-#define TERMS 8           /* the next one is under 6e-9 of the sum */
-#endif
-
-#if defined(__AVX512F__)
-#define VECTOR_BYTES 64
-#elif defined(__AVX__)
-#define VECTOR_BYTES 32
-#else
-#define VECTOR_BYTES 16
-#endif
-#define LANES ((long)(VECTOR_BYTES / sizeof(real)))
-
-typedef real vector __attribute__((vector_size(VECTOR_BYTES)));
-typedef integer bits __attribute__((vector_size(VECTOR_BYTES)));
-
-#define ALWAYS static inline __attribute__((always_inline))
-
-ALWAYS vector load(const real *from) {
-    vector value;
-    memcpy(&value, from, sizeof value);
-    return value;
-}
-
-ALWAYS void store(real *to, vector value) { memcpy(to, &value, sizeof value); }
-
-/* 0 where the mask holds. No comparison with a NaN holds, so a NaN stays one. */
-ALWAYS vector drop(vector value, bits mask) { return (vector)((bits)value & ~mask); }
-
-ALWAYS vector every(real value) { return (vector){0} + value; }
-
-ALWAYS double sum_of(vector value) {
-    double total = 0;
-    for (long lane = 0; lane < LANES; lane++) total += value[lane];
-    return total;
-}
-
-#define LN2 0.693147180559945309417232121458176568
-#define P2 (LN2 * LN2)
-#define P4 (P2 * P2)
-#define P8 (P4 * P4)
-
-/* 2^x for x <= 0, to the last digit or two; exactly 0 from the root of the smallest normal number down, so that no
- * product of two weights is subnormal (arithmetic on such numbers is a hundred times as slow).
- * x = n + f with |f| <= 1/2: 2^n is written into the exponent's bits, 2^f is its Taylor series. */
-ALWAYS vector power_of_two(vector x) {
-    static const double coefficient[14] = {
-        1, LN2, P2 / 2, P2 * LN2 / 6, P4 / 24, P4 * LN2 / 120, P4 * P2 / 720, P4 * P2 * LN2 / 5040, P8 / 40320,
-        P8 * LN2 / 362880, P8 * P2 / 3628800, P8 * P2 * LN2 / 39916800, P8 * P4 / 479001600, P8 * P4 * LN2 / 6227020800,
-    };
-    bits negligible = x <= (real)LEAST_EXPONENT;
-    x = drop(x, negligible);
-    vector rounded = x + ROUNDER, f = x - (rounded - ROUNDER);
-    vector series = every(coefficient[TERMS - 1]);
-    for (int n = TERMS - 2; n >= 0; n--) series = series * f + (real)coefficient[n];
-    bits scale = ((bits)rounded + BIAS) << MANTISSA;
-    return drop(series * (vector)scale, negligible);
-}
+#include "native.h"
 
 /* Planes of one size of image. `span` is what is computed of a row: all columns, rounded up to whole vectors. */
 typedef struct {
@@ -125,18 +49,8 @@ static void wait_for_all(Team *team) {
 
 #define EACH_VECTOR(grid, column) for (long column = 0; column < (grid)->span; column += LANES)
 
-ALWAYS long least(long a, long b) { return a < b ? a : b; }
-ALWAYS long most(long a, long b) { return a > b ? a : b; }
-
 /* Rows of the lower ends of the pairs of an offset lie above this one. */
 ALWAYS long end_of(const Grid *g, long m) { return g->height - g->rows[m]; }
-
-/* Takes bytes from memory that is being handed out. */
-static void *take(char **memory, size_t bytes) {
-    char *taken = *memory;
-    *memory += (bytes + 63) / 64 * 64;
-    return taken;
-}
 
 /* `count` planes: the first entry of the first image. */
 static real *take_planes(char **memory, const Grid *g, long count) {

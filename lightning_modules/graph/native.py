@@ -110,7 +110,7 @@ def _cache() -> Path | None:
 
 def _compile(source: Path, compiler: list[str], defines: list[str], target: Path) -> Path:
     for index, machine in enumerate(_MACHINE_FLAGS):
-        command = [*compiler, *_FLAGS, *([machine] if machine else []), *defines, str(source), "-o", str(target)]
+        command = [*compiler, *_FLAGS, *([machine] if machine else []), *defines, str(source), "-o", str(target), "-lm"]
         try:
             _said(command, _SECONDS_TO_COMPILE)
             return target

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_modules.graph.laplacian import Laplacian, normalized_weight, stable_step
 from lightning_modules.graph.parameters import DiffusionParameters, repeat_step
+from lightning_modules.graph.patch_cpu_kernel import diffuse_patches_compiled, serves
 from lightning_modules.graph.patches import PatchGrid
 from lightning_modules.graph.weights import gaussian, smallest_weight, spatial_weight
 
@@ -25,7 +26,12 @@ def diffuse_patches(
     laplacian: Laplacian,
     max_radius: float,
 ) -> Tensor:
-    """`diffuse_patches_dense`, by the fused kernel of `patch_kernel` where there is CUDA and Triton for it."""
+    """`diffuse_patches_dense`, by a fused kernel where there is one for the device and the Laplacian.
+
+    That of `patch_kernel` serves where there are CUDA and Triton, that of `patch_cpu_kernel` on a CPU with a compiler.
+    """
+    if laplacian != "unnormalized" and serves(images, guide):
+        return diffuse_patches_compiled(images, guide, parameters, noise_std, grid, laplacian, max_radius)
     single = images.dtype == guide.dtype == torch.float32
     if images.is_cuda and single and laplacian != "unnormalized" and _has_triton():
         from lightning_modules.graph.patch_kernel import diffuse_patches_fused
@@ -129,7 +135,7 @@ def without_traces(matrix: Tensor) -> Tensor:
         - matrix: any
         - output: as matrix
     """
-    return torch.nn.functional.threshold(matrix, 1.01 * smallest_weight(matrix.dtype), 0.0)
+    return torch.nn.functional.hardshrink(matrix, 1.01 * smallest_weight(matrix.dtype))
 
 
 def mean_similarity_dense(

@@ -47,22 +47,24 @@ class PatchGrid:
             )
 
     @cached_property
-    def _tops(self) -> list[int]:
+    def tops(self) -> list[int]:
+        """Rows of the image at which patches begin."""
         return _axis_origins(self.height, self.patch_size, self.stride)
 
     @cached_property
-    def _lefts(self) -> list[int]:
+    def lefts(self) -> list[int]:
+        """Columns of the image at which patches begin."""
         return _axis_origins(self.width, self.patch_size, self.stride)
 
     @property
     def num_patches(self) -> int:
         """Number N of patches, row by row."""
-        return len(self._tops) * len(self._lefts)
+        return len(self.tops) * len(self.lefts)
 
     @property
     def centers(self) -> Tensor:
         """Patch centres (row, column) in pixels, float64 `[N, 2]`."""
-        origins = torch.cartesian_prod(torch.tensor(self._tops), torch.tensor(self._lefts)).view(-1, 2)
+        origins = torch.cartesian_prod(torch.tensor(self.tops), torch.tensor(self.lefts)).view(-1, 2)
         return origins.double() + (self.patch_size - 1) / 2
 
     def extract(self, images: Tensor) -> Tensor:
@@ -119,13 +121,13 @@ def _coverage(grid: PatchGrid, device: torch.device, dtype: torch.dtype) -> Tens
 
 def _extract(images: Tensor, grid: PatchGrid) -> Tensor:
     size = grid.patch_size
-    strips = torch.stack([images[..., left : left + size] for left in grid._lefts], dim=1)  # [B, N_W, C, H, p]
-    patches = torch.stack([strips[:, :, :, top : top + size] for top in grid._tops], dim=1)
+    strips = torch.stack([images[..., left : left + size] for left in grid.lefts], dim=1)  # [B, N_W, C, H, p]
+    patches = torch.stack([strips[:, :, :, top : top + size] for top in grid.tops], dim=1)
     return patches.view(len(images), grid.num_patches, images.shape[1] * size**2)
 
 
 def _fold(patches: Tensor, grid: PatchGrid) -> Tensor:
-    size, tops, lefts = grid.patch_size, grid._tops, grid._lefts
+    size, tops, lefts = grid.patch_size, grid.tops, grid.lefts
     channels = patches.shape[2] // size**2
     patches = patches.reshape(len(patches), len(tops), len(lefts), channels, size, size)
     strips = patches.new_empty(len(patches), len(lefts), channels, grid.height, size)

@@ -57,6 +57,7 @@ def dense_oracle(
     return (smoothed @ x) / smoothed.sum(1, keepdim=True)
 
 
+@pytest.mark.usefixtures("graph_backend")
 @pytest.mark.filterwarnings("ignore:.*exceeds the stable step")
 @pytest.mark.parametrize("laplacian", LAPLACIANS)
 @pytest.mark.parametrize("reference", [True, False])
@@ -94,7 +95,7 @@ def test_point_sets_diffuse_with_and_without_an_edge_index(laplacian: Any) -> No
     torch.testing.assert_close(diffusion(Batch.from_data_list(sets), **p), restored)
 
 
-@pytest.mark.usefixtures("image_backend")
+@pytest.mark.usefixtures("graph_backend")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 @pytest.mark.parametrize("patch_size", [1, 3, 5])
 @pytest.mark.parametrize("steps", [0, 4, torch.tensor([2, 5])])
@@ -114,6 +115,7 @@ def test_image_operator_equals_the_reference(dtype: torch.dtype, tolerance: floa
         torch.testing.assert_close(fast, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.usefixtures("graph_backend")
 @pytest.mark.filterwarnings("ignore:.*exceeds the stable step")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 @pytest.mark.parametrize("laplacian", LAPLACIANS)
@@ -130,6 +132,17 @@ def test_dense_patches_equal_the_reference(dtype: torch.dtype, tolerance: float,
         torch.testing.assert_close(fast, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.usefixtures("graph_backend")
+@pytest.mark.parametrize("laplacian", ["symmetric", "random_walk"])
+def test_steps_longer_than_one(laplacian: Any) -> None:
+    """1 − τ is negative then, and so may be entries of S'."""
+    images, p = noisy_images(), {**parameters(), "tau": 1.6}
+    fast, slow = (
+        GraphDiffusion(4, 3, "patches", laplacian, reference=reference)(images, **p) for reference in (False, True)
+    )
+    torch.testing.assert_close(fast, slow, rtol=0, atol=1e-10)
+
+
 def test_unlike_patches_leave_no_subnormal_numbers() -> None:
     """Weights from 1 down to less than any number; products with subnormal ones are a hundred times slower."""
     features = torch.linspace(0, 30, 40)[None, :, None] ** torch.tensor([1.0, 0.5])
@@ -144,7 +157,7 @@ def test_unlike_patches_leave_no_subnormal_numbers() -> None:
         similarity = step @ similarity
 
 
-@pytest.mark.usefixtures("image_backend")
+@pytest.mark.usefixtures("graph_backend")
 def test_image_operator_equals_a_pixel_by_pixel_loop() -> None:
     """An oracle that shares no code with the product: loops over pixels, windows and neighbours."""
     y = noisy_images(size=1, height=5, width=4)[0]
@@ -193,7 +206,7 @@ def test_image_operator_equals_a_pixel_by_pixel_loop() -> None:
     torch.testing.assert_close(restored[0], x, rtol=0, atol=1e-7)  # the loop's cosine is float32
 
 
-@pytest.mark.usefixtures("image_backend")
+@pytest.mark.usefixtures("graph_backend")
 @pytest.mark.filterwarnings("ignore:.*exceeds the stable step")
 @pytest.mark.parametrize(
     "diffusion",
@@ -213,7 +226,7 @@ def test_gradients_in_every_continuous_parameter_the_image_and_the_features(diff
     assert torch.autograd.gradcheck(own, (images, *leaves), atol=1e-6)
 
 
-@pytest.mark.usefixtures("image_backend")
+@pytest.mark.usefixtures("graph_backend")
 @pytest.mark.parametrize("patch_size", [3, 5])
 def test_fast_and_reference_agree_on_features(patch_size: int) -> None:
     features = torch.rand(2, 4, 9, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -253,7 +266,7 @@ def test_constants_stay_and_values_keep_their_range(
         assert restored.max() <= images.max() + 1e-12
 
 
-@pytest.mark.usefixtures("image_backend")
+@pytest.mark.usefixtures("graph_backend")
 def test_each_image_stops_after_its_own_steps() -> None:
     images, p = noisy_images(), parameters(steps=torch.tensor([1, 4]))
     for diffusion in (
@@ -301,7 +314,7 @@ def test_debiased_distance_revives_the_graph_under_noise() -> None:
     assert (told - clean).square().mean() < 0.5 * (untold - clean).square().mean()
 
 
-@pytest.mark.usefixtures("image_backend")
+@pytest.mark.usefixtures("graph_backend")
 @pytest.mark.parametrize("diffusion", [GraphDiffusion(3), GraphDiffusion(4, 3, "patches")])
 def test_smoothness_is_the_mean_similarity_over_the_edges(diffusion: GraphDiffusion) -> None:
     images, sigma = noisy_images(), torch.tensor([0.7, 2.0], dtype=torch.float64)
@@ -348,7 +361,7 @@ def test_refuses_wrong_inputs() -> None:
         GraphDiffusion(3)(Data(x=torch.rand(3, 2)), **p)
 
 
-@pytest.mark.usefixtures("image_backend")
+@pytest.mark.usefixtures("graph_backend")
 @pytest.mark.parametrize("shape", [(1, 2, 12, 12), (2, 2, 6, 6), (2, 2, 20, 20), (2, 12, 12)])
 def test_features_of_another_size_are_refused(shape: tuple[int, ...]) -> None:
     """Compiled code would read beyond them."""
@@ -363,7 +376,7 @@ def test_a_number_of_steps_for_each_image() -> None:
         GraphDiffusion(3)(images, **p)
 
 
-@pytest.mark.usefixtures("image_backend")
+@pytest.mark.usefixtures("graph_backend")
 def test_half_precision_and_autocast_compute_in_float32() -> None:
     images, p = noisy_images(torch.float32), parameters(torch.float32)
     for diffusion in (GraphDiffusion(3), GraphDiffusion(4, 3, "patches")):
@@ -375,7 +388,7 @@ def test_half_precision_and_autocast_compute_in_float32() -> None:
         assert (half - expected).abs().max() < 0.02
 
 
-@pytest.mark.usefixtures("image_backend")
+@pytest.mark.usefixtures("graph_backend")
 def test_cached_geometry_of_a_validation_serves_training() -> None:
     images, p = torch.rand(1, 3, 13, 19), {**parameters(torch.float32, 1), "max_radius": 2.9}
     for diffusion in (GraphDiffusion(3), GraphDiffusion(5, 4, "patches")):
@@ -386,7 +399,7 @@ def test_cached_geometry_of_a_validation_serves_training() -> None:
         assert sigma.grad is not None
 
 
-@pytest.mark.usefixtures("image_backend")
+@pytest.mark.usefixtures("graph_backend")
 @pytest.mark.parametrize(("signal", "patch_size", "stride"), [("image", 3, 1), ("patches", 4, 3)])
 def test_mean_edge_weight_is_that_of_the_reference(signal: str, patch_size: int, stride: int) -> None:
     """Against a loop over all pairs."""

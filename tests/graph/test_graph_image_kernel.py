@@ -83,7 +83,7 @@ def test_the_number_of_threads_changes_no_bit(size: tuple[int, int, int, int]) -
         assert all(torch.equal(one, expected) for one, expected in zip(other, found[0], strict=True))
 
 
-@pytest.mark.usefixtures("image_backend")
+@pytest.mark.usefixtures("graph_backend")
 def test_not_a_number_stays_one() -> None:
     images = torch.rand(2, 1, 9, 9, generator=torch.Generator().manual_seed(0))
     images[0, 0, 4, 4] = torch.nan

@@ -33,7 +33,7 @@ def test_chunks_of_unequal_size_change_nothing(monkeypatch: pytest.MonkeyPatch) 
             torch.testing.assert_close(one, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.usefixtures("image_backend")
+@pytest.mark.usefixtures("graph_backend")
 @pytest.mark.parametrize("patch_size", [1, 3, 5])
 def test_gradients_of_the_smoothness(patch_size: int) -> None:
     images = torch.rand(2, 3, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
@@ -42,7 +42,7 @@ def test_gradients_of_the_smoothness(patch_size: int) -> None:
     assert torch.autograd.gradcheck(lambda y, s: diffusion.smoothness(y, s, 2.3).similarity, (images, sigma))
 
 
-@pytest.mark.usefixtures("image_backend")
+@pytest.mark.usefixtures("graph_backend")
 def test_gradient_of_the_noise_level() -> None:
     images = torch.rand(1, 3, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     noise = torch.tensor([0.05], dtype=torch.float64, requires_grad=True)
@@ -50,7 +50,7 @@ def test_gradient_of_the_noise_level() -> None:
     assert torch.autograd.gradcheck(lambda level: GraphDiffusion(3)(images, **p, noise_std=level), (noise,))
 
 
-@pytest.mark.usefixtures("image_backend")
+@pytest.mark.usefixtures("graph_backend")
 def test_weights_that_underflow_give_finite_gradients() -> None:
     """Far-apart windows and a radius that ends on a neighbour: weights of exactly 0."""
     images = (torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(3)) * 100).requires_grad_()
@@ -60,7 +60,7 @@ def test_weights_that_underflow_give_finite_gradients() -> None:
         assert gradient.isfinite().all()
 
 
-@pytest.mark.usefixtures("image_backend")
+@pytest.mark.usefixtures("graph_backend")
 @pytest.mark.parametrize("size", [(0, 8, 6), (1, 1, 1), (2, 1, 5)])
 def test_no_image_and_no_neighbour(size: tuple[int, int, int]) -> None:
     batch, height, width = size
