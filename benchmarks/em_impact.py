@@ -112,8 +112,8 @@ def build(setting: str, variant: str, steps: int) -> GraphDiffusionReconstructio
     )
 
 
-def run(setting: str, variant: str, seed: int, data: CIFAR10DataModule, options: Any) -> dict[str, Any]:
-    """Train one variant; its record, with the course of the test error."""
+def run(setting: str, variant: str, seed: int, data: CIFAR10DataModule, options: Any) -> list[dict[str, Any]]:
+    """Train one variant; a record for each measurement, the last of which is final and has the parameters."""
     L.seed_everything(seed, verbose=False)
     module = build(setting, variant, options.steps)
     network = module.backbone is not None
@@ -128,26 +128,24 @@ def run(setting: str, variant: str, seed: int, data: CIFAR10DataModule, options:
         rule = EMParameterCallback(GradientRule(lr=0.05 if network else 0.1, pseudo_count=0.0))
         quiet_trainer(steps, course, *([] if variant == "fixed" else [rule])).fit(module, data)
     table = module.em_parameters
-    rows = {name: table.get_parameters(row) for row, name in enumerate(table.row_names)}
-    return {
-        "setting": setting,
-        "variant": variant,
-        "seed": seed,
-        **course.points[-1],
-        "parameters": table.get_parameters(),
-        "rows": rows,
-        "course": course.points,
-    }
+    parameters = table.get_parameters()
+    for row, name in enumerate(table.row_names):
+        parameters |= {f"{parameter} of {name}": table.get_parameters(row)[parameter] for parameter in table.per_row}
+    which = {"setting": setting, "variant": variant, "seed": seed}
+    records = [{**which, **point, "final": False} for point in course.points]
+    records[-1] |= {"final": True, **parameters}
+    return records
 
 
 def comparison(records: list[dict[str, Any]]) -> Iterator[str]:
     """One line for each setting and learned variant, means over the seeds; steps and seconds to the fixed run's end."""
+    ends = [record for record in records if record["final"]]
     for setting, (fixed, *learned) in SETTINGS.items():
         for variant in learned:
             pairs = [
                 (one, two)
-                for one in records
-                for two in records
+                for one in ends
+                for two in ends
                 if one["setting"] == two["setting"] == setting
                 and (one["variant"], two["variant"]) == (fixed, variant)
                 and one["seed"] == two["seed"]
@@ -158,18 +156,23 @@ def comparison(records: list[dict[str, Any]]) -> Iterator[str]:
             psnr = [statistics.mean(record["psnr"] for record in side) for side in zip(*pairs, strict=True)]
             line = f"{setting}, {variant}: {psnr[0]:.2f} → {psnr[1]:.2f} dB, {lower:.1%} lower MSE"
             if pairs[0][0]["step"]:
-                reached = [
-                    next((point for point in two["course"] if point["mse"] <= one["mse"]), None) for one, two in pairs
-                ]
-                ratios = [
-                    "never"
-                    if point is None
-                    else f"{point['step'] / one['step']:.0%} of the steps, "
-                    f"{point['seconds'] / one['seconds']:.0%} of the time"
-                    for point, (one, _) in zip(reached, pairs, strict=True)
-                ]
-                line += "; the fixed run's final MSE after " + " | ".join(ratios)
+                line += "; the fixed run's final MSE after "
+                line += " | ".join(_reached(_course(records, two), one) for one, two in pairs)
             yield line
+
+
+def _course(records: list[dict[str, Any]], end: dict[str, Any]) -> list[dict[str, Any]]:
+    """The measurements of the run that ends with `end`."""
+    same = ("setting", "variant", "seed")
+    return [record for record in records if all(record[name] == end[name] for name in same)]
+
+
+def _reached(course: list[dict[str, Any]], end: dict[str, Any]) -> str:
+    """When a course has come down to the error at the end of another run, in that run's steps and seconds."""
+    point = next((point for point in course if point["mse"] <= end["mse"]), None)
+    if point is None:
+        return "never"
+    return f"{point['step'] / end['step']:.0%} of the steps, {point['seconds'] / end['seconds']:.0%} of the time"
 
 
 def main() -> None:
@@ -191,13 +194,13 @@ def main() -> None:
         for seed in options.seeds:
             for variant in variants:
                 data = CIFAR10DataModule(root=str(options.data), batch_size=32, val_size=100, seed=seed)
-                record = run(setting, variant, seed, data, options)
-                records.append(record)
+                records += run(setting, variant, seed, data, options)
                 write_json(options.json, records)
-                values = {name: round(value, 3) for name, value in record["parameters"].items()}
+                end = records[-1]
+                values = {name: round(end[name], 3) for name in LEARNED}
                 print(
-                    f"{setting}, {variant}, seed {seed}: MSE {record['mse']:.6f}, {record['psnr']:.3f} dB, "
-                    f"{record['seconds']:.0f} s {values}",
+                    f"{setting}, {variant}, seed {seed}: MSE {end['mse']:.6f}, {end['psnr']:.3f} dB, "
+                    f"{end['seconds']:.0f} s {values}",
                     flush=True,
                 )
     print("\n".join(comparison(records)))

@@ -27,15 +27,16 @@ def save(figure: Figure, name: str) -> None:
 
 def impact() -> Figure:
     """Test error in the course of training, networks with fixed and with learned parameters, one line for each seed."""
-    records = [record for record in load("em_impact") if len(record["course"]) > 1 and "Residual" in record["setting"]]
+    records = [record for record in load("em_impact") if "Residual" in record["setting"]]
     settings = list(dict.fromkeys(record["setting"] for record in records))
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     for axes, setting in zip(figure.subplots(1, len(settings), sharey=True, squeeze=False)[0], settings, strict=True):
-        drawn = set()
+        runs: dict[tuple[str, int], list[dict[str, Any]]] = {}
         for record in (record for record in records if record["setting"] == setting):
-            variant = record["variant"]
-            steps = [point["step"] for point in record["course"]]
-            errors = [point["mse"] for point in record["course"]]
+            runs.setdefault((record["variant"], record["seed"]), []).append(record)
+        drawn = set()
+        for (variant, _), points in runs.items():
+            steps, errors = ([point[name] for point in points] for name in ("step", "mse"))
             label = None if variant in drawn else f"{variant} parameters"
             axes.plot(steps, errors, color=COLORS[variant], linewidth=1.2, label=label)
             drawn.add(variant)
