@@ -13,6 +13,7 @@ from lightning_modules import EStep, ParameterTable
 from lightning_modules.em import Assignment
 
 RULES = ["gradient", "sign", "newton", "bayesian"]
+LOG_EVERY = 20  # steps; more than the window of SignRule
 
 
 class Scaler:
@@ -28,7 +29,7 @@ def trainer_on_paper(scaler: Scaler | None) -> Any:
         precision_plugin=SimpleNamespace(scaler=scaler),
         optimizers=[],
         loggers=[],
-        log_every_n_steps=50,
+        log_every_n_steps=LOG_EVERY,
         accumulate_grad_batches=2,
         global_step=0,
     )
@@ -62,18 +63,18 @@ def m_steps(rule: str, scaler: Scaler | None, last: int, assignment: Assignment 
 @pytest.mark.parametrize("scaler", [None, Scaler()])
 @pytest.mark.parametrize("rule", RULES)
 def test_steps_that_do_not_log_read_nothing(rule: str, scaler: Scaler | None) -> None:
-    assert len(m_steps(rule, scaler, last=49)._proxies) == 49
+    assert len(m_steps(rule, scaler, last=LOG_EVERY - 1)._proxies) == LOG_EVERY - 1
 
 
 @pytest.mark.parametrize("name", ["mixture", "similarity"])
 def test_assignments_that_learn_read_nothing(name: str) -> None:
     assignment = make_assignment(name).to("meta").train()
-    assert len(m_steps("gradient", None, last=49, assignment=assignment)._proxies) == 49
+    assert len(m_steps("gradient", None, last=LOG_EVERY - 1, assignment=assignment)._proxies) == LOG_EVERY - 1
 
 
 def test_a_step_that_logs_does_read() -> None:
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
-        m_steps("gradient", None, last=50)
+        m_steps("gradient", None, last=LOG_EVERY)
 
 
 class Watched(EMParameterCallback):
