@@ -98,7 +98,7 @@ def graph_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     ]
     if request.param == "torch":
         for operator in (image_operator, patch_operator):
-            monkeypatch.setattr(operator, "serves", lambda *_: False)
+            monkeypatch.setattr(operator, "serves", lambda *_, **__: False)
     elif None in libraries:
         pytest.skip("no compiled kernel: no C compiler, or LIGHTNING_EM_COMPILE=0")
     else:

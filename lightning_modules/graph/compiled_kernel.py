@@ -2,10 +2,13 @@
 
 import ctypes
 import threading
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from lightning_modules.graph.native import load_library
 
@@ -43,13 +46,19 @@ class CompiledKernel:
             found.run.restype = None
         return found
 
-    def serves(self, *tensors: Tensor) -> bool:
-        """Whether it takes these tensors: on a CPU, in one precision, outside `torch.compile`, and compiled."""
+    def serves(self, *tensors: Tensor, beside: Iterable[Any] = ()) -> bool:
+        """Whether it takes these tensors: on a CPU, in one precision, not being traced or compiled, and there is one.
+
+        Args:
+            tensors: What the kernel computes with.
+            beside: Other arguments, of which tensors must have memory of their own as well.
+        """
         dtype = tensors[0].dtype
         return (
             dtype in _DEFINES
             and all(tensor.device.type == "cpu" and tensor.dtype == dtype for tensor in tensors)
-            and not torch.compiler.is_compiling()
+            and all(_has_memory(value) for value in (*tensors, *beside) if torch.is_tensor(value))
+            and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
             and self.library(dtype) is not None
         )
 
@@ -59,11 +68,29 @@ class CompiledKernel:
         assert kernel is not None, "ask `serves` before"
         call = self._call(
             **{
-                name: value.data_ptr() if torch.is_tensor(value) else value
+                name: _address(name, value) if torch.is_tensor(value) else value
                 for name, value in fields.items()
                 if value is not None
             }
         )
-        memory = torch.zeros(kernel.memory_needed(call, task), dtype=torch.uint8)
+        memory = torch.zeros(kernel.memory_needed(call, task), dtype=torch.uint8, device="cpu")
         call.memory = memory.data_ptr()
         kernel.run(call, task)
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """False for what only stands for a tensor: fake ones, subclasses, and those of `torch.func`'s transforms."""
+    if type(tensor) not in (Tensor, Parameter):
+        return False
+    try:
+        tensor.data_ptr()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _address(name: str, tensor: Tensor) -> int:
+    """Where a tensor lies. The kernel goes there whatever it is, so that it must be memory of this process."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous and on the CPU, got a tensor on {tensor.device}")
+    return tensor.data_ptr()

@@ -113,7 +113,7 @@ def _run(task: int, geometry: StencilGeometry, **tensors: Tensor | None) -> None
     assert guide is not None
     # The kernel reads where these say there is something, and nothing stops it.
     assert (len(guide), *guide.shape[2:]) == (len(images), *images.shape[2:]), "images and guide differ in size"
-    rows, columns = torch.tensor(geometry.offsets, dtype=torch.int64).view(-1, 2).T.contiguous()
+    rows, columns = torch.tensor(geometry.offsets, dtype=torch.int64, device="cpu").view(-1, 2).T.contiguous()
     _kernel.run(
         task,
         images.dtype,

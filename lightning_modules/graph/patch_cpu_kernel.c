@@ -7,6 +7,9 @@
 #include "patch_matrix.h"
 #include "patch_pixels.h"
 
+/* Sum of a row of S', in units of NEGLIGIBLE, under which too many of its digits have been dropped. */
+#define LEAST_SUM 0x1p20f
+
 /* Columns of `values`. */
 enum { SIGMA, TAU, RADIUS, SIGMA_S, SIGMA_F, NOISE, VALUES };
 
@@ -44,6 +47,7 @@ typedef struct {
     real *degree, *factor;                                 /* [N] */
     real *ahead, *behind;                                  /* [entries]: of a step, and of its transpose */
     real *signals, *share;                                 /* [2 or k + 1, N, N]; [N]: one over the last's row sums */
+    real *lost;                                            /* [N]: 1 where S stands for what the steps have left of it */
     real *restored;                                        /* [N, D] */
     real *flows, *operator_grad;                           /* [k + 1, N, N], [N, N] */
     real *grad_patches, *grad_features;                    /* [N, D] */
@@ -109,6 +113,23 @@ static void weigh(const Worker *w, const real *values) {
     }
 }
 
+/* A row of S. */
+static void similarity_row(const Worker *w, long node, real *row) {
+    const Graph *g = &w->graph;
+    memset(row, 0, g->pitch * sizeof(real));
+    row[node] = 1;
+    for (long edge = 0; edge < g->edges; edge++) {
+        if (g->first[edge] == node) row[g->second[edge]] = w->similarity[edge];
+        if (g->second[edge] == node) row[g->first[edge]] = w->similarity[edge];
+    }
+}
+
+ALWAYS real sum_of_row(const Graph *g, const real *row) {
+    vector sum = every(0);
+    for (long column = 0; column < g->nodes; column += LANES) sum += load(row + column);
+    return across(sum);
+}
+
 /* S' divided by its row sums, which takes patches to restored patches. `kept` matrices in turn take S and the result of
  * each step. */
 static real *smooth(const Worker *w, real tau, long steps, long kept) {
@@ -128,9 +149,14 @@ static real *smooth(const Worker *w, real tau, long steps, long kept) {
     }
     for (long i = 0; i < g->nodes; i++) {
         real *row = signal + i * g->pitch;
-        vector sum = every(0);
-        for (long column = 0; column < g->nodes; column += LANES) sum += load(row + column);
-        w->share[i] = 1 / across(sum);
+        real sum = sum_of_row(g, row);
+        /* An isolated patch keeps (1 - tau)^k of its row of S. The division undoes that, unless next to nothing is left. */
+        w->lost[i] = sum <= LEAST_SUM * NEGLIGIBLE && sum >= -LEAST_SUM * NEGLIGIBLE;
+        if (w->lost[i]) {
+            similarity_row(w, i, row);
+            sum = sum_of_row(g, row);
+        }
+        w->share[i] = 1 / sum;
         for (long column = 0; column < g->nodes; column += LANES) store(row + column, load(row + column) * w->share[i]);
     }
     return signal;
@@ -154,15 +180,21 @@ static double steps_backward(const Worker *w, real tau, long steps, const real *
     long matrix = g->padded * g->pitch;
     real keep = without_trace(1 - tau), *flow = w->flows + steps * matrix;
     for (long i = 0; i < g->nodes; i++) {
-        const real *grad = w->operator_grad + i * g->pitch;
+        real *grad = w->operator_grad + i * g->pitch;
         vector sum = every(0);
         for (long column = 0; column < g->nodes; column += LANES)
             sum += load(grad + column) * load(operator + i * g->pitch + column);
         real through = across(sum);
-        for (long column = 0; column < g->nodes; column += LANES)
-            store(flow + i * g->pitch + column, (load(grad + column) - through) * w->share[i]);
+        for (long column = 0; column < g->nodes; column += LANES) {
+            vector value = (load(grad + column) - through) * w->share[i];
+            store(grad + column, value);
+            store(flow + i * g->pitch + column, w->lost[i] ? every(0) : value);
+        }
     }
     for (; flow > w->flows; flow -= matrix) step(g, keep, w->behind, flow, flow - matrix, 0);
+    for (long i = 0; i < g->nodes; i++) /* S stands there itself */
+        for (long column = i * g->pitch; w->lost[i] && column < i * g->pitch + g->nodes; column += LANES)
+            store(flow + column, load(flow + column) + load(w->operator_grad + column));
     entries_backward(g, w->flows + matrix, w->signals, steps, w->entry_grad);
     vector own = every(0);
     for (long i = 0; i < steps * matrix; i += LANES) own += load(w->flows + matrix + i) * load(w->signals + i);
@@ -285,6 +317,7 @@ static void take_all(Worker *w, Task task, char **memory) {
     w->degree = take_reals(memory, g->nodes);
     w->factor = take_reals(memory, g->nodes);
     w->share = take_reals(memory, g->nodes);
+    w->lost = take_reals(memory, g->nodes);
     w->ahead = take_reals(memory, entries);
     w->behind = take_reals(memory, entries);
     w->signals = take_reals(memory, (task == RESTORE ? 2 : steps + 1) * matrix);

@@ -63,14 +63,15 @@ def diffuse_patches_compiled(
         - images: `[B, C, H, W]`; guide: `[B, F, H, W]`
         - output: as images
     """
-    geometry = _geometry(grid, max_radius, images.dtype)
 
     def each(value: Tensor | float) -> Tensor:
-        return torch.as_tensor(value, dtype=images.dtype).view(-1).expand(len(images))
+        return torch.as_tensor(value, dtype=images.dtype, device="cpu").view(-1).expand(len(images))
 
     values = torch.stack([each(value) for value in (*parameters[:5], noise_std)], dim=1)
-    steps = torch.as_tensor(parameters.smooth_steps, dtype=torch.int64).clamp_min(0)
+    steps = torch.as_tensor(parameters.smooth_steps, device="cpu").ceil().to(torch.int64).clamp_min(0)
     steps = steps.view(-1).expand(len(images)).contiguous()
+    with torch.device("cpu"):  # whatever the default device is
+        geometry = _geometry(grid, max_radius, images.dtype)
     own = None if guide is images else guide
     restored: Tensor = _Diffusion.apply(images, own, values, steps, geometry, laplacian == "symmetric")
     return restored

@@ -16,6 +16,9 @@ from lightning_modules.graph.weights import gaussian, smallest_weight, spatial_w
 # Up to this many nodes the products of dense matrices win over gathering and scattering along edges.
 MAX_DENSE_NODES = 64
 
+# Sum of a row of S', in units of the smallest weight, under which too many of its digits have been dropped.
+_LEAST_SUM = 2.0**20
+
 
 def diffuse_patches(
     images: Tensor,
@@ -30,7 +33,7 @@ def diffuse_patches(
 
     That of `patch_kernel` serves where there are CUDA and Triton, that of `patch_cpu_kernel` on a CPU with a compiler.
     """
-    if laplacian != "unnormalized" and serves(images, guide):
+    if laplacian != "unnormalized" and serves(images, guide, beside=(*parameters, noise_std)):
         return diffuse_patches_compiled(images, guide, parameters, noise_std, grid, laplacian, max_radius)
     single = images.dtype == guide.dtype == torch.float32
     if images.is_cuda and single and laplacian != "unnormalized" and _has_triton():
@@ -100,12 +103,16 @@ def _smoothing_operator(
         given: Tensor | float = step_size * degree
     else:
         step_size = given = per_image.tau
-    step_matrix = step_size * inner
+    # Before the factor: where τ is 0 or 1 exactly, it still has a gradient.
+    step_matrix = step_size * without_traces(inner)
     # What a node keeps of itself stands on the diagonal, which `inner` leaves at 0.
     step_matrix.diagonal(dim1=1, dim2=2).add_(1 - (given.squeeze(2) if torch.is_tensor(given) else given))
-    step_matrix = without_traces(step_matrix)
     smoothed = repeat_step(lambda signal: step_matrix @ without_traces(signal), similarity, per_image.smooth_steps)
-    return smoothed / smoothed.sum(2, keepdim=True)
+    total = smoothed.sum(2, keepdim=True)
+    # An isolated patch keeps (1 - τ)^k of its row of S. The division undoes that, unless next to nothing is left.
+    lost = total.abs() <= _LEAST_SUM * smallest_weight(total.dtype)
+    smoothed, total = torch.where(lost, similarity, smoothed), torch.where(lost, similarity.sum(2, keepdim=True), total)
+    return smoothed / total
 
 
 def debiased_distance(features: Tensor, noise_std: Tensor | float) -> Tensor:

@@ -433,3 +433,34 @@ def test_mean_edge_weight_is_that_of_the_reference(signal: str, patch_size: int,
                 distance = patch_size**2 / len(terms) * torch.stack(terms).sum(0) - 2 * noise**2 * dimension
                 weights.append(torch.exp(-distance.clamp_min(0) / (2 * sigma**2)))
     torch.testing.assert_close(found, torch.stack(weights).mean(0), rtol=1e-9, atol=0)
+
+
+@pytest.mark.usefixtures("graph_backend")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("laplacian", ["symmetric", "random_walk"])
+@pytest.mark.parametrize(("tau", "steps"), [(0.5, 3), (0.99, 10), (0.9, 1000), (1.0, 2)])
+def test_isolated_patches_keep_their_value(tau: float, steps: int, laplacian: Any, dtype: torch.dtype) -> None:
+    """However little is left of them: no edge is as short as the radius, so the steps move nothing."""
+    diffusion = GraphDiffusion(5, 4, "patches", laplacian)
+    restored = []
+    for count in (0, steps):
+        images, sigma = noisy_images(dtype, height=13, width=13).requires_grad_(), torch.tensor(1.0, dtype=dtype)
+        arguments = {"sigma": sigma.requires_grad_(), "tau": tau, "radius": 3.0, "sigma_s": 2.0, "sigma_f": 1.0}
+        result = diffusion(images, **arguments, smooth_steps=count, noise_std=0.1, max_radius=4.5)
+        restored.append([result, *torch.autograd.grad((result * result.detach().cos()).sum(), (images, sigma))])
+    for untouched, smoothed in zip(*restored, strict=True):
+        torch.testing.assert_close(smoothed, untouched, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("graph_backend")
+@pytest.mark.parametrize("laplacian", ["symmetric", "random_walk"])
+def test_gradient_of_a_step_of_exactly_one(laplacian: Any) -> None:
+    """Nothing of a node's own is left then; what would be has a gradient."""
+    gradients = []
+    for reference in (True, False):
+        tau = torch.ones(2, dtype=torch.float64, requires_grad=True)
+        arguments = {**parameters(), "tau": tau, "sigma_f": 2.0, "max_radius": 4.5, "radius": 4.4}
+        restored = GraphDiffusion(4, 3, "patches", laplacian, reference)(noisy_images(), **arguments)
+        gradients.append(torch.autograd.grad((restored * restored.detach().cos()).sum(), tau)[0])
+    assert gradients[0].abs().min() > 1e-3
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-12)

@@ -9,7 +9,7 @@ NAMES = ("sigma", "tau", "radius", "sigma_s", "sigma_f")
 
 
 def test_chunks_of_unequal_size_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_operator, "serves", lambda *_: False)
+    monkeypatch.setattr(image_operator, "serves", lambda *_, **__: False)
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(5, 3, 9, 7, dtype=torch.float64, generator=generator).requires_grad_()
     features = torch.rand(5, 2, 9, 7, dtype=torch.float64, generator=generator).requires_grad_()

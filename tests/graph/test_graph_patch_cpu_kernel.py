@@ -80,7 +80,7 @@ def test_kernel_equals_torch_and_message_passing(
     with monkeypatch.context() as without:
         without.setattr(patch_operator, "diffuse_patches_dense", None)
         found = results(*case, laplacian=laplacian, dtype=dtype)
-    monkeypatch.setattr(patch_operator, "serves", lambda *_: False)
+    monkeypatch.setattr(patch_operator, "serves", lambda *_, **__: False)
     others = [results(*case, laplacian=laplacian, dtype=dtype)]
     if case[0][0]:  # PyG has no graph of no image
         # In float32 message passing loses more digits than are asked for here.
@@ -206,3 +206,21 @@ def test_forked_workers_of_a_data_loader() -> None:
     here = torch.stack([data[index] for index in range(4)])  # the parent has used the kernel, and its threads
     loader = DataLoader(data, batch_size=2, num_workers=2, multiprocessing_context="fork", timeout=60)
     assert torch.equal(torch.cat(list(loader)), here)
+
+
+def test_arguments_that_are_not_in_memory_do_no_harm() -> None:
+    images, diffusion = random(2, 3, 13, 13), GraphDiffusion(5, 4, "patches")
+    expected = diffusion(images, **NUMBERS, max_radius=7.0)
+    with torch.device("meta"):  # the default device of new tensors, of which none may be the kernel's
+        assert torch.equal(diffusion(images, **NUMBERS, max_radius=7.0), expected)
+    with pytest.raises((RuntimeError, NotImplementedError)):  # a crash of the interpreter otherwise
+        diffusion(images, **{**NUMBERS, "smooth_steps": torch.tensor([3, 1], device="meta")}, max_radius=7.0)
+    with pytest.raises(ValueError, match="steps must be contiguous and on the CPU"):
+        patch_cpu_kernel._kernel.run(0, torch.float32, steps=torch.ones(2, device="meta"))
+
+
+def test_a_transform_that_fails_leaves_nothing_behind() -> None:
+    images, diffusion = random(1, 3, 14, 14), GraphDiffusion(5, 4, "patches")
+    with pytest.raises(RuntimeError):
+        torch.func.grad(lambda y: diffusion(y, **NUMBERS, max_radius=7.0).sum())(images)
+    assert diffusion(images, **NUMBERS, max_radius=7.0).isfinite().all()
