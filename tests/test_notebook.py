@@ -1,7 +1,7 @@
 """The report notebook is what its source says, executed, without errors and without traces of a machine."""
 
-import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,13 +13,8 @@ LARGEST = 1.5 * 2**20  # bytes
 
 
 @pytest.fixture(scope="module")
-def builder() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("build_notebook", DOCS / "build_notebook.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def builder(docs_script: Callable[[str], ModuleType]) -> ModuleType:
+    return docs_script("build_notebook")
 
 
 @pytest.fixture(scope="module")

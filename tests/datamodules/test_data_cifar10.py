@@ -213,7 +213,10 @@ class TestDownload:
         ]
 
     def test_what_is_there_is_kept(self, fake_cifar):
-        CIFAR10DataModule(str(fake_cifar()), download=True, url="file:///nowhere").prepare_data()
+        root = fake_cifar()
+        before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+        CIFAR10DataModule(str(root), download=True, url="file:///nowhere").prepare_data()
+        assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
 
     def test_a_damaged_file_is_fetched_again(self, url, tmp_path):
         data = CIFAR10DataModule(str(tmp_path / "new"), download=True, url=url, val_size=5)

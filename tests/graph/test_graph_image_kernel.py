@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from lightning_modules.graph import GraphDiffusion, image_kernel, image_operator
 
@@ -103,34 +102,3 @@ def test_any_layout_of_the_images() -> None:
         assert torch.equal(restored, expected)
         restored.sum().backward()
         assert leaf.grad is not None
-
-
-def test_what_the_kernel_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    images = torch.rand(1, 3, 8, 8)
-    assert image_kernel.serves(images, images)
-    assert not image_kernel.serves(images.bfloat16())
-    assert not image_kernel.serves(images, images.double())
-    assert not image_kernel.serves(images.to("meta"))
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not image_kernel.serves(images)
-
-
-class Restored(Dataset[Tensor]):
-    """Images that a worker of a data loader restores."""
-
-    def __init__(self, images: Tensor) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor:
-        p = {"sigma": 0.7, "tau": 0.2, "radius": 2.0, "sigma_s": 2.0, "sigma_f": 0.8, "smooth_steps": 2}
-        return GraphDiffusion(3)(self.images[index : index + 1], **p)[0]
-
-
-def test_forked_workers_of_a_data_loader() -> None:
-    data = Restored(torch.rand(4, 3, 12, 10, generator=torch.Generator().manual_seed(0)))
-    here = torch.stack([data[index] for index in range(4)])  # the parent has used the kernel, and its threads
-    loader = DataLoader(data, batch_size=2, num_workers=2, multiprocessing_context="fork", timeout=60)
-    assert torch.equal(torch.cat(list(loader)), here)

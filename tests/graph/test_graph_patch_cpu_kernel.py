@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from lightning_modules.graph import GraphDiffusion, patch_cpu_kernel, patch_operator
 
@@ -176,36 +175,6 @@ def test_second_derivatives_are_refused() -> None:
     (grad,) = torch.autograd.grad(restored.square().sum(), images, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
-
-
-def test_what_the_kernel_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    images = torch.rand(1, 3, 8, 8)
-    assert patch_cpu_kernel.serves(images, images)
-    assert not patch_cpu_kernel.serves(images.bfloat16())
-    assert not patch_cpu_kernel.serves(images, images.double())
-    assert not patch_cpu_kernel.serves(images.to("meta"))
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not patch_cpu_kernel.serves(images)
-
-
-class Restored(Dataset[Tensor]):
-    """Images that a worker of a data loader restores."""
-
-    def __init__(self, images: Tensor) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return GraphDiffusion(4, 3, "patches")(self.images[index : index + 1], **NUMBERS)[0]
-
-
-def test_forked_workers_of_a_data_loader() -> None:
-    data = Restored(random(4, 3, 12, 10))
-    here = torch.stack([data[index] for index in range(4)])  # the parent has used the kernel, and its threads
-    loader = DataLoader(data, batch_size=2, num_workers=2, multiprocessing_context="fork", timeout=60)
-    assert torch.equal(torch.cat(list(loader)), here)
 
 
 def test_arguments_that_are_not_in_memory_do_no_harm() -> None:

@@ -1,6 +1,6 @@
 """The pictures of docs/em.md can be drawn, and show what the page says."""
 
-import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -11,13 +11,8 @@ PROJECT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def pictures() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("em_pictures", PROJECT / "docs/em_pictures.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def pictures(docs_script: Callable[[str], ModuleType]) -> ModuleType:
+    return docs_script("em_pictures")
 
 
 def test_every_picture_of_the_page_is_drawn(pictures: ModuleType, tmp_path: Path) -> None:
