@@ -1,0 +1,271 @@
+"""The protocol of a restoration operator: which parameters it has, and how it restores images under them."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """A parameter that an operator declares: where it starts, between which bounds, and in which unit.
+
+    Args:
+        name: Keyword under which `RestorationOperator.forward` takes it.
+        start: Start value; for a bank one number for all of its entries, or one for each.
+        bounds: Lower and upper bound, positive (an integer's lower bound may be 0).
+        shape: `()` for a scalar, `(K,)` for a bank of K values that every image receives whole.
+        unit: What the number counts, for reports. `"noise"`: multiples of the noise level; the operator multiplies.
+        integer: Whether it takes whole numbers, which have no gradient and stay out of log space.
+        relative_step: Relative step of `SignRule`.
+
+    Raises:
+        ValueError: If the bounds are reversed or not positive, the start lies outside them, or the shape is impossible.
+
+    Example:
+        >>> ParameterSpec("weight", start=0.1, bounds=(0.001, 1.0)).size
+        1
+    """
+
+    name: str
+    start: float | Sequence[float]
+    bounds: tuple[float, float]
+    shape: tuple[int, ...] = ()
+    unit: str = ""
+    integer: bool = False
+    relative_step: float = 0.05
+
+    def __post_init__(self) -> None:
+        if len(self.shape) > 1 or any(size < 1 for size in self.shape):
+            raise ValueError(f"the shape of {self.name!r} must be () or (K,) with K ≥ 1, got {self.shape}")
+        if not 0 <= self.relative_step < 1:
+            raise ValueError(f"relative_step of {self.name!r} must be in [0, 1), got {self.relative_step}")
+        lower, upper = self.bounds
+        if not (math.isfinite(lower) and math.isfinite(upper) and lower <= upper):
+            raise ValueError(f"bounds of {self.name!r} must be finite with lower ≤ upper, got ({lower}, {upper})")
+        if lower < 0 or (lower == 0 and not self.integer):
+            raise ValueError(
+                f"bounds of {self.name!r} must be positive, got ({lower}, {upper}): it is learned as a logarithm"
+            )
+        if not isinstance(self.start, float | int) and len(self.start) != self.size:
+            raise ValueError(
+                f"{self.name!r} has shape {self.shape}, so it starts from one number or from {self.size}, got "
+                f"{len(self.start)}"
+            )
+        for value in self.starts:
+            if not lower <= value <= upper:
+                raise ValueError(
+                    f"{self.name!r} starts at {value}, outside its bounds [{lower}, {upper}]: move the start value or "
+                    "widen the bounds"
+                )
+            if self.integer and value != int(value):
+                raise ValueError(f"{self.name!r} takes whole numbers, got the start value {value}")
+
+    @property
+    def size(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.shape)
+
+    @property
+    def starts(self) -> tuple[float, ...]:
+        """One start value for each of its numbers."""
+        if isinstance(self.start, float | int):
+            return (float(self.start),) * self.size
+        return tuple(float(value) for value in self.start)
+
+
+class Smoothness(NamedTuple):
+    """How smooth restored images are, in the operator's own measure.
+
+    Attributes:
+        score: The score, larger for smoother, `[B]`: what the loss proxy may reward and `SignRule` compares.
+        similarity: Mean similarity of neighbours, in [0, 1], `[B]`.
+    """
+
+    score: Tensor
+    similarity: Tensor
+
+
+@runtime_checkable
+class NoiseDescription(Protocol):
+    """Noise that is more than a level: an object that an operator takes in place of one."""
+
+    def variance(self, images: Tensor) -> Tensor:
+        """Noise variance of each pixel, `[B, 1 or C, H, W]`."""
+
+    def distance_bias(self, offset: tuple[int, int]) -> Tensor:
+        """What noise adds to the squared difference of two pixels `offset` = (row, column) apart, mean over channels,
+        `[B]` or scalar; twice the variance for white noise.
+        """
+
+
+Noise = Tensor | float | NoiseDescription
+
+
+class RestorationOperator(nn.Module, ABC):
+    """Restores images under parameters that somebody else holds: a table that learns them, or a caller.
+
+    A new operator is a subclass in a file of its own, named by `class_path` in a configuration; `Reconstruction` trains
+    any. It declares its parameters and restores; the rest of this class is optional.
+    """
+
+    @property
+    @abstractmethod
+    def parameter_specs(self) -> tuple[ParameterSpec, ...]:
+        """The parameters, in order."""
+
+    @abstractmethod
+    def forward(self, noisy: Tensor, *, noise: Noise, guide: Tensor | None = None, **parameters: Any) -> Tensor:
+        """Restored images.
+
+        Args:
+            noisy: Images to restore, in [0, 1] but for the noise.
+            noise: Their noise: a standard deviation where white is 1 (one for all, one for each image, or a map), or an
+                object that describes it; see `noise_level`.
+            guide: Images, or features, on which pixels are compared in place of the noisy ones (joint filtering).
+            parameters: By the names declared: one number for all images or one for each; banks likewise.
+
+        Shape:
+            - noisy: `[B, C, H, W]`
+            - noise: scalar, `[1]`, `[B]` or `[B, 1 or C, H, W]`
+            - guide: `[B, F, H, W]`
+            - parameters: scalar, `[1]` or `[B]`; a bank of K `[K]` or `[B, K]`
+            - output: `[B, C, H, W]`
+        """
+
+    def smoothness(self, restored: Tensor, **parameters: Any) -> Smoothness | None:
+        """Smoothness of restored images; None where the operator has no measure of it.
+
+        Shape:
+            - restored: `[B, C, H, W]`
+        """
+        return None
+
+    def check_bounds(self, bounds: Mapping[str, tuple[float, float]]) -> None:
+        """Raise `ValueError` for bounds of a run under which the operator cannot work.
+
+        Args:
+            bounds: Smallest and largest value that each parameter can have in the run.
+        """
+
+    def unit_factor(self, name: str, channels: int) -> float:
+        """Absolute value of a parameter in units of noise, over its number and the noise level; for reports."""
+        return 1.0
+
+    def diagnostics(self, noisy: Tensor, *, noise: Noise, **parameters: Any) -> dict[str, Tensor]:
+        """Numbers of each image, `[B]` each, that say whether the operator is at work; read on steps that log.
+
+        Shape:
+            - noisy: `[B, C, H, W]`
+        """
+        return {}
+
+    def warnings(self, diagnostics: Mapping[str, float]) -> dict[str, str]:
+        """What the user should know of the means of `diagnostics` and of the smoothness (`similarity`), with the
+        remedy, by a key of its own each.
+        """
+        return {}
+
+
+def check_images(noisy: Tensor, guide: Tensor | None = None) -> None:
+    """Raise `ValueError` unless these are images that an operator can work on.
+
+    Shape:
+        - noisy: `[B, C, H, W]`, floating point
+        - guide: `[B, F, H, W]`
+    """
+    if noisy.ndim != 4:
+        raise ValueError(f"images must be [B, C, H, W], got {list(noisy.shape)}: add the batch dimension with [None]")
+    if not noisy.is_floating_point():
+        raise ValueError(f"images must be floating-point, got {noisy.dtype}: divide by 255 what has whole numbers")
+    if noisy.numel() == 0:
+        raise ValueError(f"images are empty, got {list(noisy.shape)}: give at least one image of at least one pixel")
+    size = (len(noisy), *noisy.shape[-2:])
+    if guide is not None and (guide.ndim != 4 or (len(guide), *guide.shape[-2:]) != size or not guide.shape[1]):
+        raise ValueError(
+            f"guide must be [B, F, H, W] of the images' B, H and W, got {list(guide.shape)} beside {list(noisy.shape)}"
+        )
+
+
+def noise_level(noise: Noise, images: Tensor) -> Tensor:
+    """Noise standard deviation of each image, or of each of its pixels.
+
+    Args:
+        noise: As `RestorationOperator.forward` takes it.
+        images: The images.
+
+    Shape:
+        - noise: scalar, `[1]`, `[B]`, `[B, 1, 1, 1]` or `[B, 1 or C, H, W]`
+        - images: `[B, C, H, W]`
+        - output: `[B]` or `[B, 1 or C, H, W]`, in the precision and on the device of the images
+
+    Raises:
+        ValueError: If a level is negative or above 1, or the shape is none of these.
+    """
+    if not isinstance(noise, Tensor | float | int):
+        return noise.variance(images).sqrt()
+    level = torch.as_tensor(noise, dtype=images.dtype, device=images.device)
+    size = len(images)
+    if level.ndim == 4 and level.shape == (size, 1, 1, 1):
+        level = level.flatten()
+    is_map = level.ndim == 4 and level.shape[0] in (1, size) and level.shape[2:] == images.shape[2:]
+    if is_map and level.shape[1] in (1, images.shape[1]):
+        level = level.expand(size, -1, -1, -1)
+    elif level.ndim <= 1 and level.numel() in (1, size):
+        level = level.expand(size)
+    else:
+        raise ValueError(
+            f"the noise level must be one number, one for each of {size} images, or a map [B, 1 or C, H, W] of the "
+            f"images' size, got {list(level.shape)} beside images {list(images.shape)}"
+        )
+    # On an accelerator a look would stall every step; data and arguments were checked on the host.
+    if level.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_level(float(level.detach().amin()), float(level.detach().amax()))
+    return level
+
+
+def check_level(least: float, largest: float | None = None) -> None:
+    """Raise `ValueError` for a noise standard deviation that is negative, or above 1, where white is 1."""
+    largest = least if largest is None else largest
+    if not least >= 0:
+        raise ValueError(f"a noise standard deviation cannot be negative, got {least:g}")
+    if largest > 1:
+        raise ValueError(
+            f"the noise standard deviation is {largest:g}, where white is 1: for {largest:g} of 255 give "
+            f"{largest:g}/255 = {largest / 255:.4f}"
+        )
+
+
+def per_image(name: str, value: Tensor | float | Sequence[float], images: Tensor, size: int | None = None) -> Tensor:
+    """A parameter as one number, or one bank, for each image.
+
+    Args:
+        name: Its name, for the message.
+        value: One for all images, or one for each.
+        images: The images.
+        size: Length K of a bank; None for a scalar parameter.
+
+    Shape:
+        - value: scalar, `[1]` or `[B]`; a bank `[K]` or `[B, K]`
+        - images: `[B, ...]`
+        - output: `[B]`; a bank `[B, K]`
+
+    Raises:
+        ValueError: If the value has another shape.
+    """
+    number = torch.as_tensor(value, device=images.device)
+    number = number.to(images.dtype) if number.is_floating_point() or size is not None else number
+    count = len(images)
+    if size is None:
+        if number.ndim <= 1 and number.numel() in (1, count):
+            return number.expand(count)
+        expected = f"one number or one for each of {count} images"
+    else:
+        if number.ndim == 0 or number.shape in ((size,), (1, size), (count, size)):
+            return number.expand(count, size)
+        expected = f"a bank [{size}] or one for each of {count} images, [{count}, {size}]"
+    raise ValueError(f"{name} must be {expected}, got {list(number.shape)}")
