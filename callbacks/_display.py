@@ -24,7 +24,7 @@ def error_bars(trainer: Trainer) -> Tensor | None:
     return found[0].standard_deviation() if found else None
 
 
-def rests_on_bound(value: float, bound: float) -> bool:
+def at_bound(value: float, bound: float) -> bool:
     """Tells whether a value has been stopped by a bound, but for the rounding in exp(log(bound))."""
     return abs(value - bound) <= 1e-6 * abs(bound)
 

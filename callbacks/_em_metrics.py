@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightning_modules.em import ParameterTable, Statistics
+from lightning_modules.em import ParameterTable, SufficientStatistics
 
 # Standard deviations either side of the mean that hold 90 % of a normal distribution.
 _NORMAL_90 = 1.6449
@@ -11,7 +11,7 @@ _PARTS = ("reconstruction", "perceptual", "smoothness")
 
 
 def em_metrics(
-    table: ParameterTable, statistics: Statistics, skipped_steps: int, deviation: Tensor | None
+    table: ParameterTable, statistics: SufficientStatistics, skipped_steps: int, deviation: Tensor | None
 ) -> dict[str, float]:
     """Returns the numbers to log after an optimiser step; what has no value is left out.
 

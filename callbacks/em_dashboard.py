@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from callbacks._display import em_table, error_bars, require_positive, rests_on_bound, tensorboard_loggers
+from callbacks._display import at_bound, em_table, error_bars, require_positive, tensorboard_loggers
 
 if TYPE_CHECKING:
     from lightning_modules.em import ParameterTable
@@ -172,6 +172,6 @@ def render(figure: Figure) -> np.ndarray:
 def _arrow(value: float, bounds: tuple[float, float]) -> str:
     if bounds[0] == bounds[1]:
         return ""
-    if rests_on_bound(value, bounds[0]):
+    if at_bound(value, bounds[0]):
         return "↓"
-    return "↑" if rests_on_bound(value, bounds[1]) else ""
+    return "↑" if at_bound(value, bounds[1]) else ""

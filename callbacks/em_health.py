@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from callbacks._display import em_table, require_positive, rests_on_bound, tensorboard_loggers
+from callbacks._display import at_bound, em_table, require_positive, tensorboard_loggers
 
 if TYPE_CHECKING:
     from lightning_modules.em import EStep, ParameterTable
@@ -142,7 +142,7 @@ class EMHealth(Callback):
             lower, upper = table.bounds[name]
             for side, bound in (("lower", lower), ("upper", upper)):
                 column = table.names.index(name)
-                resting = [row for row in _watched(table, name) if rests_on_bound(values[row][column], bound)]
+                resting = [row for row in _watched(table, name) if at_bound(values[row][column], bound)]
                 rests = "rests" if len(resting) == 1 else "rest"
                 self._note(
                     trainer,

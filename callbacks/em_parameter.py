@@ -12,7 +12,7 @@ from torch import Tensor
 from callbacks._em_metrics import em_metrics
 from callbacks._em_requirements import check_module, check_trainer
 from callbacks.rules import GradientRule, Rule, RuleState
-from lightning_modules.em import Assignment, EStep, ParameterTable, Statistics, TableValues
+from lightning_modules.em import Assignment, EStep, ParameterTable, SufficientStatistics, TableValues
 
 
 class EMParameterCallback(Callback):
@@ -65,7 +65,7 @@ class EMParameterCallback(Callback):
         # Skipped steps: in all, in a row, and the longest row; counted on the device.
         self._skipped = torch.zeros(3, dtype=torch.long)
         self._warned = False
-        self._statistics = Statistics(0, 0)
+        self._statistics = SufficientStatistics(0, 0)
         self._last_step = 0
         self._scale: Tensor | None = None
         self._said: set[str] = set()
@@ -150,7 +150,7 @@ class EMParameterCallback(Callback):
                 )
             self._rule_state = initial
         self._skipped = self._skipped.to(device)
-        self._statistics = Statistics(len(table.row_names), len(table.names), device)
+        self._statistics = SufficientStatistics(len(table.row_names), len(table.names), device)
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, torch.optim.LBFGS):
                 raise MisconfigurationException(
@@ -159,8 +159,8 @@ class EMParameterCallback(Callback):
                 )
         self._last_step = trainer.global_step
         table.rows_learn = self.update_rows
-        table.take_gradient()  # of whoever ran before, such as a learning-rate finder
-        table.explore(self.rule.explored(table, self._rule_state))
+        table.pop_gradient()  # of whoever ran before, such as a learning-rate finder
+        table.perturb(self.rule.sampled_values(table, self._rule_state))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the scale of this backward pass: the optimiser step that follows may change it."""
@@ -177,7 +177,7 @@ class EMParameterCallback(Callback):
         table = self._require_table()
         # One sum over the processes, on every process, at every optimiser step.
         statistics = self._statistics.reduced(lambda flat: trainer.strategy.reduce(flat, reduce_op="sum"))
-        self._statistics = Statistics(len(table.row_names), len(table.names), table.shared.device)
+        self._statistics = SufficientStatistics(len(table.row_names), len(table.names), table.shared.device)
         scale = _loss_scale(trainer, pl_module)
         rejected = scale < self._scale if scale is not None and self._scale is not None else None
         assignment = getattr(pl_module, "assignment", None)
@@ -193,16 +193,16 @@ class EMParameterCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what has come up after the last step that logged: skipped steps, and what the assignment has to tell."""
-        self._require_table().explore(None)
+        self._require_table().perturb(None)
         self._check_skipped()
         assignment = getattr(pl_module, "assignment", None)
         if isinstance(assignment, Assignment):
-            self._say_notices(assignment, ended=True)
+            self._warn_of(assignment, ended=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the table with what was learned: an interrupted run has no end at which it stops straying."""
         if self._table is not None:
-            self._table.explore(None)
+            self._table.perturb(None)
 
     def state_dict(self) -> dict[str, Any]:
         """Rule state, counts and history as plain numbers and tensors on the CPU."""
@@ -240,7 +240,7 @@ class EMParameterCallback(Callback):
 
     @torch.no_grad()
     def _add(self, trainer: Trainer, step: EStep) -> None:
-        gradient = self._require_table().take_gradient()
+        gradient = self._require_table().pop_gradient()
         if gradient is not None:
             # The loss is the mean over the batch of weighted losses, divided by the number of accumulated batches and,
             # under mixed precision, scaled: undo all of it, and what remains is the gradient of each image's own loss.
@@ -256,7 +256,7 @@ class EMParameterCallback(Callback):
     def _m_step(
         self,
         table: ParameterTable,
-        statistics: Statistics,
+        statistics: SufficientStatistics,
         rejected: Tensor | None,
         assignment: Assignment | None,
     ) -> None:
@@ -274,9 +274,9 @@ class EMParameterCallback(Callback):
         self._rule_state = {
             name: torch.where(accepted, rule_state[name], old) for name, old in self._rule_state.items()
         }
-        table.explore(self.rule.explored(table, self._rule_state))
+        table.perturb(self.rule.sampled_values(table, self._rule_state))
         if assignment is not None and len(statistics.latent):
-            assignment.maximise(statistics.latent, accepted)
+            assignment.m_step(statistics.latent, accepted)
         total, row, longest = self._skipped.unbind()
         row = torch.where(counted, row + 1, torch.where(accepted, 0, row))
         self._skipped = torch.stack([total + counted, row, torch.maximum(longest, row)])
@@ -298,7 +298,7 @@ class EMParameterCallback(Callback):
                 "values. em/skipped_steps counts such steps from here on"
             )
 
-    def _log(self, trainer: Trainer, table: ParameterTable, statistics: Statistics) -> None:
+    def _log(self, trainer: Trainer, table: ParameterTable, statistics: SufficientStatistics) -> None:
         deviation = self.rule.standard_deviation(table, self._rule_state)
         metrics = em_metrics(table, statistics, self.skipped_steps, deviation)
         for logger in trainer.loggers:
@@ -308,10 +308,10 @@ class EMParameterCallback(Callback):
         numbers = assignment.diagnostics()
         for logger in trainer.loggers:
             logger.log_metrics({f"em/assignment/{name}": value for name, value in numbers.items()}, trainer.global_step)
-        self._say_notices(assignment)
+        self._warn_of(assignment)
 
-    def _say_notices(self, assignment: Assignment, ended: bool = False) -> None:
-        for notice in assignment.notices(ended):
+    def _warn_of(self, assignment: Assignment, ended: bool = False) -> None:
+        for notice in assignment.warnings(ended):
             if notice not in self._said:
                 self._said.add(notice)
                 rank_zero_warn(f"{type(assignment).__name__}: {notice}")

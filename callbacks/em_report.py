@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from callbacks._display import em_table, error_bars, rests_on_bound, run_directory
+from callbacks._display import at_bound, em_table, error_bars, run_directory
 from callbacks.em_health import EMHealth
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def _caption(table: "ParameterTable") -> str:
 
 
 def _cell(table: "ParameterTable", name: str, value: float, bars: list[list[float]] | None, row: int) -> str:
-    on_bound = any(rests_on_bound(value, bound) for bound in table.bounds[name])
+    on_bound = any(at_bound(value, bound) for bound in table.bounds[name])
     cell = f"{value:.4g}*" if on_bound else f"{value:.4g}"
     deviation = math.nan if bars is None else bars[row][table.names.index(name)]
     # One digit that counts, and no exponent: ±20, not ±2e+01.

@@ -173,7 +173,7 @@ class GraphDiffusionReconstruction(L.LightningModule):
             smoothness.score.detach(),
             smoothness.similarity.detach(),
             self.smoothness_weight,
-            self.assignment.statistics(noisy, batch["label"], level, responsibilities),
+            self.assignment.e_step(noisy, batch["label"], level, responsibilities),
         )
         return {"loss": loss, "em": step}
 
@@ -218,7 +218,7 @@ class GraphDiffusionReconstruction(L.LightningModule):
 
     @property
     def _max_radius(self) -> float:
-        return self.em_parameters.largest("radius")
+        return self.em_parameters.upper_bound("radius")
 
     def _observe(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The degraded images of a batch, and the noise level that the diffusion is told of."""
@@ -315,9 +315,9 @@ def _check_arguments(
     ]
     if missing:
         raise ValueError(f"em_parameters lacks {', '.join(missing)}: graph diffusion needs all six of its parameters")
-    if table.smallest("radius") < diffusion.stride:
+    if table.lower_bound("radius") < diffusion.stride:
         raise ValueError(
-            f"the lower bound of radius is {table.smallest('radius')}, under the stride of {diffusion.stride} pixels: "
+            f"the lower bound of radius is {table.lower_bound('radius')}, under the stride of {diffusion.stride} pixels: "
             "such a graph has no edge. Raise the bound or lower the stride"
         )
     if len(levels) != 2 or not 0 <= levels[0] <= levels[1]:

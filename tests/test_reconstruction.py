@@ -63,7 +63,7 @@ def test_training_step_is_the_e_step_of_each_image() -> None:
     loss = (weight * (expected - 0.1 * smoothness.score)).mean()
     torch.testing.assert_close(output["loss"], loss)
     output["loss"].backward()
-    gradient = module.em_parameters.take_gradient()
+    gradient = module.em_parameters.pop_gradient()
     assert gradient is not None
     assert gradient[:3, 0].all()
     assert not gradient[3].any()
@@ -77,7 +77,7 @@ def test_smoothness_bonus_moves_the_table_and_not_the_network() -> None:
         module.train().training_step(make_batch(), 0)["loss"].backward()
         assert module.backbone is not None
         network = torch.cat([parameter.grad.flatten() for parameter in module.backbone.parameters()])
-        gradients.append((network, module.em_parameters.take_gradient()))
+        gradients.append((network, module.em_parameters.pop_gradient()))
     torch.testing.assert_close(gradients[0][0], gradients[1][0])
     assert not torch.equal(gradients[0][1], gradients[1][1])
 

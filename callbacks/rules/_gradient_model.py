@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from callbacks.rules.rule import RuleState
-from lightning_modules.em import ParameterTable, Statistics
+from lightning_modules.em import ParameterTable, SufficientStatistics
 
 # Decay of the gradients' scale and noise from batch to batch, at the fastest: far away, older ones are worthless.
 _DECAY = 0.8
@@ -69,7 +69,13 @@ def initial_state(table: ParameterTable, radius: float) -> RuleState:
 
 
 def observe(
-    state: RuleState, statistics: Statistics, place: Tensor, centre: Tensor, radius: float, reach: float, cautious: bool
+    state: RuleState,
+    statistics: SufficientStatistics,
+    place: Tensor,
+    centre: Tensor,
+    radius: float,
+    reach: float,
+    cautious: bool,
 ) -> tuple[Model, RuleState]:
     r"""Takes the gradients of one step into the filter.
 
@@ -173,7 +179,12 @@ def model_of(state: RuleState) -> Model:
 
 
 def _scatter(
-    state: RuleState, statistics: Statistics, surprise: Tensor, explained: Tensor, fresh: Tensor, cautious: bool
+    state: RuleState,
+    statistics: SufficientStatistics,
+    surprise: Tensor,
+    explained: Tensor,
+    fresh: Tensor,
+    cautious: bool,
 ) -> tuple[Tensor, Tensor]:
     r"""How far the images' gradients differ, pooled over the last steps, and how many degrees of freedom tell it.
 

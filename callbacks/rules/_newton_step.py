@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from callbacks.rules._gradient_model import LEAST_NOISE, TINY, Model
-from lightning_modules.em import ParameterTable, Statistics
+from lightning_modules.em import ParameterTable, SufficientStatistics
 
 # Least curvature of a direction, in units of the curvature that is assumed before anything is known.
 _FLOOR = 0.125
@@ -13,7 +13,7 @@ _VARIANCE_STEPS = 10
 
 
 def bounded_step(
-    table: ParameterTable, statistics: Statistics, model: Model, place: Tensor, trust: Tensor, radius: float
+    table: ParameterTable, statistics: SufficientStatistics, model: Model, place: Tensor, trust: Tensor, radius: float
 ) -> Tensor:
     """Newton's step of the global set and of each row that has images, within bounds and a distance.
 

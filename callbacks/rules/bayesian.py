@@ -8,7 +8,7 @@ from torch import Tensor
 from callbacks.rules._gradient_model import LEAST_RADIUS, check_distances, initial_state, observe
 from callbacks.rules._newton_step import bounded_step, optimum_variance, places
 from callbacks.rules.rule import Rule, RuleState
-from lightning_modules.em import ParameterTable, Statistics, TableValues
+from lightning_modules.em import ParameterTable, SufficientStatistics, TableValues
 from lightning_modules.graph import seeded_normal
 
 # Variance of the rows' offsets before any row has been seen, half a log unit either way. It goes on to count as one
@@ -62,7 +62,7 @@ class BayesianRule(Rule):
         >>> state = rule.initial_state(table)
         >>> noise = torch.linspace(-1.7, 1.7, 50, dtype=torch.float64)[:, None]  # of variance 1 between 50 images
         >>> for _ in range(16):  # the proxy ½ (log gain - 1)²
-        ...     place, statistics = rule.explored(table, state).shared, Statistics(num_rows=0, num_parameters=1)
+        ...     place, statistics = rule.sampled_values(table, state).shared, SufficientStatistics(num_rows=0, num_parameters=1)
         ...     statistics.add(EStep(torch.zeros(50, 0), None, torch.ones(50)), gradient=place - 1 + noise)
         ...     proposal, state = rule.step(table, statistics, state)
         ...     table.write(table.project(proposal))
@@ -92,10 +92,12 @@ class BayesianRule(Rule):
             "seed": torch.full((1,), int(os.environ.get("PL_GLOBAL_SEED", 0)), device=table.shared.device),
         }
 
-    def step(self, table: ParameterTable, statistics: Statistics, state: RuleState) -> tuple[TableValues, RuleState]:
+    def step(
+        self, table: ParameterTable, statistics: SufficientStatistics, state: RuleState
+    ) -> tuple[TableValues, RuleState]:
         """Posterior after the gradients of one step; see `Rule.step`."""
         mean = places(*table.state, table.lower, table.upper)
-        read = self.explored(table, state)
+        read = self.sampled_values(table, state)
         place = mean if read is None else places(*read, table.lower, table.upper)
         model, filters = observe(state, statistics, place, mean, self.radius, self.reach, cautious=True)
         back = model.curvature @ (mean - place)[..., None]
@@ -128,8 +130,8 @@ class BayesianRule(Rule):
         moving = table.mask(table.learned) & ~table.mask(table.integers)
         return torch.where(moving, state["deviation"], torch.nan)
 
-    def explored(self, table: ParameterTable, state: RuleState) -> TableValues | None:
-        """A draw around the mean, the same on every process; see `Rule.explored`."""
+    def sampled_values(self, table: ParameterTable, state: RuleState) -> TableValues | None:
+        """A draw around the mean, the same on every process; see `Rule.sampled_values`."""
         if not self.exploration:
             return None
         rows = len(table.row_names) + 1

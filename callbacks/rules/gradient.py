@@ -3,7 +3,7 @@
 import torch
 
 from callbacks.rules.rule import Rule, RuleState
-from lightning_modules.em import ParameterTable, Statistics, TableValues
+from lightning_modules.em import ParameterTable, SufficientStatistics, TableValues
 
 
 class GradientRule(Rule):
@@ -27,7 +27,7 @@ class GradientRule(Rule):
         >>> import torch
         >>> from lightning_modules import EStep, ParameterTable
         >>> table = ParameterTable(initial={"gain": 1.0}, bounds={"gain": (0.5, 2.0)})
-        >>> rule, statistics = GradientRule(lr=0.1), Statistics(num_rows=0, num_parameters=1)
+        >>> rule, statistics = GradientRule(lr=0.1), SufficientStatistics(num_rows=0, num_parameters=1)
         >>> statistics.add(EStep(torch.zeros(1, 0), None, torch.ones(1)), gradient=torch.ones(1, 1))
         >>> proposal, _ = rule.step(table, statistics, rule.initial_state(table))
         >>> round(proposal.shared.item(), 4)
@@ -60,7 +60,9 @@ class GradientRule(Rule):
         zeros = torch.zeros(shape, dtype=torch.float64, device=table.shared.device)
         return {"first_moment": zeros, "second_moment": zeros.clone(), "steps": zeros[:, :1].clone()}
 
-    def step(self, table: ParameterTable, statistics: Statistics, state: RuleState) -> tuple[TableValues, RuleState]:
+    def step(
+        self, table: ParameterTable, statistics: SufficientStatistics, state: RuleState
+    ) -> tuple[TableValues, RuleState]:
         """One step of Adam for the global set and for every row that has images; see `Rule.step`."""
         gradient, count = statistics.mean_gradient, statistics.count[:, None]
         seen = count > 0

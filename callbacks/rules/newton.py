@@ -5,7 +5,7 @@ import torch
 from callbacks.rules._gradient_model import check_distances, initial_state, observe
 from callbacks.rules._newton_step import bounded_step, places
 from callbacks.rules.rule import Rule, RuleState
-from lightning_modules.em import ParameterTable, Statistics, TableValues
+from lightning_modules.em import ParameterTable, SufficientStatistics, TableValues
 
 
 class NewtonRule(Rule):
@@ -38,7 +38,7 @@ class NewtonRule(Rule):
         >>> rule = NewtonRule()
         >>> state = rule.initial_state(table)
         >>> for _ in range(6):  # the proxy (log gain - 1)², whose gradient is 2 (log gain - 1)
-        ...     statistics = Statistics(num_rows=0, num_parameters=1)
+        ...     statistics = SufficientStatistics(num_rows=0, num_parameters=1)
         ...     statistics.add(EStep(torch.zeros(1, 0), None, torch.ones(1)), gradient=2 * (table.shared[None] - 1))
         ...     proposal, state = rule.step(table, statistics, state)
         ...     table.write(table.project(proposal))
@@ -58,7 +58,9 @@ class NewtonRule(Rule):
         """The filters of the global set and of each row, and their trust radii."""
         return initial_state(table, self.radius)
 
-    def step(self, table: ParameterTable, statistics: Statistics, state: RuleState) -> tuple[TableValues, RuleState]:
+    def step(
+        self, table: ParameterTable, statistics: SufficientStatistics, state: RuleState
+    ) -> tuple[TableValues, RuleState]:
         """One step for the global set and for every row that has images; see `Rule.step`."""
         place = places(table.shared, table.offsets, table.lower, table.upper)
         model, state = observe(state, statistics, place, place, self.radius, self.reach, cautious=False)

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
-from lightning_modules.em import ParameterTable, Statistics, TableValues
+from lightning_modules.em import ParameterTable, SufficientStatistics, TableValues
 
 RuleState = dict[str, Tensor]
 
@@ -22,7 +22,9 @@ class Rule(ABC):
         """Tensors to carry from step to step, on the table's device."""
 
     @abstractmethod
-    def step(self, table: ParameterTable, statistics: Statistics, state: RuleState) -> tuple[TableValues, RuleState]:
+    def step(
+        self, table: ParameterTable, statistics: SufficientStatistics, state: RuleState
+    ) -> tuple[TableValues, RuleState]:
         """Proposed coordinates of the table, and the next state.
 
         Must neither write to its arguments nor wait for the device (`.item()`, `if tensor`, `torch.tensor(...)` on an
@@ -47,7 +49,7 @@ class Rule(ABC):
         """
         return None
 
-    def explored(self, table: ParameterTable, state: RuleState) -> TableValues | None:
+    def sampled_values(self, table: ParameterTable, state: RuleState) -> TableValues | None:
         """What the next training step shall use in place of the table's values, which stay what was learned.
 
         None, unless a rule overrides it. Like `step`, a pure function of its arguments, and without waiting.

@@ -5,7 +5,7 @@ import math
 import torch
 
 from callbacks.rules.rule import Rule, RuleState
-from lightning_modules.em import ParameterTable, Statistics, TableValues
+from lightning_modules.em import ParameterTable, SufficientStatistics, TableValues
 
 # Relative step of each parameter of graph diffusion; other names take `_DEFAULT_RATE`.
 _RATES = {"sigma": 0.01, "sigma_f": 0.01, "tau": 0.05, "radius": 0.05, "sigma_s": 0.05}
@@ -80,7 +80,9 @@ class SignRule(Rule):
             "scale": zeros() + 1,
         }
 
-    def step(self, table: ParameterTable, statistics: Statistics, state: RuleState) -> tuple[TableValues, RuleState]:
+    def step(
+        self, table: ParameterTable, statistics: SufficientStatistics, state: RuleState
+    ) -> tuple[TableValues, RuleState]:
         """One step along the sign of the proxy's change; see `Rule.step`."""
         steps = state["steps"] + 1
         proxies = torch.cat([state["proxies"][1:], statistics.mean("proxy")[:1]])
@@ -100,7 +102,7 @@ class SignRule(Rule):
         }
         return TableValues(shared, table.offsets + self._row_steps(table, statistics)), next_state
 
-    def _row_steps(self, table: ParameterTable, statistics: Statistics) -> torch.Tensor:
+    def _row_steps(self, table: ParameterTable, statistics: SufficientStatistics) -> torch.Tensor:
         seen = statistics.count[1:, None] > 0
         similarity = statistics.mean("similarity")[1:, None]
         loss = (statistics.mean("reconstruction") + statistics.mean("perceptual"))[1:, None]

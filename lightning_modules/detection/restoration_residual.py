@@ -66,7 +66,7 @@ class RestorationResidual(DetectorInput):
         table = self.em_parameters
         with torch.set_grad_enabled(self.learn and torch.is_grad_enabled()):
             parameters: dict[str, Any] = table(images.new_zeros(len(images), len(table.row_names)))
-            return images - self.diffusion(images, **parameters, max_radius=table.largest("radius"))
+            return images - self.diffusion(images, **parameters, max_radius=table.upper_bound("radius"))
 
     def take_over(self) -> None:
         """Read the parameters of `checkpoint`, where there is one.

@@ -1,5 +1,6 @@
 """Expectation-maximisation without Lightning: parameters with bounds and rows, responsibilities, mixtures."""
 
+from lightning_modules._renamed import renamed
 from lightning_modules.em.assignments import (
     Assignment,
     GlobalAssignment,
@@ -8,7 +9,7 @@ from lightning_modules.em.assignments import (
     SimilarityAssignment,
 )
 from lightning_modules.em.brute_force import best_clustering, enumerated_log_likelihood
-from lightning_modules.em.e_step import EStep, Statistics
+from lightning_modules.em.e_step import EStep, SufficientStatistics
 from lightning_modules.em.evidence_lower_bound import evidence_lower_bound, log_likelihood, posterior
 from lightning_modules.em.gaussian_mixture import MixtureParameters, MixtureStatistics
 from lightning_modules.em.parameter_table import ParameterTable, TableValues
@@ -23,7 +24,7 @@ __all__ = [
     "MixtureStatistics",
     "ParameterTable",
     "SimilarityAssignment",
-    "Statistics",
+    "SufficientStatistics",
     "TableValues",
     "best_clustering",
     "enumerated_log_likelihood",
@@ -31,3 +32,5 @@ __all__ = [
     "log_likelihood",
     "posterior",
 ]
+
+__getattr__ = renamed(__name__, {"Statistics": "lightning_modules.em.SufficientStatistics"})

@@ -6,12 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Columns of `Statistics.sums` after the gradient's and its products'.
+# Columns of `SufficientStatistics.sums` after the gradient's and its products'.
 _COLUMNS = ("square_count", "cube_count", "count", "reconstruction", "perceptual", "smoothness", "similarity", "proxy")
 
 
 class EStep(NamedTuple):
-    r"""Statistics of one batch, for each image, which a `training_step` returns under the key `"em"`.
+    r"""SufficientStatistics of one batch, for each image, which a `training_step` returns under the key `"em"`.
 
     The loss proxy is :math:`\ell = L_{recon} + L_{percep} - \alpha \cdot \mathrm{smoothness}`.
 
@@ -51,7 +51,7 @@ class EStep(NamedTuple):
         return proxy
 
 
-class Statistics:
+class SufficientStatistics:
     """Sums over images: row 0 over all of them, row k weighted by the responsibility of table row k.
 
     Sums and counts add up over micro-batches and processes, and only then become means: never means of means. How
@@ -69,7 +69,7 @@ class Statistics:
         latent: Sums of the assignment's own statistics, float64 `[M]`.
 
     Example:
-        >>> statistics = Statistics(num_rows=1, num_parameters=2)
+        >>> statistics = SufficientStatistics(num_rows=1, num_parameters=2)
         >>> statistics.add(EStep(torch.ones(4, 1), None, torch.tensor([1.0, 2.0, 3.0, 4.0])), gradient=torch.ones(4, 2))
         >>> statistics.mean("reconstruction").tolist(), statistics.mean_gradient[1].tolist()
         ([2.5, 2.5], [1.0, 1.0])
@@ -119,10 +119,10 @@ class Statistics:
             latent = torch.where(used[:, None], step.latent.double(), 0.0).sum(0)
             self.latent = latent if not len(self.latent) else self.latent + latent
 
-    def reduced(self, reduce: Callable[[Tensor], Tensor]) -> "Statistics":
+    def reduced(self, reduce: Callable[[Tensor], Tensor]) -> "SufficientStatistics":
         """The sums over all processes, by one call of `reduce` on one flat vector, which it may write to."""
         flat = reduce(torch.cat([self.sums.flatten(), self.latent]))
-        total = Statistics(len(self.sums) - 1, self.num_parameters, self.sums.device)
+        total = SufficientStatistics(len(self.sums) - 1, self.num_parameters, self.sums.device)
         total.sums, total.latent = flat[: self.sums.numel()].view_as(self.sums), flat[self.sums.numel() :]
         return total
 

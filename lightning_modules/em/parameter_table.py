@@ -31,7 +31,7 @@ class ParameterTable(Float64Buffers):
     An image with responsibilities r over the rows uses :math:`\log\theta = g + \sum_k r_k \delta_k`, clamped into the
     bounds where it is read. Values are float64 buffers, so they reach the device, every process, the checkpoint and
     whoever loads it. `forward` hands out a fresh leaf for each image, whose gradient arrives with the backward pass
-    that the network needs anyway; `take_gradient` collects it. One scalar parameter of weight 0, `anchor`, lets DDP
+    that the network needs anyway; `pop_gradient` collects it. One scalar parameter of weight 0, `anchor`, lets DDP
     wrap, automatic mixed precision scale and an optimiser exist where nothing else is trainable.
 
     Args:
@@ -98,7 +98,7 @@ class ParameterTable(Float64Buffers):
         # Columns of the leaf: what a gradient can move.
         self._moving = tuple(p for p, n in enumerate(self.names) if n in self.learned and n not in self.integers)
         self._leaves: list[Tensor] = []
-        self._explored: TableValues | None = None
+        self._sampled: TableValues | None = None
         #: whether the M-step moves the rows; where not, `project` keeps their offsets as they are
         self.rows_learn = True
         self._start = TableValues(shared.clone(), self.offsets.clone())
@@ -126,7 +126,7 @@ class ParameterTable(Float64Buffers):
     @torch.compiler.disable  # the list of leaves is a side effect that a compiled region must not specialise on
     def _hand_out(self, responsibilities: Tensor) -> dict[str, Tensor | int]:
         learns = self.training and torch.is_grad_enabled()
-        shared, offsets = self._explored if learns and self._explored is not None else self.state
+        shared, offsets = self._sampled if learns and self._sampled is not None else self.state
         coordinates = (shared + responsibilities.double() @ offsets).clamp(self.lower, self.upper)
         columns = dict(zip(self.names, coordinates.unbind(1), strict=True))
         if learns:  # a forward in evaluation has no M-step that would collect it
@@ -168,12 +168,12 @@ class ParameterTable(Float64Buffers):
         """Current values in natural units, clamped, float64 `[K + 1, P]`; row 0 is the global set."""
         return self._natural(TableValues(self.shared, self.offsets))
 
-    def largest(self, name: str) -> float:
+    def upper_bound(self, name: str) -> float:
         """Largest value that a parameter can have in a run: its bound, or the value itself where nothing moves it."""
         return float(self._constants.get(name, self.bounds[name][1]))
 
-    def smallest(self, name: str) -> float:
-        """Smallest value that a parameter can have in a run; see `largest`."""
+    def lower_bound(self, name: str) -> float:
+        """Smallest value that a parameter can have in a run; see `upper_bound`."""
         return float(self._constants.get(name, self.bounds[name][0]))
 
     # The M-step's side -------------------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ class ParameterTable(Float64Buffers):
         """Current coordinates (views, not copies)."""
         return TableValues(self.shared, self.offsets)
 
-    def take_gradient(self) -> Tensor | None:
+    def pop_gradient(self) -> Tensor | None:
         """Gradient of the loss with respect to the coordinates of each image, summed over this step's forwards.
 
         None if no backward pass has reached the table. The leaves are let go.
@@ -224,12 +224,12 @@ class ParameterTable(Float64Buffers):
         self.shared.copy_(values.shared)
         self.offsets.copy_(values.offsets)
 
-    def explore(self, values: TableValues | None) -> None:
+    def perturb(self, values: TableValues | None) -> None:
         """What training steps are handed out from here on; None for the table's own values, which stay as they are.
 
         Evaluation always uses the table's own.
         """
-        self._explored = values
+        self._sampled = values
 
     def attach(self, value: Tensor) -> Tensor:
         """The value as it is, with the table in its graph: a loss that may not depend on the parameters of the step.

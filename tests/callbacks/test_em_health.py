@@ -17,7 +17,7 @@ from callbacks import EMHealth, EMParameterCallback, EMReport, Rule
 from callbacks.em_health import alternation, still_moving
 from callbacks.rules import RuleState
 from lightning_modules import EStep, ParameterTable
-from lightning_modules.em import Statistics, TableValues
+from lightning_modules.em import SufficientStatistics, TableValues
 
 
 class Script(Rule):
@@ -29,7 +29,9 @@ class Script(Rule):
     def initial_state(self, table: ParameterTable) -> RuleState:
         return {"steps": torch.zeros(1)}
 
-    def step(self, table: ParameterTable, statistics: Statistics, state: RuleState) -> tuple[TableValues, RuleState]:
+    def step(
+        self, table: ParameterTable, statistics: SufficientStatistics, state: RuleState
+    ) -> tuple[TableValues, RuleState]:
         shared, offsets = table.shared.clone(), table.offsets.clone()
         shared[0] = self.path(int(state["steps"]))
         offsets[1, 1] = self.dog(int(state["steps"])) - shared[1]

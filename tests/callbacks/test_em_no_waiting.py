@@ -50,7 +50,7 @@ def m_steps(rule: str, scaler: Scaler | None, last: int, assignment: Assignment 
             if assignment is not None:
                 images, labels = torch.zeros(4, 3, 8, 8, device=device), torch.zeros(4, device=device, dtype=torch.long)
                 rows = assignment(images, labels, losses, len(CLASSES))
-                latent = assignment.statistics(images, labels, losses, rows)
+                latent = assignment.e_step(images, labels, losses, rows)
             parameters = table(rows)
             (losses + parameters["sigma"]).mean().backward()
             callback.on_after_backward(trainer, module)

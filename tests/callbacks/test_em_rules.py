@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from callbacks import GradientRule, Rule, SignRule
-from lightning_modules.em import EStep, ParameterTable, Statistics, TableValues
+from lightning_modules.em import EStep, ParameterTable, SufficientStatistics, TableValues
 
 
 def table(rows: int = 2, **options: Any) -> ParameterTable:
@@ -22,18 +22,18 @@ def table(rows: int = 2, **options: Any) -> ParameterTable:
 
 def statistics(
     loss: list[float], labels: list[int], gradient: list[list[float]], smoothness: float = 0.5, rows: int = 2
-) -> Statistics:
+) -> SufficientStatistics:
     one_hot = torch.zeros(len(loss), rows)
     for image, label in enumerate(labels):
         if label >= 0:
             one_hot[image, label] = 1
-    result = Statistics(rows, 3)
+    result = SufficientStatistics(rows, 3)
     step = EStep(one_hot, None, torch.tensor(loss), smoothness=torch.full((len(loss),), smoothness))
     result.add(step, torch.tensor(gradient, dtype=torch.float64))
     return result
 
 
-def apply(rule: Rule, t: ParameterTable, stats: Statistics, state: Any) -> Any:
+def apply(rule: Rule, t: ParameterTable, stats: SufficientStatistics, state: Any) -> Any:
     proposal, state = rule.step(t, stats, state)
     t.write(t.project(proposal))
     return state
@@ -99,7 +99,7 @@ def test_gradient_rule_finds_the_minimum_of_each_row(start: float) -> None:
         coordinate = (t.shared + t.offsets)[:, 0].repeat_interleave(50)
         gradient = 2 * (coordinate - best.repeat_interleave(50))
         one_hot = torch.eye(2).repeat_interleave(50, dim=0)
-        stats = Statistics(2, 1)
+        stats = SufficientStatistics(2, 1)
         stats.add(EStep(one_hot, None, torch.zeros(100)), gradient[:, None])
         state = apply(rule, t, stats, state)
     found = [t.get_parameters(row)["a"] for row in range(2)]

@@ -10,7 +10,7 @@ from torch import Tensor
 from callbacks import BayesianRule, GradientRule, NewtonRule, Rule
 from callbacks.rules import _gradient_model as model
 from callbacks.rules._newton_step import magnitude, optimum_variance, step_within
-from lightning_modules.em import EStep, ParameterTable, Statistics, TableValues
+from lightning_modules.em import EStep, ParameterTable, SufficientStatistics, TableValues
 
 NAMES = ["a", "b", "c"]
 # Curvatures 100, 1 and 0.05 along directions that are no axes.
@@ -34,7 +34,7 @@ def follow(
         path.append(t.shared.clone())
         each = gradient(t.shared).repeat(images, 1)
         each = each + noise * torch.randn(each.shape, generator=generator, dtype=torch.float64)
-        stats = Statistics(0, len(t.names))
+        stats = SufficientStatistics(0, len(t.names))
         stats.add(EStep(torch.zeros(images, 0), None, torch.zeros(images)), each)
         proposal, state = rule.step(t, stats, state)
         t.write(t.project(proposal))
@@ -128,7 +128,7 @@ def test_a_gradient_that_comes_later(rule: Rule, noise: float) -> None:
     for step in range(40):
         each = 2 * (t.shared - 1) + noise * torch.randn(16, 2, generator=generator, dtype=torch.float64)
         each = each * (step > 2)
-        stats = Statistics(0, 2)
+        stats = SufficientStatistics(0, 2)
         stats.add(EStep(torch.zeros(16, 0), None, torch.zeros(16)), each)
         proposal, state = rule.step(t, stats, state)
         t.write(t.project(proposal))
@@ -151,11 +151,11 @@ def row_steps(rule: Rule, t: ParameterTable, bests: Tensor, steps: int, shares: 
     state, labels = rule.initial_state(t), torch.repeat_interleave(torch.arange(len(shares)), torch.tensor(shares))
     rows = torch.eye(len(shares))[labels]
     for _ in range(steps):
-        read = rule.explored(t, state) or t.state
+        read = rule.sampled_values(t, state) or t.state
         place = read.shared + rows.double() @ read.offsets
         each = 2 * (place - bests[labels])
         each = each + noise * torch.randn(each.shape, generator=generator, dtype=torch.float64)
-        stats = Statistics(len(shares), len(t.names))
+        stats = SufficientStatistics(len(shares), len(t.names))
         stats.add(EStep(rows, None, torch.zeros(len(labels))), each)
         proposal, state = rule.step(t, stats, state)
         t.write(t.project(proposal))
@@ -240,7 +240,7 @@ def intervals(size: int, images: int, soft: bool) -> tuple[list[float], list[flo
         each = (bowl @ (place[1:] - best)[..., None]).mT + draw(repetitions, images, size) @ spread.mT
         share = torch.rand(repetitions, images, generator=generator) if soft else torch.ones(repetitions, images)
         total, squares = total + share.sum(1), squares + share.square().sum(1)
-        stats = Statistics(repetitions, size)
+        stats = SufficientStatistics(repetitions, size)
         stats.add(EStep(owner * share.view(-1, 1), None, torch.zeros(len(owner))), each.reshape(-1, size))
         found, state = model.observe(state, stats, place, mean, radius, 0.5, cautious=True)
         back = found.curvature @ (mean - place)[..., None]
@@ -279,7 +279,7 @@ def test_the_covariance_of_a_mean_under_soft_responsibilities() -> None:
     draws = torch.randn(4_000, 5, 2, generator=generator, dtype=torch.float64) @ factor.T + 3
     means, estimates = [], []
     for gradient in draws.split(1):
-        stats = Statistics(2, 2)
+        stats = SufficientStatistics(2, 2)
         stats.add(EStep(rows, None, torch.zeros(5)), gradient[0])
         means.append(stats.mean_gradient)
         estimates.append(stats.gradient_scatter / (stats.freedom * stats.count)[:, None, None])
@@ -311,16 +311,16 @@ def test_what_is_not_learned_has_no_deviation_and_a_flat_loss_that_of_its_bounds
 def test_exploration_strays_the_same_way_twice_and_stays_within_a_fifth_of_the_radius() -> None:
     t, rule = table(), BayesianRule(radius=0.5)
     state = rule.initial_state(t)
-    first, second = rule.explored(t, state), rule.explored(t, state)
+    first, second = rule.sampled_values(t, state), rule.sampled_values(t, state)
     assert first is not None
     assert second is not None
     assert torch.equal(first.shared, second.shared)
     stray = first.shared - t.shared
     assert 0 < stray.abs().max() <= 0.1 + 1e-12
-    later = rule.explored(t, {**state, "steps": state["steps"] + 1})
+    later = rule.sampled_values(t, {**state, "steps": state["steps"] + 1})
     assert later is not None
     assert not torch.equal(later.shared, first.shared)
-    assert BayesianRule(exploration=0).explored(t, state) is None
+    assert BayesianRule(exploration=0).sampled_values(t, state) is None
 
 
 def test_exploration_follows_the_seed_of_the_run_and_a_resumed_run_keeps_its_own(
@@ -331,26 +331,26 @@ def test_exploration_follows_the_seed_of_the_run_and_a_resumed_run_keeps_its_own
     for seed in ("1", "2", "4294967295"):  # the largest that seed_everything takes
         monkeypatch.setenv("PL_GLOBAL_SEED", seed)
         states[seed] = {**rule.initial_state(t), "deviation": torch.full((1, 3), 0.01, dtype=torch.float64)}
-        drawn[seed] = rule.explored(t, states[seed]).shared
+        drawn[seed] = rule.sampled_values(t, states[seed]).shared
     assert len({tuple(values.tolist()) for values in drawn.values()}) == 3
-    again = BayesianRule().explored(t, states["1"])  # from a checkpoint, in a run with another seed
+    again = BayesianRule().sampled_values(t, states["1"])  # from a checkpoint, in a run with another seed
     assert torch.equal(again.shared, drawn["1"])
     monkeypatch.setenv("PL_GLOBAL_SEED", "1")
     torch.manual_seed(99)  # what one process has drawn since is no matter: all must draw alike
     fresh = {**rule.initial_state(t), "deviation": states["1"]["deviation"]}
-    assert torch.equal(rule.explored(t, fresh).shared, drawn["1"])
+    assert torch.equal(rule.sampled_values(t, fresh).shared, drawn["1"])
 
 
 def test_training_strays_and_evaluation_does_not() -> None:
     t = table()
     none = torch.zeros(1, 0)
-    t.explore(TableValues(t.shared + 0.5, t.offsets))
+    t.perturb(TableValues(t.shared + 0.5, t.offsets))
     assert t(none)["a"].item() == pytest.approx(math.exp(0.5))
     with torch.no_grad():
         assert t(none)["a"].item() == pytest.approx(1.0)
     assert t.eval()(none)["a"].item() == pytest.approx(1.0)
     assert t.get_parameters()["a"] == 1.0
-    t.train().explore(None)
+    t.train().perturb(None)
     assert t(none)["a"].item() == pytest.approx(1.0)
 
 
@@ -379,7 +379,7 @@ def test_rows_walk_to_optima_that_are_far_and_not_well_known() -> None:
 @pytest.mark.parametrize("rule", [NewtonRule(), BayesianRule()])
 def test_rules_write_nothing_and_are_repeatable(rule: Rule) -> None:
     t = table(per_row=["a"], row_names=["k", "l"])
-    state, stats = rule.initial_state(t), Statistics(2, 3)
+    state, stats = rule.initial_state(t), SufficientStatistics(2, 3)
     stats.add(EStep(torch.eye(2), None, torch.ones(2)), torch.tensor([[1.0, 2.0, 0.0], [0.5, 0.0, 1.0]]))
     _, state = rule.step(t, stats, state)
     before = (t.values().clone(), {name: tensor.clone() for name, tensor in state.items()}, stats.sums.clone())
@@ -395,7 +395,7 @@ def test_statistics_sum_how_far_the_gradients_differ() -> None:
     generator = torch.Generator().manual_seed(0)
     gradient = torch.randn(7, 3, generator=generator, dtype=torch.float64)
     rows, weight = torch.rand(7, 2, generator=generator), torch.tensor([1.0, 1, 0, 1, 1, 1, 1])
-    stats = Statistics(2, 3)
+    stats = SufficientStatistics(2, 3)
     for part in (slice(0, 3), slice(3, 7)):
         stats.add(EStep(rows[part], weight[part], torch.zeros(len(rows[part]))), gradient[part])
     stats = stats.reduced(lambda flat: 2 * flat)  # two processes alike

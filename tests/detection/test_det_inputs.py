@@ -55,7 +55,7 @@ def test_a_gradient_is_computed_only_where_it_is_used(images: Tensor, learn: boo
     assert residual.requires_grad == learn
     if learn:
         residual.square().sum().backward()
-        gradient = view.em_parameters.take_gradient()
+        gradient = view.em_parameters.pop_gradient()
         moved = [name for name, column in zip(view.em_parameters.names, gradient.T, strict=True) if column.any()]
         assert moved == ["sigma", "tau", "sigma_s", "sigma_f"]
 

@@ -41,7 +41,7 @@ def learn(assignment: MixtureAssignment, rows: Tensor, accepted: Tensor = YES) -
     """One step on images whose features are `rows` `[N, F]`."""
     images, labels, noise = as_images(rows)
     r = assignment(images, labels, noise, assignment.num_regimes)
-    assignment.maximise(assignment.statistics(images, labels, noise, r).sum(0), accepted)
+    assignment.m_step(assignment.e_step(images, labels, noise, r).sum(0), accepted)
 
 
 def as_images(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,7 +135,7 @@ def test_regimes_of_noise_are_found_from_few_images_a_step() -> None:
         noise = levels[torch.randint(4, (3,), generator=generator)]
         noise = noise * (1 + 0.05 * torch.randn(3, generator=generator))
         r = assignment(images, torch.full((3,), -1), noise, 4)
-        assignment.maximise(assignment.statistics(images, torch.full((3,), -1), noise, r).sum(0), YES)
+        assignment.m_step(assignment.e_step(images, torch.full((3,), -1), noise, r).sum(0), YES)
     r = assignment(images[:1].expand(4, -1, -1, -1), torch.full((4,), -1), levels, 4)
     assert sorted(r.argmax(1).tolist()) == [0, 1, 2, 3]
     assert (r.amax(1) > 0.9).all()
@@ -196,7 +196,7 @@ def test_casting_a_module_leaves_the_state_its_digits(cast: str) -> None:
         getattr(assignment, cast)()
         assert all(b.dtype == torch.float64 for b in assignment.buffers(recurse=False))
         r = assignment(images, labels, noise, 3)
-        assignment.maximise(assignment.statistics(images, labels, noise, r).sum(0), YES)
+        assignment.m_step(assignment.e_step(images, labels, noise, r).sum(0), YES)
 
 
 def test_features_are_measures_that_do_not_drift() -> None:
@@ -236,7 +236,7 @@ def test_a_constant_feature_is_left_out_and_said() -> None:
         rows = clusters(step)
         rows[:, 1] = 0.1 + 0.2
         learn(assignment, rows)
-    (notice,) = assignment.notices()
+    (notice,) = assignment.warnings()
     assert notice.startswith("feature column(s) [1] had one value for all of the first images")
     rows = clusters(0)
     both = assignment(*as_images(rows), 2)
@@ -248,12 +248,12 @@ def test_regimes_that_never_start_are_said_at_the_end() -> None:
     assignment = MixtureAssignment(3, [Table(2)])
     rows = clusters(0)[:20]
     learn(assignment, rows)
-    assert assignment.notices() == []
-    (notice,) = assignment.notices(ended=True)
+    assert assignment.warnings() == []
+    (notice,) = assignment.warnings(ended=True)
     assert notice.startswith("the regimes never started: they wait for 48 images, and the run had 20")
     for _ in range(2):
         learn(assignment, rows)
-    assert assignment.notices(ended=True) == []
+    assert assignment.warnings(ended=True) == []
 
 
 def test_features_measure_what_they_are_named_after() -> None:
@@ -326,7 +326,7 @@ def test_similarity_is_the_softmax_of_cosines_to_running_means() -> None:
     for _ in range(2):
         assert assignment.check_labels(labels, 3) is None
         r = assignment(images, labels, noise, 3)
-        assignment.maximise(assignment.statistics(images, labels, noise, r).sum(0), YES)
+        assignment.m_step(assignment.e_step(images, labels, noise, r).sum(0), YES)
     means = torch.stack([unit[labels == k].mean(0) for k in range(2)])
     cosine = nn.functional.cosine_similarity(unit[:, None], means[None], dim=2)
     found = assignment(images, torch.full((9,), -1), noise, 3)  # no label needed now

@@ -85,7 +85,7 @@ def test_training_by_the_risk_follows_the_error_it_does_not_see(network: bool) -
         module.log = lambda *_, **__: None  # type: ignore[method-assign, assignment]
         module.zero_grad()
         module.training_step(batch(images), 0)["loss"].backward()
-        table = module.em_parameters.take_gradient()
+        table = module.em_parameters.pop_gradient()
         assert table is not None
         parts = [table.sum(0)[[0, 1, 3, 4]]]
         parts += [p.grad.flatten().double() for p in module.parameters() if p.grad is not None and p.ndim > 1]

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_modules.em import EStep, LabelAssignment, ParameterTable, Statistics, TableValues
+from lightning_modules.em import EStep, LabelAssignment, ParameterTable, SufficientStatistics, TableValues
 
 CLASSES = ["cat", "dog", "owl"]
 
@@ -32,13 +32,13 @@ def test_gradient_of_each_image_arrives_with_the_backward_pass() -> None:
     theta = t(torch.eye(3)[:2])
     weight = torch.tensor([2.0, 5.0])
     (weight * theta["sigma"] ** 2 + theta["tau"]).sum().backward()
-    gradient = t.take_gradient()
+    gradient = t.pop_gradient()
     assert gradient is not None
     columns = dict(zip(t.names, gradient.unbind(1), strict=True))
     torch.testing.assert_close(columns["sigma"], 2 * weight.double() * 0.09, rtol=1e-6, atol=0)  # dℓ/d log θ = θ ℓ'
     torch.testing.assert_close(columns["tau"], torch.full((2,), 0.1, dtype=torch.float64), rtol=1e-6, atol=0)
     assert not columns["radius"].any()
-    assert t.take_gradient() is None
+    assert t.pop_gradient() is None
     assert t.anchor.grad is not None
     assert t.anchor.grad.item() == 0
 
@@ -48,7 +48,7 @@ def test_two_forwards_of_a_step_add_up_and_uncollected_leaves_do_not_pile_up() -
     for _ in range(5):  # nobody collects
         t(torch.zeros(2, 3))["sigma"].sum().backward()
     (t(torch.zeros(2, 3))["sigma"].sum() + t(torch.zeros(2, 3))["sigma"].sum()).backward()
-    gradient = t.take_gradient()
+    gradient = t.pop_gradient()
     assert gradient is not None
     torch.testing.assert_close(gradient[:, 0], torch.full((2,), 0.6, dtype=torch.float64), rtol=1e-6, atol=0)
     with torch.no_grad():
@@ -172,11 +172,11 @@ def test_statistics_are_exact_sums_over_any_partition_and_leave_out_weight_zero(
     gradient = torch.randn(11, 2, generator=generator, dtype=torch.float64)
     step = EStep(responsibilities, weight, *values, smoothness_weight=0.1)
 
-    def add(statistics: Statistics, rows: slice) -> None:
+    def add(statistics: SufficientStatistics, rows: slice) -> None:
         parts = (part[rows] if torch.is_tensor(part) else part for part in step)
         statistics.add(EStep(*parts), gradient[rows])
 
-    whole, parts = Statistics(3, 2), Statistics(3, 2)
+    whole, parts = SufficientStatistics(3, 2), SufficientStatistics(3, 2)
     add(whole, slice(0, 11))
     for begin in range(0, 11, 4):
         add(parts, slice(begin, begin + 4))

@@ -54,7 +54,7 @@ def test_it_serves_as_an_embedding_of_classes(tiny: ClipEmbedding) -> None:
     dark, light = torch.rand(4, 3, 32, 32) * 0.2, torch.rand(4, 3, 32, 32) * 0.2 + 0.8
     images, labels, noise = torch.cat([dark, light]), torch.tensor([0] * 4 + [1] * 4), torch.zeros(8)
     r = assignment(images, labels, noise, 2)
-    assignment.maximise(assignment.statistics(images, labels, noise, r).sum(0), torch.tensor(True))
+    assignment.m_step(assignment.e_step(images, labels, noise, r).sum(0), torch.tensor(True))
     assert assignment(images, torch.full((8,), -1), noise, 2).argmax(1).tolist() == labels.tolist()
     assert not any(parameter.requires_grad for parameter in assignment.parameters())
 

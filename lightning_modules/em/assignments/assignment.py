@@ -41,8 +41,8 @@ class Assignment(Float64Buffers, ABC):
             - output: float64 `[B, K]`, each row's sum in [0, 1]
         """
 
-    def statistics(self, images: Tensor, labels: Tensor, noise_std: Tensor, responsibilities: Tensor) -> Tensor | None:
-        """E-step of the assignment's own model: sufficient statistics of each image, which `maximise` receives summed.
+    def e_step(self, images: Tensor, labels: Tensor, noise_std: Tensor, responsibilities: Tensor) -> Tensor | None:
+        """E-step of the assignment's own model: sufficient statistics of each image, which `m_step` receives summed.
 
         Args:
             images: The images as they come in, noisy.
@@ -56,7 +56,7 @@ class Assignment(Float64Buffers, ABC):
         """
         return None
 
-    def maximise(self, sums: Tensor, accepted: Tensor) -> None:
+    def m_step(self, sums: Tensor, accepted: Tensor) -> None:
         """M-step of the assignment's own model, in closed form, alike on every process.
 
         Must not wait for the device (`.item()`, `if tensor`): select with `accepted` instead.
@@ -70,7 +70,7 @@ class Assignment(Float64Buffers, ABC):
             - accepted: boolean scalar
         """
 
-    def notices(self, ended: bool = False) -> list[str]:
+    def warnings(self, ended: bool = False) -> list[str]:
         """Sentences that the user should read, each of which is said once; asked for on steps that log.
 
         Args:

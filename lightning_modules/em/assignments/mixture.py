@@ -55,7 +55,7 @@ class MixtureAssignment(Assignment):
         >>> images, labels, noise = torch.rand(4, 3, 8, 8), torch.full((4,), -1), torch.tensor([0.02, 0.02, 0.2, 0.2])
         >>> for _ in range(10):
         ...     r = assignment(images, labels, noise, num_rows=2)
-        ...     assignment.maximise(assignment.statistics(images, labels, noise, r).sum(0), torch.tensor(True))
+        ...     assignment.m_step(assignment.e_step(images, labels, noise, r).sum(0), torch.tensor(True))
         >>> assignment(images, labels, noise, num_rows=2).argmax(1).tolist()
         [0, 0, 1, 1]
     """
@@ -92,7 +92,7 @@ class MixtureAssignment(Assignment):
         channels: int = 3,
     ) -> None:
         super().__init__()
-        self._seen: tuple[Tensor, Tensor] | None = None  # what `forward` has worked out and `statistics` asks for
+        self._seen: tuple[Tensor, Tensor] | None = None  # what `forward` has worked out and `e_step` asks for
         if num_regimes < 1:
             raise ValueError(f"num_regimes must be at least 1, got {num_regimes}")
         if not 0.5 < step_exponent <= 1:
@@ -139,8 +139,8 @@ class MixtureAssignment(Assignment):
         return torch.where(self.steps > 0, torch.softmax(joint, dim=1), 1 / self.num_regimes)
 
     @torch.no_grad()
-    def statistics(self, images: Tensor, labels: Tensor, noise_std: Tensor, responsibilities: Tensor) -> Tensor:
-        """Moments of the features, then those of each regime in the frame; see `Assignment.statistics`."""
+    def e_step(self, images: Tensor, labels: Tensor, noise_std: Tensor, responsibilities: Tensor) -> Tensor:
+        """Moments of the features, then those of each regime in the frame; see `Assignment.e_step`."""
         seen, self._seen = self._seen, None
         features = seen[1] if seen is not None and seen[0] is images else self.features(images, noise_std)
         z = self._enter(features)
@@ -172,8 +172,8 @@ class MixtureAssignment(Assignment):
     # M-step ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def maximise(self, sums: Tensor, accepted: Tensor) -> None:
-        """Weights, means and covariances from the running statistics; see `Assignment.maximise`."""
+    def m_step(self, sums: Tensor, accepted: Tensor) -> None:
+        """Weights, means and covariances from the running statistics; see `Assignment.m_step`."""
         width = len(self.offset)
         moments, flat = sums[: width + width**2], sums[width + width**2 :]
         count = flat[-1]
@@ -281,26 +281,26 @@ class MixtureAssignment(Assignment):
             numbers["log_likelihood"] = float(self.log_likelihood - self.scale.log().sum()) + left_out
         return numbers | {"reseeded": float(self.reseeded)}
 
-    def notices(self, ended: bool = False) -> list[str]:
+    def warnings(self, ended: bool = False) -> list[str]:
         """Features that tell nothing apart, regimes that had to be re-seeded, and a run too short for any regime."""
-        notices = []
+        warnings = []
         if ended and not self.steps:
-            notices.append(
+            warnings.append(
                 f"the regimes never started: they wait for {START_IMAGES * self.num_regimes} images, and the run had "
                 f"{int(self.gathered[-1])}, so every row learned from all images alike. Train longer, or take fewer "
                 "regimes"
             )
         if constant := (self.informative == 0).nonzero()[:, 0].tolist():
-            notices.append(
+            warnings.append(
                 f"feature column(s) {constant} had one value for all of the first images and tell no regimes apart; "
                 "they are left out of account. Remove them from `features`, or give data in which they vary"
             )
         if count := int(self.reseeded):
-            notices.append(
+            warnings.append(
                 f"{count} starving regime(s) so far were re-seeded by splitting the largest one. If this goes on, the "
                 "data hold fewer regimes than the table has rows: take fewer, or add a feature that tells them apart"
             )
-        return notices
+        return warnings
 
 
 def _largest_spread(covariance: Tensor) -> tuple[Tensor, Tensor]:

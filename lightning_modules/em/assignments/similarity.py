@@ -45,7 +45,7 @@ class SimilarityAssignment(Assignment):
         decay: float = 0.99,
     ) -> None:
         super().__init__()
-        self._seen: tuple[Tensor, Tensor] | None = None  # what `forward` has worked out and `statistics` asks for
+        self._seen: tuple[Tensor, Tensor] | None = None  # what `forward` has worked out and `e_step` asks for
         for name, value in (("embedding_size", embedding_size), ("num_classes", num_classes)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -90,8 +90,8 @@ class SimilarityAssignment(Assignment):
         return torch.where(known.any(), share, 0.0)
 
     @torch.no_grad()
-    def statistics(self, images: Tensor, labels: Tensor, noise_std: Tensor, responsibilities: Tensor) -> Tensor:
-        """Count and unit embedding under the image's own label; see `Assignment.statistics`."""
+    def e_step(self, images: Tensor, labels: Tensor, noise_std: Tensor, responsibilities: Tensor) -> Tensor:
+        """Count and unit embedding under the image's own label; see `Assignment.e_step`."""
         own = F.one_hot(labels + 1, self.num_classes + 1)[:, 1:].double()
         seen, self._seen = self._seen, None
         vector = seen[1] if seen is not None and seen[0] is images else self._embed(images)
@@ -99,8 +99,8 @@ class SimilarityAssignment(Assignment):
         return (own[:, :, None] * vector[:, None, :]).flatten(1)
 
     @torch.no_grad()
-    def maximise(self, sums: Tensor, accepted: Tensor) -> None:
-        """Running means; see `Assignment.maximise`. A class without images keeps what it has."""
+    def m_step(self, sums: Tensor, accepted: Tensor) -> None:
+        """Running means; see `Assignment.m_step`. A class without images keeps what it has."""
         sums = sums.view_as(self.totals)
         seen = accepted & (sums[:, :1] > 0)
         self.totals.copy_(torch.where(seen, self.decay * self.totals + sums, self.totals))
