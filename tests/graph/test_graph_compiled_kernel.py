@@ -1,36 +1,31 @@
 """What the compiled kernels have in common: whom they serve, and forked processes."""
 
-from types import ModuleType
-
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_modules.graph import GraphDiffusion, image_kernel, patch_cpu_kernel
-
-KERNELS = pytest.mark.parametrize("kernel", [image_kernel, patch_cpu_kernel])
+from lightning_modules.graph import GraphDiffusion, image_kernel
 
 
 @pytest.fixture(autouse=True)
 def compiled() -> None:
-    if None in (kernel.library(torch.float32) for kernel in (image_kernel, patch_cpu_kernel)):
+    if image_kernel.library(torch.float32) is None:
         pytest.skip("no compiled kernel: no C compiler, or LIGHTNING_EM_COMPILE=0")
 
 
-@KERNELS
-def test_what_they_do_not_take(kernel: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_it_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.rand(1, 3, 8, 8)
-    assert kernel.serves(images, images, beside=(0.5, torch.ones(1)))
-    assert not kernel.serves(images.bfloat16())
-    assert not kernel.serves(images, images.double())
-    assert not kernel.serves(images.to("meta"))
+    assert image_kernel.serves(images, images, beside=(0.5, torch.ones(1)))
+    assert not image_kernel.serves(images.bfloat16())
+    assert not image_kernel.serves(images, images.double())
+    assert not image_kernel.serves(images.to("meta"))
     with monkeypatch.context() as compiling:
         compiling.setattr(torch.compiler, "is_compiling", lambda: True)
-        assert not kernel.serves(images)
+        assert not image_kernel.serves(images)
     with monkeypatch.context() as tracing:
         tracing.setattr(torch.jit, "is_tracing", lambda: True)
-        assert not kernel.serves(images)
+        assert not image_kernel.serves(images)
 
 
 class Restored(Dataset[Tensor]):
