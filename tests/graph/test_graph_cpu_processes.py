@@ -5,27 +5,28 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_modules.graph import GraphDiffusion, image_kernel
+from lightning_modules.graph import GraphDiffusion
+from lightning_modules.graph.cpu import kernel
 
 
 @pytest.fixture(autouse=True)
 def compiled() -> None:
-    if image_kernel.library(torch.float32) is None:
+    if kernel.library(torch.float32) is None:
         pytest.skip("no compiled kernel: no C compiler, or LIGHTNING_EM_COMPILE=0")
 
 
 def test_what_it_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.rand(1, 3, 8, 8)
-    assert image_kernel.serves(images, images, beside=(0.5, torch.ones(1)))
-    assert not image_kernel.serves(images.bfloat16())
-    assert not image_kernel.serves(images, images.double())
-    assert not image_kernel.serves(images.to("meta"))
+    assert kernel.serves(images, images, beside=(0.5, torch.ones(1)))
+    assert not kernel.serves(images.bfloat16())
+    assert not kernel.serves(images, images.double())
+    assert not kernel.serves(images.to("meta"))
     with monkeypatch.context() as compiling:
         compiling.setattr(torch.compiler, "is_compiling", lambda: True)
-        assert not image_kernel.serves(images)
+        assert not kernel.serves(images)
     with monkeypatch.context() as tracing:
         tracing.setattr(torch.jit, "is_tracing", lambda: True)
-        assert not image_kernel.serves(images)
+        assert not kernel.serves(images)
 
 
 class Restored(Dataset[Tensor]):
