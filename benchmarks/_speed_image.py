@@ -101,7 +101,7 @@ def _operator(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def eager() -> Any:
     """A context in which the operator runs in torch."""
-    return mock.patch.object(image_operator, "serves", return_value=False)
+    return mock.patch.object(image_operator, "is_supported", return_value=False)
 
 
 def _plain(images: Tensor, gradient: bool, operator: Callable[..., Tensor]) -> Tensor:
