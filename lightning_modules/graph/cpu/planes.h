@@ -5,7 +5,7 @@
  * entries away, and reads as zero where it leaves the image. Only what lies in the image is ever written; that keeps
  * the zeros.
  */
-#include "native.h"
+#include "vectors.h"
 
 /* Planes of one size of image. `span` is what is computed of a row: all columns, rounded up to whole vectors. */
 typedef struct {

@@ -1,4 +1,4 @@
-"""The image operator on a CPU as one compiled kernel (image_kernel.c): an image's maps never leave the cache.
+"""The image operator on a CPU as one compiled kernel (kernel.c): an image's maps never leave the cache.
 
 It serves where `serves` says so; `image_operator` has the same in torch. Both are tested against the same references.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_modules.graph.compiled_kernel import CompiledKernel
+from lightning_modules.graph.cpu.compiled_kernel import CompiledKernel
 from lightning_modules.graph.stencil import StencilGeometry
 from lightning_modules.graph.weights import SELF_WEIGHT
 
@@ -26,7 +26,7 @@ _POINTERS = (
 
 
 class _Call(ctypes.Structure):
-    """`Call` of image_kernel.c."""
+    """`Call` of kernel.c."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in _SIZES),
@@ -36,7 +36,7 @@ class _Call(ctypes.Structure):
     )
 
 
-_kernel = CompiledKernel("image_kernel.c", ("image_stencil.h", "native.h"), _Call)
+_kernel = CompiledKernel("kernel.c", ("planes.h", "vectors.h"), _Call)
 library, serves = _kernel.library, _kernel.serves
 
 

@@ -1,17 +1,17 @@
 /* The image operator and its gradients, fused: all of an image's steps while its maps are in the cache.
  *
- * The mathematics and the names are those of image_operator.py and averaging.py. Each phase runs over blocks of rows;
+ * The mathematics and the names are those of image_operator.py and window_average.py. Each phase runs over blocks of rows;
  * where a phase reads what another has written around its block, the team waits in between. Small images go to the
  * threads one by one; large ones are worked on by all threads together. No sum depends on the number of threads.
  */
-#include "image_stencil.h"
+#include "planes.h"
 
 /* Planes of an image that take more than this leave the cache of one core: then all threads share one image. So they
  * do where there are fewer images than threads, unless the image is so small that they would wait more than work. */
 #define LARGE_IMAGE (8L << 20)
 #define SMALL_IMAGE (1L << 20)
 
-/* The arguments, in the order of `Call` in image_kernel.py; null where nothing is asked for. */
+/* The arguments, in the order of `Call` in kernel.py; null where nothing is asked for. */
 typedef struct {
     int64_t batch, channels, features, height, width, patch, offsets, steps, threads;
     const int64_t *rows, *columns;                           /* [M] */

@@ -1,25 +1,21 @@
 """What the compiled kernels have in common: whom they serve, and forked processes."""
 
-from types import ModuleType
-
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_modules.graph import GraphDiffusion, image_kernel, patch_cpu_kernel
-
-KERNELS = pytest.mark.parametrize("kernel", [image_kernel, patch_cpu_kernel])
+from lightning_modules.graph import GraphDiffusion
+from lightning_modules.graph.cpu import kernel
 
 
 @pytest.fixture(autouse=True)
 def compiled() -> None:
-    if None in (kernel.library(torch.float32) for kernel in (image_kernel, patch_cpu_kernel)):
+    if kernel.library(torch.float32) is None:
         pytest.skip("no compiled kernel: no C compiler, or LIGHTNING_EM_COMPILE=0")
 
 
-@KERNELS
-def test_what_they_do_not_take(kernel: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_it_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.rand(1, 3, 8, 8)
     assert kernel.serves(images, images, beside=(0.5, torch.ones(1)))
     assert not kernel.serves(images.bfloat16())

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from lightning_modules.graph import native
+from lightning_modules.graph.cpu import library
 
 SOURCE = '#include "answer.h"\nint answer(void) { return ANSWER; }\n'
 
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.delenv(native.SWITCH, raising=False)
+    monkeypatch.delenv(library.SWITCH, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "answer.h").write_text("#ifndef ANSWER\n#define ANSWER 42\n#endif\n")
     path = tmp_path / "answer.c"
@@ -26,13 +26,13 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def compiler() -> None:
-    if native._compiler() is None:
+    if library._compiler() is None:
         pytest.skip("no C compiler on this machine")
 
 
 def answer(source: Path, defines: tuple[str, ...] = ()) -> int | None:
-    library = native.load_library(source, (source.with_name("answer.h"),), defines)
-    return None if library is None else library.answer()
+    found = library.load_library(source, (source.with_name("answer.h"),), defines)
+    return None if found is None else found.answer()
 
 
 def cached(source: Path) -> list[Path]:
@@ -42,14 +42,14 @@ def cached(source: Path) -> list[Path]:
 @pytest.mark.usefixtures("compiler")
 def test_compiled_once_for_each_content(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[Any] = []
-    compile_ = native._compile
-    monkeypatch.setattr(native, "_compile", lambda *words: (compiled.append(words), compile_(*words))[1])
+    compile_ = library._compile
+    monkeypatch.setattr(library, "_compile", lambda *words: (compiled.append(words), compile_(*words))[1])
     assert [answer(source), answer(source)] == [42, 42]
     assert len(compiled) == 1
     assert answer(source, ("ANSWER=7",)) == 7
     source.with_name("answer.h").write_text("#define ANSWER 43\n")
     assert answer(source) == 43
-    monkeypatch.setattr(native, "_processor", lambda: "another machine with the same home")
+    monkeypatch.setattr(library, "_processor", lambda: "another machine with the same home")
     assert answer(source) == 43
     assert len(compiled) == len(cached(source)) == 4, "and nothing else is left in the cache"
 
@@ -60,8 +60,8 @@ def test_a_broken_file_in_the_cache_is_replaced(source: Path) -> None:
     context = multiprocessing.get_context("fork")
     with context.Pool(1) as pool:  # elsewhere: what this process has loaded once it does not read again
         assert pool.apply(answer, (source,)) == 42
-    (library,) = folder.iterdir()
-    library.write_bytes(library.read_bytes()[:100])
+    (kept,) = folder.iterdir()
+    kept.write_bytes(kept.read_bytes()[:100])
     assert answer(source) == 42
 
 
@@ -118,8 +118,8 @@ def test_a_compiler_that_hangs_is_ended_with_what_it_has_started(
     driver.write_text(f"#!/bin/sh\n[ $1 = --version ] && exit\n(sleep 3; touch {survivor}) &\nwait\n")
     driver.chmod(0o755)
     monkeypatch.setenv("CC", str(driver))
-    monkeypatch.setattr(native, "_SECONDS_TO_COMPILE", 0.2)
-    with caplog.at_level(logging.INFO, native.__name__):
+    monkeypatch.setattr(library, "_SECONDS_TO_COMPILE", 0.2)
+    with caplog.at_level(logging.INFO, library.__name__):
         assert answer(source) is None
     assert "timed out" in caplog.text
     time.sleep(4)
@@ -129,7 +129,7 @@ def test_a_compiler_that_hangs_is_ended_with_what_it_has_started(
 @pytest.mark.parametrize(
     ("variable", "value", "said"),
     [
-        (native.SWITCH, "0", "LIGHTNING_EM_COMPILE=0: answer.c is not compiled"),
+        (library.SWITCH, "0", "LIGHTNING_EM_COMPILE=0: answer.c is not compiled"),
         ("CC", "no-such-compiler", "no C compiler"),
         ("CC", "'cc", "answer.c cannot be compiled"),
         ("CC", "false", "answer.c cannot be compiled"),
@@ -144,7 +144,7 @@ def test_without_it_the_log_says_why(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv(variable, value)
-    with caplog.at_level(logging.INFO, native.__name__):
+    with caplog.at_level(logging.INFO, library.__name__):
         assert answer(source) is None
     (record,) = caplog.records
     assert said in record.message
@@ -154,6 +154,6 @@ def test_without_it_the_log_says_why(
 @pytest.mark.usefixtures("compiler")
 def test_the_log_has_what_the_compiler_says(source: Path, caplog: pytest.LogCaptureFixture) -> None:
     source.write_text("int answer(void) { return not_declared; }\n")
-    with caplog.at_level(logging.INFO, native.__name__):
+    with caplog.at_level(logging.INFO, library.__name__):
         assert answer(source) is None
     assert "not_declared" in caplog.text

@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_modules.graph import GraphDiffusion, image_kernel, image_operator
+from lightning_modules.graph import GraphDiffusion, image_operator
+from lightning_modules.graph.cpu import kernel
 
 NAMES = ("sigma", "tau", "radius", "sigma_s", "sigma_f")
 
 
 @pytest.fixture(autouse=True)
-def kernel() -> None:
-    if image_kernel.library(torch.float32) is None or image_kernel.library(torch.float64) is None:
+def compiled() -> None:
+    if kernel.library(torch.float32) is None or kernel.library(torch.float64) is None:
         pytest.skip("no compiled kernel: no C compiler, or LIGHTNING_EM_COMPILE=0")
 
 
