@@ -12,7 +12,8 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from lightning_modules._optimization import configured
 from lightning_modules.em import Assignment, EStep, GlobalAssignment, ParameterTable
 from lightning_modules.em.objectives import probe_step, squared_error, stein_risk
-from lightning_modules.graph import GraphDiffusion, Smoothness, estimate_noise_std, seeded_normal, seeded_uniform
+from lightning_modules.graph import GraphDiffusion, Smoothness, estimate_noise_std
+from lightning_modules.imaging import seeded_normal, seeded_uniform
 
 Batch = dict[str, Any]
 Parameters = dict[str, Tensor | int]
