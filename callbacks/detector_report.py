@@ -27,7 +27,7 @@ from callbacks._shortcut_baselines import file_format, semantic_features
 from callbacks._shortcuts import SHORTCUTS, Shortcuts
 from callbacks._tables import Row, gather, write_table
 from callbacks.em_dashboard import render
-from callbacks.restored_image_writer import write_png
+from lightning_modules.imaging import write_png
 
 TABLE_NAME = "detector_report.csv"
 MISTAKES_NAME = "worst_mistakes"

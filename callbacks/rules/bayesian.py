@@ -9,7 +9,7 @@ from callbacks.rules._gradient_model import LEAST_RADIUS, check_distances, initi
 from callbacks.rules._newton_step import bounded_step, optimum_variance, places
 from callbacks.rules.rule import Rule, RuleState
 from lightning_modules.em import ParameterTable, SufficientStatistics, TableValues
-from lightning_modules.graph import seeded_normal
+from lightning_modules.imaging import seeded_normal
 
 # Variance of the rows' offsets before any row has been seen, half a log unit either way. It goes on to count as one
 # row: variances learned from a few rows alone collapse to 0 and stay there.

@@ -1,9 +1,10 @@
-"""Decoding image files of any kind: one reader for data, detector and whoever holds an image of their own."""
+"""Decoding of images, from files of any kind or from memory: one reader for data, detector and users."""
 
 import lzma
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tifffile
@@ -33,7 +34,7 @@ def read_image(path: Path) -> Tensor:
     values are scaled down; floating-point values may be in [0, 1] or in [0, 255].
 
     Shape:
-        - result: [3, H, W], uint8.
+        - output: `[3, H, W]`, uint8
     """
     try:
         pixels = _decode(path)
@@ -46,9 +47,44 @@ def decode_image(image: Image.Image) -> Tensor:
     """Turns an opened image into eight-bit RGB, upright; see `read_image`.
 
     Shape:
-        - result: [3, H, W], uint8.
+        - output: `[3, H, W]`, uint8
     """
     return _to_tensor(_pixels(image), "the image")
+
+
+def to_pixels(image: Any) -> Tensor:
+    """Pixels of an image, in [0, 1].
+
+    Args:
+        image: Path of a file, `PIL.Image`, array `[H, W]` or `[H, W, 3]` of bytes, or tensor `[3, H, W]` of bytes or of
+            floating point in [0, 1].
+
+    Shape:
+        - output: `[3, H, W]`, float32
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is none of these, or a file that cannot be read; the message names it.
+    """
+    if isinstance(image, str | Path):
+        if not (path := Path(image).expanduser()).is_file():
+            raise FileNotFoundError(f"{image} is not a file: give the path of an image")
+        image = read_image(path)
+    if isinstance(image, Image.Image):
+        image = decode_image(image)
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3):
+            raise ValueError(f"an array must be bytes [H, W] or [H, W, 3], got {image.dtype} {list(image.shape)}")
+        stacked = image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
+        image = torch.from_numpy(np.array(stacked)).permute(2, 0, 1)
+    if not torch.is_tensor(image) or image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
+        got = f"a tensor {list(image.shape)}" if torch.is_tensor(image) else type(image).__name__
+        raise ValueError(f"expected the path of an image, a PIL image, an array or a tensor [3, H, W], got {got}")
+    if image.dtype == torch.uint8:
+        return image.float() / 255
+    if not image.is_floating_point() or not bool(((image >= 0) & (image <= 1)).all()):
+        raise ValueError(f"a tensor must hold bytes, or floating-point numbers in [0, 1], got {image.dtype}")
+    return image.float()
 
 
 def _to_tensor(pixels: np.ndarray, name: Path | str) -> Tensor:

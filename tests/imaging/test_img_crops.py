@@ -11,8 +11,7 @@ from PIL import Image
 
 from datamodules._degradation import Degradation
 from datamodules._detector_crops import FixedCrops
-from datamodules.image_reader import read_image
-from lightning_modules.detection import fixed_crops, to_pixels
+from lightning_modules.imaging import fixed_crops, mirror, read_image, to_pixels
 
 
 def picture(height: int = 37, width: int = 51, channels: int = 3) -> np.ndarray:
@@ -110,3 +109,8 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "half.jpg").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"half\.jpg cannot be read as an image"):
         to_pixels(tmp_path / "half.jpg")
+
+
+def test_mirror_reaches_any_distance():
+    assert mirror(torch.arange(-3, 7), 2).tolist() == [1, 1, 0, 0, 1, 1, 0, 0, 1, 1]
+    assert mirror(torch.arange(3), 1).tolist() == [0, 0, 0]

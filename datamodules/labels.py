@@ -11,9 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from datamodules._image_files import find_images
-from datamodules._random import permutation
-from datamodules.image_reader import read_image
+from lightning_modules.imaging import find_images, permutation, read_image
 
 _Row = tuple[int, dict[str, str]]  # number of the line, and its columns
 

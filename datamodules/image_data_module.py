@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules._augmentation import flip_and_shift
-from datamodules._random import stream
 from datamodules._sampler import Draw, EpochBatches, EpochLoader, FixedBatches
+from lightning_modules.imaging import stream
 
 Split = Literal["train", "val", "test", "predict"]
 Batch = dict[str, Any]
