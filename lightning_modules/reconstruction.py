@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from lightning_modules._optimization import configured
 from lightning_modules.em import Assignment, EStep, GlobalAssignment, ParameterTable
 from lightning_modules.em.objectives import probe_step, squared_error, stein_risk
 from lightning_modules.graph import GraphDiffusion, Smoothness, estimate_noise_std, seeded_normal, seeded_uniform
+from lightning_modules.optimizers import optimizer_config
 
 Batch = dict[str, Any]
 Parameters = dict[str, Tensor | int]
@@ -214,7 +214,7 @@ class GraphDiffusionReconstruction(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Optimiser and schedule as injected."""
-        return configured(self.parameters(), self.optimizer, self.lr_scheduler, self.lr_interval)
+        return optimizer_config(self.parameters(), self.optimizer, self.lr_scheduler, self.lr_interval)
 
     @property
     def _max_radius(self) -> float:
