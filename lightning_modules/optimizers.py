@@ -1,4 +1,4 @@
-"""An optimiser and its schedule from what the command line injects, in the form that Lightning asks for."""
+"""Optimizer and schedule from what the command line injects."""
 
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -7,18 +7,18 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch.nn import Parameter
 
 
-def configured(
+def optimizer_config(
     parameters: Iterable[Parameter],
     optimizer: OptimizerCallable,
     lr_scheduler: LRSchedulerCallable | None,
     interval: Literal["step", "epoch"],
 ) -> Any:
-    """What `configure_optimizers` returns.
+    """Returns the value of `configure_optimizers`.
 
     Args:
         parameters: Those of the module; what needs no gradient is left out.
-        optimizer: Makes the optimiser of them.
-        lr_scheduler: Makes the schedule of the optimiser; None for a constant rate.
+        optimizer: Makes the optimizer of them.
+        lr_scheduler: Makes the schedule of the optimizer; None for a constant rate.
         interval: Whether the schedule counts steps or epochs.
     """
     made = optimizer(parameter for parameter in parameters if parameter.requires_grad)

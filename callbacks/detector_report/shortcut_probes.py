@@ -7,8 +7,8 @@ import torch
 from sklearn.pipeline import Pipeline
 from torch import Tensor
 
-from callbacks._judgements import DetectorData, Files
-from callbacks._shortcut_baselines import (
+from callbacks.detector_report.evaluation import DetectorData, Files
+from callbacks.detector_report.probe_features import (
     file_features,
     fit_linear,
     predict_linear,

@@ -10,11 +10,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from rich import get_console
 from torch import Tensor
 
-from callbacks._detector_figures import beside_residual, reliability_figure, roc_figure, tile
-from callbacks._detector_scores import accuracy, score, slices
-from callbacks._detector_tables import markdown, remarks, report_table
 from callbacks._display import require_positive, run_directory, tensorboard_loggers
-from callbacks._judgements import (
+from callbacks._tables import Row, gather, write_table
+from callbacks.detector_report.evaluation import (
     DetectorData,
     Judgements,
     decision_threshold,
@@ -23,9 +21,11 @@ from callbacks._judgements import (
     two_classes,
     worst_mistakes,
 )
-from callbacks._shortcut_baselines import file_format, semantic_features
-from callbacks._shortcuts import SHORTCUTS, Shortcuts
-from callbacks._tables import Row, gather, write_table
+from callbacks.detector_report.figures import beside_residual, reliability_figure, roc_figure, tile
+from callbacks.detector_report.probe_features import file_format, semantic_features
+from callbacks.detector_report.scores import accuracy, score, slices
+from callbacks.detector_report.shortcut_probes import SHORTCUTS, Shortcuts
+from callbacks.detector_report.tables import markdown, remarks, report_table
 from callbacks.em_dashboard import render
 from lightning_modules.imaging import write_png
 

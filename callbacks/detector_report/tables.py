@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from callbacks._shortcuts import SHORTCUTS
 from callbacks._tables import Row
+from callbacks.detector_report.shortcut_probes import SHORTCUTS
 
 _NEAR = 0.05  # of accuracy, or of a class: a shortcut that comes so near the detector is pointed out
 _WIDTH = 80  # letters
