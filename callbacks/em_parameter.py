@@ -11,8 +11,8 @@ from torch import Tensor
 
 from callbacks._em_metrics import em_metrics
 from callbacks._em_requirements import check_module, check_trainer
-from callbacks.rules import GradientRule, Rule, RuleState
 from lightning_modules.em import Assignment, EStep, ParameterTable, SufficientStatistics, TableValues
+from lightning_modules.em.rules import GradientRule, Rule, RuleState
 
 
 class EMParameterCallback(Callback):

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 
 from callbacks import EMHealth, EMParameterCallback, EMReport, Rule
 from callbacks.em_health import alternation, still_moving
-from callbacks.rules import RuleState
 from lightning_modules import EStep, ParameterTable
 from lightning_modules.em import SufficientStatistics, TableValues
+from lightning_modules.em.rules import RuleState
 
 
 class Script(Rule):

@@ -4,7 +4,8 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
-from lightning_modules.em import ParameterTable, SufficientStatistics, TableValues
+from lightning_modules.em.e_step import SufficientStatistics
+from lightning_modules.em.parameter_table import ParameterTable, TableValues
 
 RuleState = dict[str, Tensor]
 

@@ -5,10 +5,11 @@ import os
 import torch
 from torch import Tensor
 
-from callbacks.rules._gradient_model import LEAST_RADIUS, check_distances, initial_state, observe
-from callbacks.rules._newton_step import bounded_step, optimum_variance, places
-from callbacks.rules.rule import Rule, RuleState
-from lightning_modules.em import ParameterTable, SufficientStatistics, TableValues
+from lightning_modules.em.e_step import SufficientStatistics
+from lightning_modules.em.parameter_table import ParameterTable, TableValues
+from lightning_modules.em.rules.kalman_curvature import LEAST_RADIUS, check_distances, initial_state, observe
+from lightning_modules.em.rules.rule import Rule, RuleState
+from lightning_modules.em.rules.trust_region import bounded_step, optimum_variance, places
 from lightning_modules.graph import seeded_normal
 
 # Variance of the rows' offsets before any row has been seen, half a log unit either way. It goes on to count as one

@@ -5,8 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from callbacks.rules.rule import RuleState
-from lightning_modules.em import ParameterTable, SufficientStatistics
+from lightning_modules.em.e_step import SufficientStatistics
+from lightning_modules.em.parameter_table import ParameterTable
+from lightning_modules.em.rules.rule import RuleState
 
 # Decay of the gradients' scale and noise from batch to batch, at the fastest: far away, older ones are worthless.
 _DECAY = 0.8

@@ -4,8 +4,9 @@ import math
 
 import torch
 
-from callbacks.rules.rule import Rule, RuleState
-from lightning_modules.em import ParameterTable, SufficientStatistics, TableValues
+from lightning_modules.em.e_step import SufficientStatistics
+from lightning_modules.em.parameter_table import ParameterTable, TableValues
+from lightning_modules.em.rules.rule import Rule, RuleState
 
 # Relative step of each parameter of graph diffusion; other names take `_DEFAULT_RATE`.
 _RATES = {"sigma": 0.01, "sigma_f": 0.01, "tau": 0.05, "radius": 0.05, "sigma_s": 0.05}

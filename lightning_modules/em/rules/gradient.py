@@ -2,8 +2,9 @@
 
 import torch
 
-from callbacks.rules.rule import Rule, RuleState
-from lightning_modules.em import ParameterTable, SufficientStatistics, TableValues
+from lightning_modules.em.e_step import SufficientStatistics
+from lightning_modules.em.parameter_table import ParameterTable, TableValues
+from lightning_modules.em.rules.rule import Rule, RuleState
 
 
 class GradientRule(Rule):

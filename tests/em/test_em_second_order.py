@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from callbacks import BayesianRule, GradientRule, NewtonRule, Rule
-from callbacks.rules import _gradient_model as model
-from callbacks.rules._newton_step import magnitude, optimum_variance, step_within
 from lightning_modules.em import EStep, ParameterTable, SufficientStatistics, TableValues
+from lightning_modules.em.rules import kalman_curvature as model
+from lightning_modules.em.rules.trust_region import magnitude, optimum_variance, step_within
 
 NAMES = ["a", "b", "c"]
 # Curvatures 100, 1 and 0.05 along directions that are no axes.

@@ -2,10 +2,11 @@
 
 import torch
 
-from callbacks.rules._gradient_model import check_distances, initial_state, observe
-from callbacks.rules._newton_step import bounded_step, places
-from callbacks.rules.rule import Rule, RuleState
-from lightning_modules.em import ParameterTable, SufficientStatistics, TableValues
+from lightning_modules.em.e_step import SufficientStatistics
+from lightning_modules.em.parameter_table import ParameterTable, TableValues
+from lightning_modules.em.rules.kalman_curvature import check_distances, initial_state, observe
+from lightning_modules.em.rules.rule import Rule, RuleState
+from lightning_modules.em.rules.trust_region import bounded_step, places
 
 
 class NewtonRule(Rule):

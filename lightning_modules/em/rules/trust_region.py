@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from callbacks.rules._gradient_model import LEAST_NOISE, TINY, Model
-from lightning_modules.em import ParameterTable, SufficientStatistics
+from lightning_modules.em.e_step import SufficientStatistics
+from lightning_modules.em.parameter_table import ParameterTable
+from lightning_modules.em.rules.kalman_curvature import LEAST_NOISE, TINY, Model
 
 # Least curvature of a direction, in units of the curvature that is assumed before anything is known.
 _FLOOR = 0.125
