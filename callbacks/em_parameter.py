@@ -260,7 +260,7 @@ class EMParameterCallback(Callback):
         rejected: Tensor | None,
         assignment: Assignment | None,
     ) -> None:
-        proposed, rule_state = self.rule.step(table, statistics, self._rule_state)
+        proposed, rule_state = self.rule.m_step(table, statistics, self._rule_state)
         proposed = table.project(proposed)
         finite = statistics.finite & proposed.shared.isfinite().all() & proposed.offsets.isfinite().all()
         if rejected is None:

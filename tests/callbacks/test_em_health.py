@@ -29,7 +29,7 @@ class Script(Rule):
     def initial_state(self, table: ParameterTable) -> RuleState:
         return {"steps": torch.zeros(1)}
 
-    def step(
+    def m_step(
         self, table: ParameterTable, statistics: SufficientStatistics, state: RuleState
     ) -> tuple[TableValues, RuleState]:
         shared, offsets = table.shared.clone(), table.offsets.clone()

@@ -1,4 +1,4 @@
-"""M-steps: one file for each rule; a rule of your own is a subclass of `Rule` and its class path in a configuration."""
+"""M-steps of a parameter table, one file for each rule; your own is a subclass of `Rule`, named in a YAML file."""
 
 from lightning_modules.em.rules.bayesian import BayesianRule
 from lightning_modules.em.rules.gradient import GradientRule

@@ -1,5 +1,6 @@
-"""What the second-order rules know of the objective: a gradient and its curvature, filtered from noisy gradients."""
+"""Gradient and curvature of the objective, by Kalman filters over noisy gradients."""
 
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from lightning_modules.em.rules.rule import RuleState
 
 # Decay of the gradients' scale and noise from batch to batch, at the fastest: far away, older ones are worthless.
 _DECAY = 0.8
-# Degrees of freedom over which the noise is pooled where the last batches have fewer: far fewer tell little.
+# Degrees of freedom over which the noise is pooled where the last batches have fewer: far fewer are no estimate.
 _MEMORY = 32
 # Relative variance under which images count as alike: keeps a division by their noise finite.
 LEAST_NOISE = 1e-12
@@ -23,159 +24,177 @@ TINY = 1e-60
 
 
 class Model(NamedTuple):
-    """Gradient and curvature at the place of the last evaluation, for the global set (row 0) and each row.
+    """Gradient and curvature where the gradients were taken last, for the global set (row 0) and each row.
 
     Attributes:
         gradient: Filtered gradient, `[K + 1, P]`.
         curvature: Symmetric curvature, `[K + 1, P, P]`.
         covariance: Covariance of the filtered gradient, `[K + 1, P, P]`.
-        doubt: Variance of each entry of the curvature, `[K + 1, P, P]`.
+        hessian_variance: Variance of each entry of the curvature, `[K + 1, P, P]`.
         scale: Root mean square of the images' gradients, `[K + 1, P]`; 0 where nothing has a gradient.
-        radius: Trust radius, in log units, `[K + 1, P]`.
+        trust_radius: In log units, `[K + 1, P]`.
     """
 
     gradient: Tensor
     curvature: Tensor
     covariance: Tensor
-    doubt: Tensor
+    hessian_variance: Tensor
     scale: Tensor
-    radius: Tensor
+    trust_radius: Tensor
 
 
-def check_distances(radius: float, reach: float) -> None:
-    """Raises a `ValueError` for a trust radius or a reach that is no distance."""
-    for name, value in (("radius", radius), ("reach", reach)):
+def checked_distances(
+    trust_radius: float, curvature_length_scale: float, radius: float | None, reach: float | None
+) -> tuple[float, float]:
+    """The two distances of a second-order rule; raises a `ValueError` for one that is not positive.
+
+    Args:
+        trust_radius: First trust radius in log units.
+        curvature_length_scale: Distance in log units over which curvature changes.
+        radius: The first of them by its name of the version before.
+        reach: The second likewise.
+    """
+    for old, new, value in (("radius", "trust_radius", radius), ("reach", "curvature_length_scale", reach)):
+        if value is not None:
+            warnings.warn(f"the argument {old} is now called {new}", FutureWarning, stacklevel=3)
+    trust_radius = trust_radius if radius is None else radius
+    curvature_length_scale = curvature_length_scale if reach is None else reach
+    for name, value in (("trust_radius", trust_radius), ("curvature_length_scale", curvature_length_scale)):
         if not value > 0:
             raise ValueError(f"{name} must be a positive distance in log units, got {value}")
+    return trust_radius, curvature_length_scale
 
 
-def initial_state(table: ParameterTable, radius: float) -> RuleState:
+def initial_state(table: ParameterTable, trust_radius: float) -> RuleState:
     """Tensors of the filter before the first evaluation."""
-    rows, size = len(table.row_names) + 1, len(table.names)
+    rows, size = len(table.row_names) + 1, len(table.shared)
 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros((rows, *shape), dtype=torch.float64, device=table.shared.device)
 
     return {
         "images": zeros(1),
-        "place": zeros(size),
-        "centre": zeros(size),
-        "mean": zeros(size, size + 1),
-        "covariance": zeros(size, size + 1, size + 1),
+        "theta": zeros(size),
+        "mean": zeros(size),
+        "filter_mean": zeros(size, size + 1),
+        "filter_covariance": zeros(size, size + 1, size + 1),
         "square": zeros(size),
-        "within": zeros(size, size),
+        "scatter": zeros(size, size),
         "freedom": zeros(1),
-        "radius": zeros(size) + radius,
+        "trust_radius": zeros(size) + trust_radius,
     }
 
 
 def observe(
     state: RuleState,
     statistics: SufficientStatistics,
-    place: Tensor,
-    centre: Tensor,
-    radius: float,
-    reach: float,
+    theta: Tensor,
+    mean: Tensor,
+    trust_radius: float,
+    curvature_length_scale: float,
     cautious: bool,
 ) -> tuple[Model, RuleState]:
     r"""Takes the gradients of one step into the filter.
 
     Each component i of the gradient has a Kalman filter of its own over :math:`(g_i, A_{i1}, \dots, A_{iP})`: the
-    gradient at the present place and its derivatives. A move d carries it along, and curvature drifts on the way,
+    gradient at the present θ and its derivatives. A move d carries it along, and curvature drifts on the way,
 
     .. math:: g_i \leftarrow g_i + \sum_j A_{ij} d_j, \qquad
         \operatorname{Var} A_{ij} \leftarrow \operatorname{Var} A_{ij}
         + (1 - e^{-|d|^2 / \ell^2})\, \kappa_{ij}^2 s_i^2,
 
-    with the scale s of the images' gradients and the reach ℓ. Half of what the drift does to the gradient over the
-    move is added to the gradient's variance. The measurement is the mean gradient of the images, whose noise is known
-    from how far the images differ: :math:`\nu_i = V_i / n` for n of them, and :math:`V_i \sum r^2 / (\sum r)^2` where
-    responsibilities r share them among the rows (White, Econometrica 48, 1980). A single image does not tell; there it
-    is judged by the filter's surprise (Mehra, IEEE TAC 15, 1970). Where the measured gradients surprise the filter much
-    more than it expects (the objective is no quadratic), all its variances grow by that factor (strong tracking; Zhou &
-    Frank, IFAC 1991). Secant pairs of noisy gradients are thereby weighed by what they are worth (Hennig & Kiefel,
-    "Quasi-Newton methods: a new direction", JMLR 14, 2013).
+    with the scale s of the images' gradients and the length scale ℓ. Half of what the drift does to the gradient over
+    the move is added to the gradient's variance. The measurement is the mean gradient of the images, whose noise is
+    known from how far the images differ: :math:`\nu_i = V_i / n` for n of them, and :math:`V_i \sum r^2 / (\sum r)^2`
+    where responsibilities r share them among the rows (White, Econometrica 48, 1980). From a single image it cannot be
+    known; there it is judged by the filter's surprise (Mehra, IEEE TAC 15, 1970). Where the measured gradients surprise
+    the filter much more than it expects (the objective is no quadratic), all its variances grow by that factor (strong
+    tracking; Zhou & Frank, IFAC 1991). Secant pairs of noisy gradients are thereby weighed by what they are worth
+    (Hennig & Kiefel, "Quasi-Newton methods: a new direction", JMLR 14, 2013).
 
     Args:
         state: State of the filter.
         statistics: Sums over the images of the step.
-        place: Coordinates at which the gradients were taken.
-        centre: Coordinates about which the places are chosen: curvature drifts as this moves, not as they stray.
-        radius: First trust radius; before anything is known a step has this length.
-        reach: Distance ℓ in log units over which curvature changes.
+        theta: Coordinates at which the gradients were taken.
+        mean: Coordinates about which they are drawn: curvature drifts as this moves, not as draws scatter.
+        trust_radius: First trust radius; before anything is known a step has this length.
+        curvature_length_scale: Distance ℓ in log units over which curvature changes.
         cautious: Take a single image's gradient for noise until later ones agree with it. That keeps variances honest
             where steps have one image each, and makes such steps slow where there is no noise.
 
     Shape:
-        - place, centre: `[K + 1, P]`
+        - theta, mean: `[K + 1, P]`
     """
     count, gradient = statistics.count[:, None], statistics.mean_gradient
     square = statistics.mean_square_gradient
     seen, first = count > 0, state["images"] == 0
-    # Components that have had no gradient yet: a network may begin without using what the parameter acts on.
-    fresh = state["square"] == 0
-    square = torch.where(fresh, square, torch.lerp(square, state["square"], _DECAY))
+    # Components that have had no gradient before: a network may begin without using what the parameter acts on.
+    first_seen = state["square"] == 0
+    square = torch.where(first_seen, square, torch.lerp(square, state["square"], _DECAY))
     unit = square.clamp_min(TINY)
-    move = torch.where(first, 0.0, place - state["place"])
-    eye = torch.eye(place.shape[1], dtype=place.dtype, device=place.device)
+    move = torch.where(first, 0.0, theta - state["theta"])
+    eye = torch.eye(theta.shape[1], dtype=theta.dtype, device=theta.device)
 
-    known, curvature = state["mean"][:, :, 0], state["mean"][:, :, 1:]
-    curvature = torch.where(fresh[..., None], eye * unit.sqrt()[:, :, None] / radius, curvature)
+    known, curvature = state["filter_mean"][:, :, 0], state["filter_mean"][:, :, 1:]
+    curvature = torch.where(first_seen[..., None], eye * unit.sqrt()[:, :, None] / trust_radius, curvature)
     predicted = known + (curvature @ move[..., None])[..., 0]
-    covariance = _carried(state["covariance"], move, centre - state["centre"], unit, fresh, radius, reach)
+    covariance = _predicted_covariance(
+        state["filter_covariance"], move, mean - state["mean"], unit, first_seen, trust_radius, curvature_length_scale
+    )
     surprise = gradient - predicted
-    within, freedom = _scatter(state, statistics, surprise, covariance[:, :, 0, 0], fresh, cautious)
-    # A variance that few degrees of freedom tell is taken for larger, as Student's t is wider than the normal.
+    scatter, freedom = _scatter(state, statistics, surprise, covariance[:, :, 0, 0], first_seen, cautious)
+    # A variance from few degrees of freedom is taken for larger, as Student's t is wider than the normal.
     images = statistics.effective_count[:, None]
     factor = 1 / (freedom * count).clamp_min(TINY) + 2 / (freedom.square() * images).clamp_min(TINY)
-    noise = within.diagonal(dim1=1, dim2=2).clamp_min(0) * factor + LEAST_NOISE * unit
-    alive = square > 0
-    excess = torch.where(alive, surprise.square() / (covariance[:, :, 0, 0] + noise), 0.0).sum(1, keepdim=True)
-    excess = excess / alive.sum(1, keepdim=True).clamp_min(1)
+    noise = scatter.diagonal(dim1=1, dim2=2).clamp_min(0) * factor + LEAST_NOISE * unit
+    has_gradient = square > 0
+    excess = torch.where(has_gradient, surprise.square() / (covariance[:, :, 0, 0] + noise), 0.0).sum(1, keepdim=True)
+    excess = excess / has_gradient.sum(1, keepdim=True).clamp_min(1)
     covariance = covariance * torch.where(~first & (excess > _SURPRISE), excess, 1.0)[..., None, None]
     gain = covariance[:, :, :, 0] / (covariance[:, :, 0, 0] + noise)[..., None]
-    mean = torch.cat([predicted[..., None], curvature], 2) + gain * surprise[..., None]
+    filter_mean = torch.cat([predicted[..., None], curvature], 2) + gain * surprise[..., None]
     covariance = covariance - gain[..., :, None] * covariance[:, :, None, 0, :]
 
     # The gradient still points along the last move: the radius was too small. It has turned: too large.
-    along = torch.where(first, 0.0, move * mean[:, :, 0])
-    radii = torch.where(along < 0, (state["radius"] * _GROWTH).clamp_max(_LARGEST * radius), state["radius"])
-    radii = torch.where(along > 0, (radii * _CUT).clamp_min(LEAST_RADIUS * radius), radii)
-    found = {
+    along = torch.where(first, 0.0, move * filter_mean[:, :, 0])
+    radii = state["trust_radius"]
+    radii = torch.where(along < 0, (radii * _GROWTH).clamp_max(_LARGEST * trust_radius), radii)
+    radii = torch.where(along > 0, (radii * _CUT).clamp_min(LEAST_RADIUS * trust_radius), radii)
+    updated = {
         "images": state["images"] + count,
-        "place": place.clone(),  # a view of the table would move with it
-        "centre": centre.clone(),
-        "mean": mean,
-        "covariance": covariance,
+        "theta": theta.clone(),  # a view of the table would move with it
+        "mean": mean.clone(),
+        "filter_mean": filter_mean,
+        "filter_covariance": covariance,
         "square": square,
-        "within": within,
+        "scatter": scatter,
         "freedom": freedom,
-        "radius": radii,
+        "trust_radius": radii,
     }
     state = {
         name: torch.where(seen.view(-1, *[1] * (tensor.ndim - 1)), tensor, state[name])
-        for name, tensor in found.items()
+        for name, tensor in updated.items()
     }
     return model_of(state), state
 
 
 def model_of(state: RuleState) -> Model:
-    """What the filter's state says."""
-    rows, covariance = state["mean"][:, :, 1:], state["covariance"].diagonal(dim1=2, dim2=3)
-    # Of A_ij and A_ji, the one that is known better counts for more: the scales may lie orders of magnitude apart.
+    """Gradient and curvature from the filter's state."""
+    rows, covariance = state["filter_mean"][:, :, 1:], state["filter_covariance"].diagonal(dim1=2, dim2=3)
+    # Of A_ij and A_ji, the one that is known better counts for more: the scales may be orders of magnitude apart.
     precision = 1 / (covariance[:, :, 1:] + TINY)
     curvature = (precision * rows + precision.mT * rows.mT) / (precision + precision.mT)
     # The filters of the components know their variances; the images know how the components vary together.
-    noise = state["within"].diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
-    correlation = state["within"] / (noise[:, :, None] * noise[:, None, :]).clamp_min(TINY)
+    noise = state["scatter"].diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
+    correlation = state["scatter"] / (noise[:, :, None] * noise[:, None, :]).clamp_min(TINY)
     spread = covariance[:, :, 0].clamp_min(0).sqrt()
     return Model(
-        gradient=state["mean"][:, :, 0],
+        gradient=state["filter_mean"][:, :, 0],
         curvature=curvature,
         covariance=correlation * spread[:, :, None] * spread[:, None, :],
-        doubt=1 / (precision + precision.mT),
+        hessian_variance=1 / (precision + precision.mT),
         scale=state["square"].sqrt(),
-        radius=state["radius"],
+        trust_radius=state["trust_radius"],
     )
 
 
@@ -184,50 +203,55 @@ def _scatter(
     statistics: SufficientStatistics,
     surprise: Tensor,
     explained: Tensor,
-    fresh: Tensor,
+    first_seen: Tensor,
     cautious: bool,
 ) -> tuple[Tensor, Tensor]:
-    r"""How far the images' gradients differ, pooled over the last steps, and how many degrees of freedom tell it.
+    r"""How far the images' gradients differ, pooled over the last steps, and from how many degrees of freedom.
 
-    One image alone does not tell. What does is what of the surprise z the filter's variance c does not explain, z² − c;
-    and, by caution, how much of it would be noise if the noise V were what it was thought to be, the first image all
-    noise: the step of EM :math:`V \leftarrow z^2 V^2 / (c + V)^2 + c V / (c + V)`.
+    One image alone has no scatter. What has is the part of the surprise z that the filter's variance c does not
+    explain, z² − c; and, by caution, how much of it would be noise if the noise V were what it was thought to be, the
+    first image all noise: the step of EM :math:`V \leftarrow z^2 V^2 / (c + V)^2 + c V / (c + V)`.
     """
-    count, within, freedom = statistics.count[:, None], state["within"], state["freedom"]
+    count, scatter, freedom = statistics.count[:, None], state["scatter"], state["freedom"]
     alone = (2 - statistics.effective_count[:, None]).clamp(0, 1) * count
     left = (surprise.square() - explained).clamp_min(0).sqrt()
     spread = torch.zeros_like(left)
     if cautious:
-        believed = within.diagonal(dim1=1, dim2=2) / (freedom * count).clamp_min(TINY)
-        believed = torch.where(fresh, statistics.mean_square_gradient, believed)
+        believed = scatter.diagonal(dim1=1, dim2=2) / (freedom * count).clamp_min(TINY)
+        believed = torch.where(first_seen, statistics.mean_square_gradient, believed)
         share = believed / (explained + believed).clamp_min(TINY)
         left, spread = torch.maximum(left, share * surprise.abs()), share * explained
     left = left * surprise.sign()
-    told = left[:, :, None] * left[:, None, :] + spread.diag_embed()
+    outer_product = left[:, :, None] * left[:, None, :] + spread.diag_embed()
     kept = (1 - statistics.freedom[:, None] / _MEMORY - (1 - _DECAY) * alone).clamp_min(_DECAY)
-    within = kept[..., None] * within + statistics.gradient_scatter + (alone * count)[..., None] * told
-    return within, kept * freedom + statistics.freedom[:, None] + alone
+    scatter = kept[..., None] * scatter + statistics.gradient_scatter + (alone * count)[..., None] * outer_product
+    return scatter, kept * freedom + statistics.freedom[:, None] + alone
 
 
-def _carried(
-    covariance: Tensor, move: Tensor, travelled: Tensor, unit: Tensor, fresh: Tensor, radius: float, reach: float
+def _predicted_covariance(
+    covariance: Tensor,
+    move: Tensor,
+    drift: Tensor,
+    unit: Tensor,
+    first_seen: Tensor,
+    trust_radius: float,
+    length_scale: float,
 ) -> Tensor:
-    """Covariances of the filter after a move."""
+    """Covariances of the filter after a move of θ and a drift of the mean about which it is drawn."""
     rows, size = move.shape
     eye = torch.eye(size, dtype=move.dtype, device=move.device)
     transition = torch.eye(size + 1, dtype=move.dtype, device=move.device).repeat(rows, 1, 1, 1)
     transition[:, 0, 0, 1:] = move
     covariance = transition @ covariance @ transition.mT
     # Curvatures are of the order of scale over radius; those between two coordinates half as large.
-    spread = ((0.5 + 0.5 * eye) / radius).square() * unit[:, :, None]
-    drift = _lost(travelled, reach)[..., None]
-    drift = torch.where(fresh[..., None], 1.0, drift)
-    bend = 0.5 * _lost(move, reach) * (move.square()[:, None, :] * spread).sum(2)
+    spread = ((0.5 + 0.5 * eye) / trust_radius).square() * unit[:, :, None]
+    forgotten = torch.where(first_seen[..., None], 1.0, _forgotten(drift, length_scale)[..., None])
+    process_noise = 0.5 * _forgotten(move, length_scale) * (move.square()[:, None, :] * spread).sum(2)
     # Before the first evaluation nothing is known of the gradient.
-    bend = torch.where(fresh, 1e6 * unit, bend)
-    return covariance + torch.diag_embed(torch.cat([bend[..., None], drift * spread], 2))
+    process_noise = torch.where(first_seen, 1e6 * unit, process_noise)
+    return covariance + torch.diag_embed(torch.cat([process_noise[..., None], forgotten * spread], 2))
 
 
-def _lost(move: Tensor, reach: float) -> Tensor:
+def _forgotten(move: Tensor, length_scale: float) -> Tensor:
     """Share of what was known of the curvature that a move makes worthless."""
-    return 1 - torch.exp(-(move / reach).square().sum(1, keepdim=True))
+    return 1 - torch.exp(-(move / length_scale).square().sum(1, keepdim=True))
