@@ -62,8 +62,9 @@ class ParameterSpec:
                     f"{self.name!r} starts at {value}, outside its bounds [{lower}, {upper}]: move the start value or "
                     "widen the bounds"
                 )
+        for value in (*self.starts, lower, upper):
             if self.integer and value != int(value):
-                raise ValueError(f"{self.name!r} takes whole numbers, got the start value {value}")
+                raise ValueError(f"{self.name!r} and its bounds must be whole numbers, got {value:g}")
 
     @property
     def size(self) -> int:
@@ -137,11 +138,17 @@ class RestorationOperator(nn.Module, ABC):
             - output: `[B, C, H, W]`
         """
 
-    def smoothness(self, restored: Tensor, **parameters: Any) -> Smoothness | None:
+    def smoothness(self, restored: Tensor, *, noise: Noise, **parameters: Any) -> Smoothness | None:
         """Smoothness of restored images; None where the operator has no measure of it.
+
+        Args:
+            restored: Images as `forward` returned them.
+            noise: Noise of the images that were restored, for parameters in units of it.
+            parameters: As in `forward`.
 
         Shape:
             - restored: `[B, C, H, W]`
+            - noise: scalar or `[B]`
         """
         return None
 
