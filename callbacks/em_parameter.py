@@ -11,8 +11,8 @@ from torch import Tensor
 
 from callbacks._em_metrics import em_metrics
 from callbacks._em_requirements import check_module, check_trainer
-from callbacks.rules import GradientRule, Rule, RuleState
 from lightning_modules.em import Assignment, EStep, ParameterTable, SufficientStatistics, TableValues
+from lightning_modules.em.rules import GradientRule, Rule, RuleState
 
 
 class EMParameterCallback(Callback):
@@ -260,7 +260,7 @@ class EMParameterCallback(Callback):
         rejected: Tensor | None,
         assignment: Assignment | None,
     ) -> None:
-        proposed, rule_state = self.rule.step(table, statistics, self._rule_state)
+        proposed, rule_state = self.rule.m_step(table, statistics, self._rule_state)
         proposed = table.project(proposed)
         finite = statistics.finite & proposed.shared.isfinite().all() & proposed.offsets.isfinite().all()
         if rejected is None:

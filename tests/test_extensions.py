@@ -32,7 +32,7 @@ class ShrinkRule(Rule):
     def initial_state(self, table):
         return {"steps": torch.zeros(1)}
 
-    def step(self, table, statistics, state):
+    def m_step(self, table, statistics, state):
         factor = torch.where(table.mask(self.names), 1 - self.share, 1.0)
         fewer = statistics.count[1:, None] < statistics.count[1:].mean()
         offsets = table.offsets + torch.where(fewer, factor.log(), 0.0)

@@ -50,9 +50,9 @@ def make_rule(name: str) -> Rule:
     if name == "gradient":
         return GradientRule(lr=0.1, pseudo_count=4)
     if name == "newton":
-        return NewtonRule(radius=0.1, pseudo_count=4)
+        return NewtonRule(trust_radius=0.1, pseudo_count=4)
     if name == "bayesian":
-        return BayesianRule(radius=0.1)
+        return BayesianRule(trust_radius=0.1)
     return SignRule(window=3, loss_thresholds=(0.002, 0.004), smoothness_thresholds=(0.3, 0.5))
 
 

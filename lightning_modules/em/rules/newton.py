@@ -1,11 +1,12 @@
-"""M-step by the gradient of the loss proxy and its curvature."""
+"""M-step by Newton's method in a trust region."""
 
 import torch
 
-from callbacks.rules._gradient_model import check_distances, initial_state, observe
-from callbacks.rules._newton_step import bounded_step, places
-from callbacks.rules.rule import Rule, RuleState
-from lightning_modules.em import ParameterTable, SufficientStatistics, TableValues
+from lightning_modules.em.e_step import SufficientStatistics
+from lightning_modules.em.parameter_table import ParameterTable, TableValues
+from lightning_modules.em.rules.kalman_curvature import checked_distances, initial_state, observe
+from lightning_modules.em.rules.rule import Rule, RuleState
+from lightning_modules.em.rules.trust_region import bounded_step, theta_of
 
 
 class NewtonRule(Rule):
@@ -23,10 +24,13 @@ class NewtonRule(Rule):
     differs from the global one, where n counts the images it has seen: one that has seen few borrows strength.
 
     Args:
-        radius: First trust radius in log units: before anything is known, a parameter moves by up to this. Radii stay
-            between a fifth and twice of it.
-        reach: Distance in log units over which the curvature changes; older steps further away count for little.
+        trust_radius: First trust radius in log units: before anything is known, a parameter moves by up to this. Radii
+            stay between a fifth and twice of it.
+        curvature_length_scale: Distance in log units over which the curvature changes; older steps further away count
+            for little.
         pseudo_count: Images m that the global set is worth to a row; 0 does not pool.
+        radius: `trust_radius` by its name of the version before.
+        reach: `curvature_length_scale` by its name of the version before.
 
     Raises:
         ValueError: If an argument is outside its range.
@@ -40,31 +44,40 @@ class NewtonRule(Rule):
         >>> for _ in range(6):  # the proxy (log gain - 1)², whose gradient is 2 (log gain - 1)
         ...     statistics = SufficientStatistics(num_rows=0, num_parameters=1)
         ...     statistics.add(EStep(torch.zeros(1, 0), None, torch.ones(1)), gradient=2 * (table.shared[None] - 1))
-        ...     proposal, state = rule.step(table, statistics, state)
+        ...     proposal, state = rule.m_step(table, statistics, state)
         ...     table.write(table.project(proposal))
         >>> round(table.shared.item(), 3)
         1.0
     """
 
-    def __init__(self, radius: float = 0.5, reach: float = 0.5, pseudo_count: float = 20.0) -> None:
-        check_distances(radius, reach)
+    def __init__(
+        self,
+        trust_radius: float = 0.5,
+        curvature_length_scale: float = 0.5,
+        pseudo_count: float = 20.0,
+        radius: float | None = None,
+        reach: float | None = None,
+    ) -> None:
+        self.trust_radius, self.curvature_length_scale = checked_distances(
+            trust_radius, curvature_length_scale, radius, reach
+        )
         if not pseudo_count >= 0:
             raise ValueError(f"pseudo_count must not be negative, got {pseudo_count}")
-        self.radius = radius
-        self.reach = reach
         self.pseudo_count = pseudo_count
 
     def initial_state(self, table: ParameterTable) -> RuleState:
         """The filters of the global set and of each row, and their trust radii."""
-        return initial_state(table, self.radius)
+        return initial_state(table, self.trust_radius)
 
-    def step(
+    def m_step(
         self, table: ParameterTable, statistics: SufficientStatistics, state: RuleState
     ) -> tuple[TableValues, RuleState]:
-        """One step for the global set and for every row that has images; see `Rule.step`."""
-        place = places(table.shared, table.offsets, table.lower, table.upper)
-        model, state = observe(state, statistics, place, place, self.radius, self.reach, cautious=False)
-        step = bounded_step(table, statistics, model, place, model.radius, self.radius)
+        """One step for the global set and for every row that has images; see `Rule.m_step`."""
+        theta = theta_of(table.shared, table.offsets, table.lower, table.upper)
+        model, state = observe(
+            state, statistics, theta, theta, self.trust_radius, self.curvature_length_scale, cautious=False
+        )
+        step = bounded_step(table, statistics, model, theta, model.trust_radius, self.trust_radius)
         share = state["images"] / (state["images"] + self.pseudo_count).clamp_min(torch.finfo(torch.float64).tiny)
         moved = (statistics.count[1:, None] > 0) & ~table.mask(table.integers)
         return TableValues(

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from callbacks import BayesianRule, GradientRule, NewtonRule, Rule
-from callbacks.rules import _gradient_model as model
-from callbacks.rules._newton_step import magnitude, optimum_variance, step_within
 from lightning_modules.em import EStep, ParameterTable, SufficientStatistics, TableValues
+from lightning_modules.em.rules import kalman_curvature as model
+from lightning_modules.em.rules.trust_region import magnitude, optimum_variance, step_within
 
 NAMES = ["a", "b", "c"]
 # Curvatures 100, 1 and 0.05 along directions that are no axes.
 ROTATED = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64))[0]
-BOWL = ROTATED @ torch.diag(torch.tensor([100.0, 1.0, 0.05], dtype=torch.float64)) @ ROTATED.T
+HESSIAN = ROTATED @ torch.diag(torch.tensor([100.0, 1.0, 0.05], dtype=torch.float64)) @ ROTATED.T
 
 
 def table(start: float = 1.0, names: list[str] = NAMES, bound: float = 100.0, **options: Any) -> ParameterTable:
@@ -36,20 +36,20 @@ def follow(
         each = each + noise * torch.randn(each.shape, generator=generator, dtype=torch.float64)
         stats = SufficientStatistics(0, len(t.names))
         stats.add(EStep(torch.zeros(images, 0), None, torch.zeros(images)), each)
-        proposal, state = rule.step(t, stats, state)
+        proposal, state = rule.m_step(t, stats, state)
         t.write(t.project(proposal))
     return [*path, t.shared.clone()], state
 
 
 def distance(path: list[Tensor], best: Tensor) -> list[float]:
-    return [float((place - best).abs().max()) for place in path]
+    return [float((theta - best).abs().max()) for theta in path]
 
 
 def test_the_minimum_of_a_rotated_ill_conditioned_quadratic() -> None:
     best = torch.tensor([0.7, -1.0, 0.4], dtype=torch.float64)
-    errors = distance(follow(NewtonRule(), table(), lambda x: BOWL @ (x - best), 60)[0], best)
+    errors = distance(follow(NewtonRule(), table(), lambda x: HESSIAN @ (x - best), 60)[0], best)
     assert errors[60] < 1e-6
-    plain = distance(follow(GradientRule(lr=0.1), table(), lambda x: BOWL @ (x - best), 60)[0], best)
+    plain = distance(follow(GradientRule(lr=0.1), table(), lambda x: HESSIAN @ (x - best), 60)[0], best)
     assert plain[60] > 0.1  # what curvature is for
 
 
@@ -63,7 +63,7 @@ def test_a_separable_quadratic_takes_few_steps() -> None:
 def test_the_scale_of_the_loss_does_not_matter() -> None:
     best = torch.tensor([0.7, -1.0, 0.4], dtype=torch.float64)
     paths = [
-        torch.stack(follow(NewtonRule(), table(), lambda x, s=scale: s * (BOWL @ (x - best)), 15, 8, 0.3 * scale)[0])
+        torch.stack(follow(NewtonRule(), table(), lambda x, s=scale: s * (HESSIAN @ (x - best)), 15, 8, 0.3 * scale)[0])
         for scale in (1.0, 1e-6, 1e5)
     ]
     for path in paths[1:]:
@@ -84,11 +84,11 @@ def test_a_saddle_repels() -> None:
 
 def test_a_coordinate_on_its_bound_is_left_out_of_the_solve() -> None:
     """The optimum of a coupled quadratic over the box differs from the clipped optimum without it."""
-    bowl = torch.tensor([[2.0, 1.5], [1.5, 2.0]], dtype=torch.float64)
+    hessian = torch.tensor([[2.0, 1.5], [1.5, 2.0]], dtype=torch.float64)
     free = torch.tensor([2.0, -0.2], dtype=torch.float64)
     t = table(names=["x", "y"], bound=math.e)  # the bound is 1 in log units
-    path, _ = follow(NewtonRule(), t, lambda x: bowl @ (x - free), 25)
-    constrained = free[1] - bowl[1, 0] / bowl[1, 1] * (1 - free[0])  # the best y at x = 1
+    path, _ = follow(NewtonRule(), t, lambda x: hessian @ (x - free), 25)
+    constrained = free[1] - hessian[1, 0] / hessian[1, 1] * (1 - free[0])  # the best y at x = 1
     assert path[-1].tolist() == pytest.approx([1.0, float(constrained)], abs=1e-4)
 
 
@@ -101,11 +101,11 @@ def test_noise_is_averaged_out() -> None:
 
 def test_without_a_gradient_nothing_moves() -> None:
     path, _ = follow(NewtonRule(), table(), torch.zeros_like, 3)
-    assert all(torch.equal(place, path[0]) for place in path)
+    assert all(torch.equal(theta, path[0]) for theta in path)
 
 
 def test_a_first_step_is_as_long_as_the_radius_at_most() -> None:
-    path, _ = follow(NewtonRule(radius=0.3), table(), lambda x: torch.tensor([5.0, -1e-9, 0.0]).double(), 1)
+    path, _ = follow(NewtonRule(trust_radius=0.3), table(), lambda x: torch.tensor([5.0, -1e-9, 0.0]).double(), 1)
     assert path[1].tolist() == pytest.approx([-0.3, 0.3, 0.0], rel=0.01)
 
 
@@ -130,7 +130,7 @@ def test_a_gradient_that_comes_later(rule: Rule, noise: float) -> None:
         each = each * (step > 2)
         stats = SufficientStatistics(0, 2)
         stats.add(EStep(torch.zeros(16, 0), None, torch.zeros(16)), each)
-        proposal, state = rule.step(t, stats, state)
+        proposal, state = rule.m_step(t, stats, state)
         t.write(t.project(proposal))
     assert t.shared.tolist() == pytest.approx([1.0, 1.0], abs=0.1)
 
@@ -152,12 +152,12 @@ def row_steps(rule: Rule, t: ParameterTable, bests: Tensor, steps: int, shares: 
     rows = torch.eye(len(shares))[labels]
     for _ in range(steps):
         read = rule.sampled_values(t, state) or t.state
-        place = read.shared + rows.double() @ read.offsets
-        each = 2 * (place - bests[labels])
+        theta = read.shared + rows.double() @ read.offsets
+        each = 2 * (theta - bests[labels])
         each = each + noise * torch.randn(each.shape, generator=generator, dtype=torch.float64)
         stats = SufficientStatistics(len(shares), len(t.names))
         stats.add(EStep(rows, None, torch.zeros(len(labels))), each)
-        proposal, state = rule.step(t, stats, state)
+        proposal, state = rule.m_step(t, stats, state)
         t.write(t.project(proposal))
     return state
 
@@ -194,10 +194,13 @@ def test_rows_with_few_images_stay_near_the_global_set() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: NewtonRule(radius=0), "radius must be a positive distance in log units, got 0"),
-        (lambda: NewtonRule(reach=-1), "reach must be a positive distance in log units, got -1"),
+        (lambda: NewtonRule(trust_radius=0), "trust_radius must be a positive distance in log units, got 0"),
+        (
+            lambda: NewtonRule(curvature_length_scale=-1),
+            "curvature_length_scale must be a positive .* got -1",
+        ),
         (lambda: NewtonRule(pseudo_count=-1), "pseudo_count must not be negative, got -1"),
-        (lambda: BayesianRule(radius=0), "radius must be a positive distance in log units, got 0"),
+        (lambda: BayesianRule(trust_radius=0), "trust_radius must be a positive distance in log units, got 0"),
         (lambda: BayesianRule(exploration=-1), "exploration must not be negative, got -1"),
     ],
 )
@@ -224,31 +227,34 @@ def intervals(size: int, images: int, soft: bool) -> tuple[list[float], list[flo
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    names = [f"p{place}" for place in range(size)]
+    names = [f"p{column}" for column in range(size)]
     t = table(names=names, bound=math.exp(4), row_names=[f"repetition {i}" for i in range(repetitions)])
     turn = torch.linalg.qr(draw(repetitions, size, size))[0]
     curvature = torch.rand(repetitions, size, generator=generator, dtype=torch.float64) * 2 + 0.5
-    bowl = turn @ torch.diag_embed(curvature) @ turn.mT
+    hessian = turn @ torch.diag_embed(curvature) @ turn.mT
     spread, best = 0.15 * draw(repetitions, size, size), draw(repetitions, size)
-    inverse = torch.linalg.inv(bowl)
+    inverse = torch.linalg.inv(hessian)
     of_one = (inverse @ spread @ spread.mT @ inverse).diagonal(dim1=1, dim2=2).sqrt()
-    place = mean = torch.zeros(repetitions + 1, size, dtype=torch.float64)
+    theta = mean = torch.zeros(repetitions + 1, size, dtype=torch.float64)
     owner = torch.eye(repetitions).repeat_interleave(images, 0)
     state, covered, width = model.initial_state(t, radius), [], []
     total = squares = torch.zeros(repetitions)
     for _ in range(40):
-        each = (bowl @ (place[1:] - best)[..., None]).mT + draw(repetitions, images, size) @ spread.mT
+        each = (hessian @ (theta[1:] - best)[..., None]).mT + draw(repetitions, images, size) @ spread.mT
         share = torch.rand(repetitions, images, generator=generator) if soft else torch.ones(repetitions, images)
         total, squares = total + share.sum(1), squares + share.square().sum(1)
         stats = SufficientStatistics(repetitions, size)
         stats.add(EStep(owner * share.view(-1, 1), None, torch.zeros(len(owner))), each.reshape(-1, size))
-        found, state = model.observe(state, stats, place, mean, radius, 0.5, cautious=True)
-        back = found.curvature @ (mean - place)[..., None]
+        found, state = model.observe(state, stats, theta, mean, radius, 0.5, cautious=True)
+        back = found.curvature @ (mean - theta)[..., None]
         found = found._replace(gradient=found.gradient + back[..., 0])
-        lower, upper = (torch.maximum(-found.radius, t.lower - mean), torch.minimum(found.radius, t.upper - mean))
+        lower, upper = (
+            torch.maximum(-found.trust_radius, t.lower - mean),
+            torch.minimum(found.trust_radius, t.upper - mean),
+        )
         mean = mean + step_within(found, lower, upper, radius)
         deviation = optimum_variance(found, t.upper - t.lower).sqrt()
-        place = mean + (deviation * draw(repetitions + 1, size)).clamp(-0.1, 0.1)
+        theta = mean + (deviation * draw(repetitions + 1, size)).clamp(-0.1, 0.1)
         covered.append(((mean[1:] - best).abs() < 1.6449 * deviation[1:]).double().mean().item())
         ideal = of_one * (squares.sqrt() / total)[:, None]
         width.append((deviation[1:] / ideal).median().item())
@@ -308,15 +314,15 @@ def test_what_is_not_learned_has_no_deviation_and_a_flat_loss_that_of_its_bounds
     assert deviation[1].item() == pytest.approx(2 * math.log(100) / math.sqrt(12), rel=1e-6)
 
 
-def test_exploration_strays_the_same_way_twice_and_stays_within_a_fifth_of_the_radius() -> None:
-    t, rule = table(), BayesianRule(radius=0.5)
+def test_exploration_is_the_same_twice_and_stays_within_a_fifth_of_the_radius() -> None:
+    t, rule = table(), BayesianRule(trust_radius=0.5)
     state = rule.initial_state(t)
     first, second = rule.sampled_values(t, state), rule.sampled_values(t, state)
     assert first is not None
     assert second is not None
     assert torch.equal(first.shared, second.shared)
-    stray = first.shared - t.shared
-    assert 0 < stray.abs().max() <= 0.1 + 1e-12
+    noise = first.shared - t.shared
+    assert 0 < noise.abs().max() <= 0.1 + 1e-12
     later = rule.sampled_values(t, {**state, "steps": state["steps"] + 1})
     assert later is not None
     assert not torch.equal(later.shared, first.shared)
@@ -341,7 +347,7 @@ def test_exploration_follows_the_seed_of_the_run_and_a_resumed_run_keeps_its_own
     assert torch.equal(rule.sampled_values(t, fresh).shared, drawn["1"])
 
 
-def test_training_strays_and_evaluation_does_not() -> None:
+def test_training_is_perturbed_and_evaluation_is_not() -> None:
     t = table()
     none = torch.zeros(1, 0)
     t.perturb(TableValues(t.shared + 0.5, t.offsets))
@@ -381,9 +387,9 @@ def test_rules_write_nothing_and_are_repeatable(rule: Rule) -> None:
     t = table(per_row=["a"], row_names=["k", "l"])
     state, stats = rule.initial_state(t), SufficientStatistics(2, 3)
     stats.add(EStep(torch.eye(2), None, torch.ones(2)), torch.tensor([[1.0, 2.0, 0.0], [0.5, 0.0, 1.0]]))
-    _, state = rule.step(t, stats, state)
+    _, state = rule.m_step(t, stats, state)
     before = (t.values().clone(), {name: tensor.clone() for name, tensor in state.items()}, stats.sums.clone())
-    (first, one), (second, other) = rule.step(t, stats, state), rule.step(t, stats, state)
+    (first, one), (second, other) = rule.m_step(t, stats, state), rule.m_step(t, stats, state)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert torch.equal(t.values(), before[0])
@@ -408,3 +414,13 @@ def test_statistics_sum_how_far_the_gradients_differ() -> None:
         square = (share.square()[:, None] * images.square()).sum(0) / share.square().sum()
         torch.testing.assert_close(stats.mean_square_gradient[row], square)
         assert stats.count[row].item() == pytest.approx(float(share.sum()))
+
+
+@pytest.mark.parametrize("rule", [NewtonRule, BayesianRule])
+def test_old_names_of_the_distances_are_told_the_new_ones(rule: type[NewtonRule] | type[BayesianRule]) -> None:
+    with pytest.warns(FutureWarning, match="radius is now called trust_radius"):
+        assert rule(radius=0.3).trust_radius == 0.3
+    with pytest.warns(FutureWarning, match="reach is now called curvature_length_scale"):
+        assert rule(reach=0.2).curvature_length_scale == 0.2
+    with pytest.warns(FutureWarning), pytest.raises(ValueError, match="trust_radius must be a positive distance"):
+        rule(radius=0)

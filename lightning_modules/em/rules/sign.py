@@ -1,15 +1,15 @@
-"""M-step by the sign of the change of the loss proxy."""
+"""M-step by the sign of the loss proxy's change."""
 
 import math
 
 import torch
 
-from callbacks.rules.rule import Rule, RuleState
-from lightning_modules.em import ParameterTable, SufficientStatistics, TableValues
+from lightning_modules.em.e_step import SufficientStatistics
+from lightning_modules.em.parameter_table import ParameterTable, TableValues
+from lightning_modules.em.rules.rule import Rule, RuleState
 
-# Relative step of each parameter of graph diffusion; other names take `_DEFAULT_RATE`.
-_RATES = {"sigma": 0.01, "sigma_f": 0.01, "tau": 0.05, "radius": 0.05, "sigma_s": 0.05}
-_DEFAULT_RATE = 0.05
+# Of a mean of scores: the threshold itself is the score of a graph without similarity, which moves nothing.
+_ROUNDING = 1e-6
 
 
 class SignRule(Rule):
@@ -18,40 +18,42 @@ class SignRule(Rule):
     .. math:: \theta \leftarrow \theta\,(1 - \lambda \,\mathrm{sign}\,\Delta\ell)
 
     Nothing moves at the first step. The step halves while the sign of Δℓ alternates and doubles back to λ once it
-    stops. Rows follow their own smoothness: `row_parameters` grow by `row_rate` where the row's mean similarity exceeds
-    the upper smoothness threshold and shrink under the lower one; `smooth_steps` gains one step where the row's loss
-    exceeds the upper loss threshold and loses one under the lower. It needs no gradient, and it wanders where a
-    gradient converges: keep it for comparison, and for parameters without a gradient.
+    stops. Rows follow their own smoothness: `row_parameters` grow by `row_rate` where the mean smoothness score of the
+    row's images exceeds the upper smoothness threshold and shrink under the lower one; whole numbers gain one where the
+    row's loss exceeds the upper loss threshold and lose one under the lower. It needs no gradient, and it wanders where
+    a gradient converges: keep it for comparison, and for parameters without a gradient.
 
     Args:
-        rates: Relative step λ by parameter name; by default 0.01 for `sigma` and `sigma_f`, 0.05 for all others.
+        rates: Relative step λ by parameter name, in place of the table's `relative_steps`.
         window: Number of proxies whose mean is compared from step to step.
         row_rate: Relative step of a row's own parameters.
-        row_parameters: Names that the row's smoothness moves, where the table has rows for them.
-        smoothness_thresholds: Lower and upper mean similarity of a row between which its parameters rest.
-        loss_thresholds: Lower and upper loss of a row between which its `smooth_steps` rests, in the loss's own unit.
+        row_parameters: Names that the row's smoothness moves; None for all that have rows, learn and are not whole
+            numbers.
+        smoothness_thresholds: Lower and upper smoothness score of a row between which its parameters rest. A dense
+            graph without any similarity has a score of 0.3, which moves nothing; nor does a score that is not measured.
+        loss_thresholds: Lower and upper loss of a row between which its whole numbers rest, in the loss's own unit.
 
     Raises:
         ValueError: If an argument is outside its range.
 
     Example:
-        >>> SignRule(window=5, loss_thresholds=(0.002, 0.004)).window
-        5
+        >>> SignRule(window=10, loss_thresholds=(0.002, 0.004)).window
+        10
     """
 
     def __init__(
         self,
         rates: dict[str, float] | None = None,
-        window: int = 10,
+        window: int = 5,
         row_rate: float = 0.02,
-        row_parameters: tuple[str, ...] = ("sigma", "tau"),
+        row_parameters: tuple[str, ...] | None = None,
         smoothness_thresholds: tuple[float, float] = (0.3, 0.7),
         loss_thresholds: tuple[float, float] = (0.2, 0.5),
     ) -> None:
-        self.rates = {**_RATES, **(rates or {})}
+        self.rates = dict(rates or {})
         for name, rate in {**self.rates, "row_rate": row_rate}.items():
             if not 0 <= rate < 1:
-                raise ValueError(f"the rate of {name} must lie in [0, 1), got {rate}")
+                raise ValueError(f"the rate of {name} must be in [0, 1), got {rate}")
         if window < 1:
             raise ValueError(f"window must be at least 1 step, got {window}")
         for argument, (low, high) in (
@@ -62,7 +64,7 @@ class SignRule(Rule):
                 raise ValueError(f"{argument} must be (lower, upper), got ({low}, {high})")
         self.window = window
         self.row_rate = row_rate
-        self.row_parameters = tuple(row_parameters)
+        self.row_parameters = None if row_parameters is None else tuple(row_parameters)
         self.smoothness_thresholds = smoothness_thresholds
         self.loss_thresholds = loss_thresholds
 
@@ -80,10 +82,10 @@ class SignRule(Rule):
             "scale": zeros() + 1,
         }
 
-    def step(
+    def m_step(
         self, table: ParameterTable, statistics: SufficientStatistics, state: RuleState
     ) -> tuple[TableValues, RuleState]:
-        """One step along the sign of the proxy's change; see `Rule.step`."""
+        """One step along the sign of the proxy's change; see `Rule.m_step`."""
         steps = state["steps"] + 1
         proxies = torch.cat([state["proxies"][1:], statistics.mean("proxy")[:1]])
         smoothed = proxies.sum() / steps.clamp_max(self.window)
@@ -91,7 +93,8 @@ class SignRule(Rule):
         alternates = direction * state["direction"] < 0
         scale = torch.where(alternates, state["scale"] / 2, (state["scale"] * 2).clamp_max(1))
 
-        rate = table.vector({**self.rates, **dict.fromkeys(table.integers, 0.0)}, default=_DEFAULT_RATE)
+        rate = torch.where(table.mask([*self.rates]), table.vector(self.rates), table.relative_steps)
+        rate = torch.where(table.mask(table.integers), 0.0, rate)
         shared = table.shared + torch.log1p(-rate * scale * direction)
         next_state = {
             "proxies": proxies,
@@ -104,14 +107,14 @@ class SignRule(Rule):
 
     def _row_steps(self, table: ParameterTable, statistics: SufficientStatistics) -> torch.Tensor:
         seen = statistics.count[1:, None] > 0
-        similarity = statistics.mean("similarity")[1:, None]
+        score = statistics.mean("smoothness")[1:, None]
         loss = (statistics.mean("reconstruction") + statistics.mean("perceptual"))[1:, None]
         low, high = self.smoothness_thresholds
-        growth = torch.where(similarity > high, math.log1p(self.row_rate), 0.0)
-        growth = torch.where(similarity < low, math.log1p(-self.row_rate), growth)
+        growth = torch.where(score > high, math.log1p(self.row_rate), 0.0)
+        growth = torch.where((score > 0) & (score < low - _ROUNDING), math.log1p(-self.row_rate), growth)
         low, high = self.loss_thresholds
         count = (loss > high).double() - (loss < low).double()
         whole = table.mask(table.integers)
-        moved = table.mask([name for name in self.row_parameters if name in table.names]) & ~whole
+        moved = table.mask(table.learned_per_row if self.row_parameters is None else self.row_parameters) & ~whole
         step = torch.where(moved, growth, 0.0) + torch.where(whole, count, 0.0)
         return torch.where(seen, step, 0.0)

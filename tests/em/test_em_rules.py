@@ -34,7 +34,7 @@ def statistics(
 
 
 def apply(rule: Rule, t: ParameterTable, stats: SufficientStatistics, state: Any) -> Any:
-    proposal, state = rule.step(t, stats, state)
+    proposal, state = rule.m_step(t, stats, state)
     t.write(t.project(proposal))
     return state
 
@@ -155,12 +155,30 @@ def test_sign_rule_moves_rows_by_their_own_smoothness_and_loss(
     assert t.get_parameters()["steps"] == 5
 
 
+@pytest.mark.parametrize("images", [1, 3, 7])
+@pytest.mark.parametrize("smoothness", [0.3, 0.0])
+def test_sign_rule_leaves_rows_of_a_dead_graph_and_of_no_measure_alone(smoothness: float, images: int) -> None:
+    """A dense graph without any similarity scores 0.3, the lower threshold; 0 is what no measure adds up to."""
+    t, rule = table(), SignRule()
+    stats = statistics([0.3] * images, [1] * images, [[0.0] * 3] * images, smoothness)
+    apply(rule, t, stats, rule.initial_state(t))
+    assert not t.offsets.any()
+
+
+def test_sign_rule_moves_every_learned_parameter_of_a_row_but_whole_numbers() -> None:
+    t, rule = table(learned=["a", "b"]), SignRule(rates={"b": 0.01})
+    apply(rule, t, statistics([0.6], [1], [[0.0] * 3], 0.9), rule.initial_state(t))
+    assert t.get_parameters(1) == {"a": pytest.approx(1.02), "b": pytest.approx(2.0), "steps": 5}
+    with pytest.raises(ValueError, match="'sigma', but the table's parameters are a, b, steps"):
+        apply(SignRule(rates={"sigma": 0.01}), t, statistics([0.6], [1], [[0.0] * 3]), rule.initial_state(t))
+
+
 @pytest.mark.parametrize("rule", [GradientRule(), SignRule(window=2)])
 def test_rules_write_nothing_and_are_repeatable(rule: Rule) -> None:
     t = table()
     state, stats = rule.initial_state(t), statistics([1.0, 2.0], [0, 1], [[1.0, 2.0, 0.0]] * 2)
     before = (t.values().clone(), {name: tensor.clone() for name, tensor in state.items()}, stats.sums.clone())
-    first, second = rule.step(t, stats, state), rule.step(t, stats, state)
+    first, second = rule.m_step(t, stats, state), rule.m_step(t, stats, state)
     assert isinstance(first[0], TableValues)
     for one, other in zip(first[0], second[0], strict=True):
         assert torch.equal(one, other)
@@ -172,15 +190,66 @@ def test_rules_write_nothing_and_are_repeatable(rule: Rule) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: GradientRule(lr=0.0), "lr must lie between 0 and 1, got 0"),
+        (lambda: GradientRule(lr=0.0), "lr must be between 0 and 1, got 0"),
         (lambda: GradientRule(betas=(0.9, 1.0)), "betas"),
         (lambda: GradientRule(pseudo_count=-1), "pseudo_count must not be negative, got -1"),
         (lambda: GradientRule(eps=0), "eps must be positive"),
         (lambda: SignRule(window=0), "window must be at least 1 step, got 0"),
-        (lambda: SignRule(rates={"sigma": 1.5}), r"rate of sigma must lie in \[0, 1\), got 1.5"),
+        (lambda: SignRule(rates={"sigma": 1.5}), r"rate of sigma must be in \[0, 1\), got 1.5"),
         (lambda: SignRule(loss_thresholds=(0.5, 0.2)), "loss_thresholds must be"),
     ],
 )
 def test_bad_arguments(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+class Old(Rule):
+    """A rule of the version before, whose M-step was called `step`."""
+
+    def initial_state(self, table: ParameterTable) -> Any:
+        return {}
+
+    def m_step(self, table: ParameterTable, statistics: SufficientStatistics, state: Any) -> Any:
+        return table.state, {"called": torch.ones(1)}
+
+
+def test_a_rule_that_defines_step_works_and_is_told_the_new_name() -> None:
+    members = {"initial_state": Old.initial_state, "step": Old.__dict__["m_step"]}
+    with pytest.warns(FutureWarning, match=r"Mine\.step is now called m_step"):
+        mine = type("Mine", (Rule,), members)()
+    assert "called" in mine.m_step(table(), statistics([1.0], [0], [[0.0] * 3]), {})[1]
+
+
+def test_step_of_a_rule_and_of_its_base_may_still_be_called() -> None:
+    t, stats = table(), statistics([1.0], [0], [[1.0, 0, 0]])
+    rule = GradientRule()
+    with pytest.warns(FutureWarning, match=r"Rule\.step is now Rule\.m_step"):
+        proposal, _ = rule.step(t, stats, rule.initial_state(t))
+    assert torch.equal(proposal.shared, rule.m_step(t, stats, rule.initial_state(t))[0].shared)
+    with pytest.warns(FutureWarning, match="Half.step is now called m_step"):
+
+        class Half(GradientRule):
+            """Overrides `step` and calls that of its base, as was right in the version before."""
+
+            def step(self, table: ParameterTable, statistics: SufficientStatistics, state: Any) -> Any:
+                values, state = super().step(table, statistics, state)
+                return TableValues(table.shared + (values.shared - table.shared) / 2, values.offsets), state
+
+    with pytest.warns(FutureWarning, match=r"Rule\.step is now"):
+        half, _ = Half().m_step(t, stats, rule.initial_state(t))
+    torch.testing.assert_close(half.shared - t.shared, (proposal.shared - t.shared) / 2)
+
+
+def test_a_rule_without_an_m_step_is_abstract() -> None:
+    with pytest.raises(TypeError, match="abstract"):
+        type("Empty", (Rule,), {"initial_state": Old.initial_state})()
+
+
+@pytest.mark.parametrize("name", ["BayesianRule", "GradientRule", "NewtonRule", "Rule", "SignRule"])
+def test_callbacks_rules_is_importable_for_one_version(name: str) -> None:
+    import callbacks
+    import callbacks.rules as old
+
+    with pytest.warns(FutureWarning, match=rf"callbacks\.rules\.{name} is now lightning_modules\.em\.rules\.{name}"):
+        assert getattr(old, name) is getattr(callbacks, name)

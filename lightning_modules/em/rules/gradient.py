@@ -1,9 +1,10 @@
-"""M-step by the gradient of the loss proxy."""
+"""M-step by Adam on the gradient of the loss proxy."""
 
 import torch
 
-from callbacks.rules.rule import Rule, RuleState
-from lightning_modules.em import ParameterTable, SufficientStatistics, TableValues
+from lightning_modules.em.e_step import SufficientStatistics
+from lightning_modules.em.parameter_table import ParameterTable, TableValues
+from lightning_modules.em.rules.rule import Rule, RuleState
 
 
 class GradientRule(Rule):
@@ -29,7 +30,7 @@ class GradientRule(Rule):
         >>> table = ParameterTable(initial={"gain": 1.0}, bounds={"gain": (0.5, 2.0)})
         >>> rule, statistics = GradientRule(lr=0.1), SufficientStatistics(num_rows=0, num_parameters=1)
         >>> statistics.add(EStep(torch.zeros(1, 0), None, torch.ones(1)), gradient=torch.ones(1, 1))
-        >>> proposal, _ = rule.step(table, statistics, rule.initial_state(table))
+        >>> proposal, _ = rule.m_step(table, statistics, rule.initial_state(table))
         >>> round(proposal.shared.item(), 4)
         -0.1
     """
@@ -42,9 +43,9 @@ class GradientRule(Rule):
         pseudo_count: float = 20.0,
     ) -> None:
         if not 0 < lr < 1:
-            raise ValueError(f"lr must lie between 0 and 1, got {lr}: a step of 1 would move a parameter by a factor e")
+            raise ValueError(f"lr must be between 0 and 1, got {lr}: a step of 1 would move a parameter by a factor e")
         if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1):
-            raise ValueError(f"betas must lie in [0, 1), got {betas}")
+            raise ValueError(f"betas must be in [0, 1), got {betas}")
         if not eps > 0:
             raise ValueError(f"eps must be positive, got {eps}")
         if not pseudo_count >= 0:
@@ -56,14 +57,14 @@ class GradientRule(Rule):
 
     def initial_state(self, table: ParameterTable) -> RuleState:
         """Moments of the global set and of each row, and how many steps each has seen."""
-        shape = (len(table.row_names) + 1, len(table.names))
+        shape = (len(table.row_names) + 1, len(table.shared))
         zeros = torch.zeros(shape, dtype=torch.float64, device=table.shared.device)
         return {"first_moment": zeros, "second_moment": zeros.clone(), "steps": zeros[:, :1].clone()}
 
-    def step(
+    def m_step(
         self, table: ParameterTable, statistics: SufficientStatistics, state: RuleState
     ) -> tuple[TableValues, RuleState]:
-        """One step of Adam for the global set and for every row that has images; see `Rule.step`."""
+        """One step of Adam for the global set and for every row that has images; see `Rule.m_step`."""
         gradient, count = statistics.mean_gradient, statistics.count[:, None]
         seen = count > 0
         first, second = self.betas
