@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_modules.clustering import ClusteringModule
-from lightning_modules.em.clustering_initialization import Initialization
-from lightning_modules.em.clustering_model import Algorithm
-from lightning_modules.em.gaussian_density import CovarianceType
-from lightning_modules.em.gaussian_mixture import MixtureParameters
-from lightning_modules.em.gaussian_mixture_model import GaussianMixtureModel
+from lightning_modules.mixtures.gaussian.density import CovarianceType
+from lightning_modules.mixtures.gaussian.em import MixtureParameters
+from lightning_modules.mixtures.gaussian.model import GaussianMixtureModel
+from lightning_modules.mixtures.initialization import Initialization
+from lightning_modules.mixtures.model import Algorithm
+from lightning_modules.mixtures.module import ClusteringModule
 
 Vector = list[float]
 Matrix = list[Vector]

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_modules.em.collectives import FlatSums
-from lightning_modules.em.gaussian_density import (
+from lightning_modules.mixtures.collectives import FlatSums
+from lightning_modules.mixtures.gaussian.density import (
     LOG_2PI,
     CovarianceType,
     GaussianComponents,

@@ -14,8 +14,8 @@ from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from lightning_modules.em.clustering_model import PassReport, fit_in_memory
-from lightning_modules.em.gaussian_mixture_model import GaussianMixtureModel
+from lightning_modules.mixtures.gaussian.model import GaussianMixtureModel
+from lightning_modules.mixtures.model import PassReport, fit_in_memory
 
 Array = NDArray[Any]
 

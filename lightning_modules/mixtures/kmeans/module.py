@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_modules.clustering import ClusteringModule
-from lightning_modules.em.clustering_initialization import Initialization
-from lightning_modules.em.clustering_model import Algorithm
-from lightning_modules.em.kmeans_model import KMeansModel
+from lightning_modules.mixtures.initialization import Initialization
+from lightning_modules.mixtures.kmeans.model import KMeansModel
+from lightning_modules.mixtures.model import Algorithm
+from lightning_modules.mixtures.module import ClusteringModule
 
 
 class KMeans(ClusteringModule):

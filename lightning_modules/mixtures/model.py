@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.em.clustering_initialization import (
+from lightning_modules.mixtures.collectives import Collectives
+from lightning_modules.mixtures.initialization import (
     ROUNDS,
     Initialization,
     Rows,
@@ -21,8 +22,7 @@ from lightning_modules.em.clustering_initialization import (
     row_keys,
     scalable_candidates,
 )
-from lightning_modules.em.collectives import Collectives
-from lightning_modules.em.reference_frame import ReferenceFrame, Scaling, StreamMoments
+from lightning_modules.mixtures.standardizer import ReferenceFrame, Scaling, StreamMoments
 
 Algorithm = Literal["exact", "stepwise"]
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_modules.em.gaussian_density import chunk_rows
-from lightning_modules.em.kmeans import assign
+from lightning_modules.mixtures.gaussian.density import chunk_rows
+from lightning_modules.mixtures.kmeans.em import assign
 
 # Each of the few dozen small calls on a chunk costs some microseconds: chunks are longer than a cache would like.
 CHUNKS_AT_ONCE = 8

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_modules.em.gaussian_mixture import MixtureParameters, log_joint
+from lightning_modules.mixtures.gaussian.em import MixtureParameters, log_joint
 
 
 def evidence_lower_bound(q: Tensor, theta: MixtureParameters, x: Tensor) -> Tensor:

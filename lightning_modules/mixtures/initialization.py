@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_modules.em.collectives import Collectives
-from lightning_modules.em.kmeans import assign
+from lightning_modules.mixtures.collectives import Collectives
+from lightning_modules.mixtures.kmeans.em import assign
 
 Initialization = Literal["k-means++", "k-means||", "random"]
 # Rows, mask of the rows that count, indices of the rows: the last two where they are known.

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_modules.em.clustering_initialization import Stream
-from lightning_modules.em.clustering_model import ClusteringModel, PassReport
-from lightning_modules.em.collectives import Collectives
-from lightning_modules.em.kmeans import KMeansStatistics, accumulate, assign, update
-from lightning_modules.em.reference_frame import Scaling
+from lightning_modules.mixtures.collectives import Collectives
+from lightning_modules.mixtures.initialization import Stream
+from lightning_modules.mixtures.kmeans.em import KMeansStatistics, accumulate, assign, update
+from lightning_modules.mixtures.model import ClusteringModel, PassReport
+from lightning_modules.mixtures.standardizer import Scaling
 
 
 class KMeansModel(ClusteringModel):

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_modules.em.gaussian_density import chunk_rows
+from lightning_modules.mixtures.gaussian.density import chunk_rows
 
 Scaling = Literal["feature", "common"]
 

@@ -13,10 +13,10 @@ from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from lightning_modules.em.clustering_initialization import kmeans_plus_plus, random_rows
-from lightning_modules.em.kmeans import assign
-from lightning_modules.em.lloyd import LloydResult, lloyd
-from lightning_modules.em.reference_frame import ReferenceFrame, StreamMoments
+from lightning_modules.mixtures.initialization import kmeans_plus_plus, random_rows
+from lightning_modules.mixtures.kmeans.em import assign
+from lightning_modules.mixtures.lloyd import LloydResult, lloyd
+from lightning_modules.mixtures.standardizer import ReferenceFrame, StreamMoments
 
 Array = NDArray[Any]
 

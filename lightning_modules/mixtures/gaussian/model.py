@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_modules.em.clustering_initialization import Initialization, Stream
-from lightning_modules.em.clustering_model import ClusteringModel, PassReport
-from lightning_modules.em.collectives import Collectives
-from lightning_modules.em.gaussian_density import CovarianceType
-from lightning_modules.em.gaussian_mixture import (
+from lightning_modules.mixtures.collectives import Collectives
+from lightning_modules.mixtures.gaussian.density import CovarianceType
+from lightning_modules.mixtures.gaussian.em import (
     EMPTY_COUNT,
     MixtureParameters,
     MixtureStatistics,
@@ -24,9 +22,11 @@ from lightning_modules.em.gaussian_mixture import (
     num_free_parameters,
     statistics_of,
 )
-from lightning_modules.em.kmeans import assign
-from lightning_modules.em.lloyd import lloyd
-from lightning_modules.em.reference_frame import ReferenceFrame
+from lightning_modules.mixtures.initialization import Initialization, Stream
+from lightning_modules.mixtures.kmeans.em import assign
+from lightning_modules.mixtures.lloyd import lloyd
+from lightning_modules.mixtures.model import ClusteringModel, PassReport
+from lightning_modules.mixtures.standardizer import ReferenceFrame
 
 # Lloyd iterations on the sample before the mixture starts.
 SAMPLE_ITERATIONS = 20

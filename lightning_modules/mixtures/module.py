@@ -9,9 +9,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
-from lightning_modules.em.clustering_initialization import Rows
-from lightning_modules.em.clustering_model import ClusteringModel, PassReport
-from lightning_modules.em.collectives import Collectives
+from lightning_modules.mixtures.collectives import Collectives
+from lightning_modules.mixtures.initialization import Rows
+from lightning_modules.mixtures.model import ClusteringModel, PassReport
 
 
 class ClusteringModule(L.LightningModule):

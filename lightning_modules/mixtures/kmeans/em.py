@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_modules.em.collectives import FlatSums
-from lightning_modules.em.gaussian_density import chunk_rows
+from lightning_modules.mixtures.collectives import FlatSums
+from lightning_modules.mixtures.gaussian.density import chunk_rows
 
 # How many of the farthest rows a pass remembers, to restart centres that have lost all their rows.
 FARTHEST_ROWS = 16

@@ -11,8 +11,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lightning_modules.em.clustering_model import fit_in_memory
-from lightning_modules.em.gaussian_mixture_model import GaussianMixtureModel
+from lightning_modules.mixtures.gaussian.model import GaussianMixtureModel
+from lightning_modules.mixtures.model import fit_in_memory
 
 
 @dataclass
