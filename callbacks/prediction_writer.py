@@ -8,8 +8,8 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks._display import run_directory
-from callbacks._judgements import decision_threshold, image_rows, two_classes
 from callbacks._tables import Row, gather, keep_predictions, require_directory, write_table
+from callbacks.detector_report.evaluation import decision_threshold, image_rows, two_classes
 
 TABLE_NAME = "predictions.csv"
 

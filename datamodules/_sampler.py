@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
-from datamodules._random import draw, permutation, stream
+from lightning_modules.imaging import draw, permutation, stream
 
 Draw = tuple[Tensor, Tensor, Tensor]
 _ORDER, _KEYS = 0, 1  # two streams of each (seed, epoch)

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_modules.detection import Colours, NeighborDifferences, RestorationResidual
     from lightning_modules.em import EStep, ParameterTable
-    from lightning_modules.gaussian_mixture import GaussianMixture
-    from lightning_modules.gaussian_mixture_estimator import GaussianMixtureEstimator
     from lightning_modules.generated_image_detector import GeneratedImageDetector
     from lightning_modules.graph import GraphDiffusion
-    from lightning_modules.kmeans import KMeans
-    from lightning_modules.kmeans_estimator import KMeansEstimator
+    from lightning_modules.mixtures.gaussian.estimator import GaussianMixtureEstimator
+    from lightning_modules.mixtures.gaussian.module import GaussianMixture
+    from lightning_modules.mixtures.kmeans.estimator import KMeansEstimator
+    from lightning_modules.mixtures.kmeans.module import KMeans
     from lightning_modules.networks import (
         ConvAutoencoder,
         FullResolutionResNet,
@@ -31,13 +31,13 @@ _HOME = {
     "ConvAutoencoder": "networks",
     "EStep": "em",
     "FullResolutionResNet": "networks",
-    "GaussianMixture": "gaussian_mixture",
-    "GaussianMixtureEstimator": "gaussian_mixture_estimator",
+    "GaussianMixture": "mixtures.gaussian.module",
+    "GaussianMixtureEstimator": "mixtures.gaussian.estimator",
     "GeneratedImageDetector": "generated_image_detector",
     "GraphDiffusion": "graph",
     "GraphDiffusionReconstruction": "reconstruction",
-    "KMeans": "kmeans",
-    "KMeansEstimator": "kmeans_estimator",
+    "KMeans": "mixtures.kmeans.module",
+    "KMeansEstimator": "mixtures.kmeans.estimator",
     "NeighborDifferences": "detection",
     "ParameterTable": "em",
     "PatchMixture": "patch_mixture",

@@ -9,7 +9,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_modules._optimization import configured
 from lightning_modules.detection import (
     Calibration,
     ClassDensities,
@@ -26,6 +25,7 @@ from lightning_modules.detection import (
 )
 from lightning_modules.em import EStep, ParameterTable
 from lightning_modules.networks import TraceNetwork
+from lightning_modules.optimizers import optimizer_config
 
 Batch = dict[str, Any]
 
@@ -239,7 +239,7 @@ class GeneratedImageDetector(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Optimiser and schedule as injected."""
-        return configured(self.parameters(), self.optimizer, self.lr_scheduler, self.lr_interval)
+        return optimizer_config(self.parameters(), self.optimizer, self.lr_scheduler, self.lr_interval)
 
     # For whoever has an image and no DataModule ------------------------------------------------------------------
 

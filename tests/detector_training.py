@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from callbacks import EMParameterCallback, GradientRule
-from datamodules._image_data import Batch, ImageDataModule, Split
 from datamodules._sampler import Draw, FixedBatches
+from datamodules.image_data_module import Batch, ImageDataModule, Split
 from lightning_modules import GeneratedImageDetector, ParameterTable, RestorationResidual, TraceNetwork
 
 SIDE = 12

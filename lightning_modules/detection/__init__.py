@@ -3,10 +3,10 @@
 from lightning_modules.detection.calibration import Calibration
 from lightning_modules.detection.class_densities import ClassDensities
 from lightning_modules.detection.inputs import Colours, DetectorInput, DetectorInputs, NeighborDifferences
-from lightning_modules.detection.pixels import fixed_crops, to_pixels
-from lightning_modules.detection.predictions import Evaluated, Predictions
+from lightning_modules.detection.prediction_buffer import Evaluated, Predictions
 from lightning_modules.detection.restoration_residual import RestorationResidual
 from lightning_modules.detection.scores import cross_judge, judge, scores
+from lightning_modules.imaging import fixed_crops, to_pixels
 
 __all__ = [
     "Calibration",

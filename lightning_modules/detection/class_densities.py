@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.em._float64 import Float64Buffers
-from lightning_modules.em.clustering_model import fit_in_memory
-from lightning_modules.em.gaussian_mixture_model import GaussianMixtureModel
+from lightning_modules.mixtures.gaussian.model import GaussianMixtureModel
+from lightning_modules.mixtures.model import fit_in_memory
 
 # Of the variance that the directions kept are scaled to: no component collapses onto a handful of images.
 _REGULARISATION = 1e-2

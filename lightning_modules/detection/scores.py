@@ -15,7 +15,7 @@ from torchmetrics.functional.classification import (
 
 from lightning_modules.detection.calibration import Calibration
 from lightning_modules.detection.class_densities import ClassDensities
-from lightning_modules.detection.predictions import Evaluated
+from lightning_modules.detection.prediction_buffer import Evaluated
 
 # Bins of the expected calibration error, as Guo et al. (2017) have them.
 _BINS = 15

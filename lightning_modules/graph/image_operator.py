@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_modules.graph.averaging import Averaging
-from lightning_modules.graph.image_kernel import CompiledDiffusion, CompiledSimilaritySum, serves
+from lightning_modules.graph.cpu.kernel import CompiledDiffusion, CompiledSimilaritySum, serves
 from lightning_modules.graph.parameters import DiffusionParameters
 from lightning_modules.graph.stencil import (
     FAR,
@@ -23,6 +22,7 @@ from lightning_modules.graph.stencil import (
     stencil_geometry,
 )
 from lightning_modules.graph.weights import GAUSSIAN_EXPONENT, SELF_WEIGHT, cosine_cutoff
+from lightning_modules.graph.window_average import Averaging
 
 # Bytes of the map of the images that are worked on at once; the working set is about six such maps. On a CPU few enough
 # that it stays in the caches, and many enough that each kernel has work to pay for its call.

@@ -1,6 +1,5 @@
 """Graph diffusion of patch vectors for graphs of few nodes: dense batched matrix products."""
 
-import importlib.util
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -9,7 +8,6 @@ from torch import Tensor
 
 from lightning_modules.graph.laplacian import Laplacian, normalized_weight, stable_step
 from lightning_modules.graph.parameters import DiffusionParameters, repeat_step
-from lightning_modules.graph.patch_cpu_kernel import diffuse_patches_compiled, serves
 from lightning_modules.graph.patches import PatchGrid
 from lightning_modules.graph.weights import gaussian, smallest_weight, spatial_weight
 
@@ -21,34 +19,6 @@ _LEAST_SUM = 2.0**20
 
 
 def diffuse_patches(
-    images: Tensor,
-    guide: Tensor,
-    parameters: DiffusionParameters,
-    noise_std: Tensor | float,
-    grid: PatchGrid,
-    laplacian: Laplacian,
-    max_radius: float,
-) -> Tensor:
-    """`diffuse_patches_dense`, by a fused kernel where there is one for the device and the Laplacian.
-
-    That of `patch_kernel` serves where there are CUDA and Triton, that of `patch_cpu_kernel` on a CPU with a compiler.
-    """
-    if laplacian != "unnormalized" and serves(images, guide, beside=(*parameters, noise_std)):
-        return diffuse_patches_compiled(images, guide, parameters, noise_std, grid, laplacian, max_radius)
-    single = images.dtype == guide.dtype == torch.float32
-    if images.is_cuda and single and laplacian != "unnormalized" and _has_triton():
-        from lightning_modules.graph.patch_kernel import diffuse_patches_fused
-
-        return diffuse_patches_fused(images, guide, parameters, noise_std, grid, laplacian, max_radius)
-    return diffuse_patches_dense(images, guide, parameters, noise_std, grid, laplacian, max_radius)
-
-
-@lru_cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None  # comes with torch's wheels for Linux only
-
-
-def diffuse_patches_dense(
     images: Tensor,
     guide: Tensor,
     parameters: DiffusionParameters,

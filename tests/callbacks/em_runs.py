@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from callbacks import BayesianRule, EMParameterCallback, GradientRule, NewtonRule, Rule, SignRule
-from datamodules._image_data import Batch, ImageDataModule, Split, TensorImages
+from datamodules.image_data_module import Batch, ImageDataModule, Split, TensorImages
 from lightning_modules import GraphDiffusion, GraphDiffusionReconstruction, ParameterTable, ResidualDenoiser
 from lightning_modules.em import Assignment, LabelAssignment, MixtureAssignment, SimilarityAssignment
 from lightning_modules.em.image_features import NoiseLevel, Texture

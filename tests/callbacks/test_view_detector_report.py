@@ -18,11 +18,9 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from callbacks import DetectorReport
-from callbacks._detector_figures import beside_residual, reliability, tile
-from callbacks._detector_scores import accuracy, best_threshold, score, slices
-from callbacks._detector_tables import report_table
-from callbacks._judgements import Judgements, worst_mistakes
-from callbacks._shortcut_baselines import (
+from callbacks.detector_report.evaluation import Judgements, worst_mistakes
+from callbacks.detector_report.figures import beside_residual, reliability, tile
+from callbacks.detector_report.probe_features import (
     file_features,
     fit_linear,
     predict_linear,
@@ -30,6 +28,8 @@ from callbacks._shortcut_baselines import (
     spread,
     thumbnail_features,
 )
+from callbacks.detector_report.scores import accuracy, best_threshold, score, slices
+from callbacks.detector_report.tables import report_table
 from lightning_modules import RestorationResidual
 
 CONDITIONS = ["clean", "jpeg 50", "rescale 0.5"]

@@ -10,7 +10,7 @@ from lightning_modules.em.parameter_table import ParameterTable, TableValues
 from lightning_modules.em.rules.kalman_curvature import LEAST_RADIUS, checked_distances, initial_state, observe
 from lightning_modules.em.rules.rule import Rule, RuleState
 from lightning_modules.em.rules.trust_region import bounded_step, optimum_variance, theta_of
-from lightning_modules.graph import seeded_normal
+from lightning_modules.imaging import seeded_normal
 
 # Variance of the rows' offsets before any row has been seen, half a log unit either way. It goes on to count as one
 # row: variances learned from a few rows alone collapse to 0 and stay there.
