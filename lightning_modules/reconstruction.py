@@ -288,7 +288,7 @@ class Reconstruction(L.LightningModule):
             return image, estimate_noise_std(image) if known is None else noise_level(known, image)
         low, high = self.noise_range
         if not self._has_noise:
-            return image, image.new_zeros(len(image))
+            return image, estimate_noise_std(image) if self.estimate_noise else image.new_zeros(len(image))
         if self.noise_levels is not None:
             place = (seeded_uniform(batch["key"] ^ _LEVEL_STREAM, 1)[:, 0] * len(self.noise_levels)).long()
             level = self.noise_levels[place].to(image.dtype)

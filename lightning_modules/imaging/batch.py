@@ -153,11 +153,11 @@ def check_noise_std(value: float, name: str = "noise_std") -> None:
     Example:
         >>> check_noise_std(25)
         Traceback (most recent call last):
-        ValueError: noise_std must be between 0 and 1, where white is 1, got 25; 25 of 255 is 0.0980
+        ValueError: noise_std must lie between 0 and 1, where white is 1, got 25; 25 of 255 is 0.0980
     """
     if not 0 <= value <= 1:
         hint = f"; {value:g} of 255 is {value / 255:.4f}" if value > 1 else ""
-        raise ValueError(f"{name} must be between 0 and 1, where white is 1, got {value}{hint}")
+        raise ValueError(f"{name} must lie between 0 and 1, where white is 1, got {value}{hint}")
 
 
 def _check_image(image: Any, channels: int | None) -> None:

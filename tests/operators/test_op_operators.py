@@ -153,8 +153,8 @@ def test_gradients(operator: RestorationOperator, theta: dict[str, float]) -> No
         (torch.rand(3, 16, 16), 0.1, r"images must be \[B, C, H, W\], got \[3, 16, 16\]"),
         (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), 0.1, "must be floating-point, got torch.uint8: divide by 255"),
         (torch.rand(0, 3, 16, 16), 0.1, r"images are empty, got \[0, 3, 16, 16\]"),
-        (torch.rand(1, 3, 16, 16), 25, "noise level must be between 0 and 1, where white is 1, got 25; 25 of 255 is 0.0980"),
-        (torch.rand(1, 3, 16, 16), -0.1, "noise level must be between 0 and 1, where white is 1, got -0.1"),
+        (torch.rand(1, 3, 16, 16), 25, "noise level must lie between 0 and 1, where white is 1, got 25; 25 of 255 is 0.0980"),
+        (torch.rand(1, 3, 16, 16), -0.1, "noise level must lie between 0 and 1, where white is 1, got -0.1"),
     ],
 )
 def test_bad_images_and_levels_are_named(
