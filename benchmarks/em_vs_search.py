@@ -26,7 +26,7 @@ from callbacks import EMParameterCallback, GradientRule, NewtonRule, Rule
 from datamodules import CIFAR10DataModule
 from lightning_modules import GraphDiffusion, GraphDiffusionReconstruction, ParameterTable
 from lightning_modules.em.objectives import squared_error
-from lightning_modules.graph import seeded_normal
+from lightning_modules.imaging import seeded_normal
 
 BATCH_SIZE = 16
 RULES: dict[str, Callable[[], Rule]] = {

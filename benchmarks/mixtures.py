@@ -32,8 +32,8 @@ from torch import Tensor
 
 from datamodules import CIFAR10DataModule, PatchDataModule, PhotoCropsDataModule
 from lightning_modules import GaussianMixtureEstimator, KMeansEstimator
-from lightning_modules.em.gaussian_mixture import MixtureParameters, expectation, maximisation
-from lightning_modules.em.reference_frame import StreamMoments
+from lightning_modules.mixtures.gaussian.em import MixtureParameters, expectation, maximisation
+from lightning_modules.mixtures.standardizer import StreamMoments
 
 PROJECT = Path(__file__).parents[1]
 

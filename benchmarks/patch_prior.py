@@ -18,9 +18,8 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from datamodules import PatchDataModule
-from datamodules._image_files import find_images
-from datamodules.image_reader import read_image
 from lightning_modules import PatchMixture, PatchPrior
+from lightning_modules.imaging import find_images, read_image
 
 NOISE_STD = 25 / 255
 

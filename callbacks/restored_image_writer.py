@@ -2,18 +2,17 @@
 
 import csv
 from collections import Counter
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
-from PIL import Image
-from torch import Tensor
 
 from callbacks._display import run_directory
 from callbacks._tables import gather, keep_predictions, require_directory, write_table
+from lightning_modules.imaging import output_names, png_name, write_png
 
 TABLE_NAME = "restored.csv"
 
@@ -79,7 +78,7 @@ class RestoredImageWriter(BasePredictionWriter):
         for i, name in enumerate(prediction["name"]):
             if weight is not None and weight[i] == 0:
                 continue  # the padded repeat of an uneven distributed epoch
-            self._refuse_foreign(self._directory / _short(name))
+            self._refuse_foreign(self._directory / png_name(name))
             image = prediction["restored"][i]
             write_png(image, self._directory / _provisional(name))
             order = (dataloader_idx, int(index[i]) if index is not None else len(self._rows))
@@ -115,38 +114,6 @@ class RestoredImageWriter(BasePredictionWriter):
             )
 
 
-def output_names(names: list[str]) -> dict[str, str]:
-    """Returns the file for each image: its name with the suffix `.png`, which is appended where two would collide.
-
-    Names count as equal where they differ in case alone: some file systems cannot tell them apart.
-
-    Example:
-        >>> output_names(["a.jpg", "a.png", "b/c.tif"])
-        {'a.jpg': 'a.jpg.png', 'a.png': 'a.png.png', 'b/c.tif': 'b/c.png'}
-    """
-    outputs = {name: _short(name) for name in names}
-    while True:
-        count = Counter(output.casefold() for output in outputs.values())
-        colliding = [n for n, output in outputs.items() if count[output.casefold()] > 1 and output != f"{n}.png"]
-        if not colliding:
-            return outputs
-        outputs.update({name: f"{name}.png" for name in colliding})
-
-
-def write_png(image: Tensor, path: Path) -> None:
-    """Writes an image as an 8-bit PNG.
-
-    Shape:
-        - image: `[C, H, W]` in [0, 1], C 1 (grey) or 3 (colour)
-    """
-    if image.ndim != 3 or image.shape[0] not in (1, 3):
-        raise ValueError(f"{path}: an image of shape [1 or 3, H, W] can be written as PNG, got {list(image.shape)}.")
-    pixels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
-    array = pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array.contiguous().numpy()).save(path)
-
-
 def _columns(prediction: dict[str, Any]) -> dict[str, list[float]]:
     """Returns what the CSV says about a batch beside names and sizes."""
     columns = {"noise_std": prediction["noise_std"], **prediction["parameters"]}
@@ -155,13 +122,6 @@ def _columns(prediction: dict[str, Any]) -> dict[str, list[float]]:
             error = (image.float().clamp(0, 1) - prediction["clean"].float()).square().mean((1, 2, 3))
             columns[column] = -10 * torch.log10(error)
     return {column: value.tolist() for column, value in columns.items()}
-
-
-def _short(name: str) -> str:
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or not path.name:
-        raise ValueError(f"RestoredImageWriter: name must be a path below the input's root, got {name!r}.")
-    return str(path.with_suffix(".png"))
 
 
 def _provisional(name: str) -> str:

@@ -3,9 +3,9 @@
 from datamodules.cifar10 import CIFAR10DataModule
 from datamodules.generated_images import GeneratedImagesDataModule
 from datamodules.image_folder import ImageFolderDataModule
-from datamodules.image_reader import decode_image, read_image
 from datamodules.patches import PatchDataModule
 from datamodules.photo_crops import PhotoCropsDataModule
+from lightning_modules.imaging import decode_image, read_image
 
 __all__ = [
     "CIFAR10DataModule",

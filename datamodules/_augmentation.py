@@ -3,20 +3,20 @@
 import torch
 from torch import Tensor
 
-from datamodules._random import mix
+from lightning_modules.imaging import mirror, mix
 
 _STREAM = 0x5EED_F11B  # sets these bits apart from those that others derive from the same key
 
 
 def flip_and_shift(images: Tensor, key: Tensor, max_shift: int = 0) -> Tensor:
-    """Mirrors each image left to right with probability one half and moves it by up to ``max_shift`` pixels.
+    """Mirrors each image left to right with probability one half and moves it by up to `max_shift` pixels.
 
     What a shift brings in from outside is the mirror image, so that no black borders are learned.
 
     Shape:
-        - images: [B, C, H, W], any type.
-        - key: [B], int64.
-        - result: as ``images``.
+        - images: `[B, C, H, W]`, any type
+        - key: `[B]`, int64
+        - output: as `images`
     """
     bits = mix(key + _STREAM)
     # Both versions, of which whole images are taken: copies of memory, where a choice pixel by pixel is slow.
@@ -31,9 +31,3 @@ def flip_and_shift(images: Tensor, key: Tensor, max_shift: int = 0) -> Tensor:
         source = mirror(torch.arange(size, device=key.device) + shift[:, None], size)
         images = images.gather(axis, source.unflatten(1, (1, -1, 1) if axis == 2 else (1, 1, -1)).expand_as(images))
     return images
-
-
-def mirror(position: Tensor, size: int) -> Tensor:
-    """Folds positions outside ``range(size)`` back inside, as between two mirrors at the outer pixels' edges."""
-    position = position % (2 * size)
-    return torch.minimum(position, 2 * size - 1 - position)

@@ -7,14 +7,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from datamodules._augmentation import mirror
 from datamodules._degradation import Degradation, degrade
-from datamodules._random import draw, mix
+from lightning_modules.imaging import corner, cut_crop, draw, fixed_places, mix
 
 _STREAM = 0xDE7E_C708  # sets the crops' numbers apart from what else is derived from a key
 _DRAWS = 8
-# Steps of the R2 sequence (Roberts, 2018): any number of its first points covers the square evenly.
-_STEPS = (0.7548776662466927, 0.5698402909980532)
 
 
 class View(Protocol):
@@ -81,12 +78,12 @@ class RandomCrop:
     def __call__(self, image: Tensor, key: int) -> Tensor:
         bits = draw(mix(torch.tensor(key + _STREAM)), torch.arange(_DRAWS))
         numbers = ((bits >> 9).double() / 2**53).tolist()
-        return _crop(image, self.size, self.degradation.draw(numbers[2:]), *numbers[:2])[None]
+        return _crop(image, self.size, self.degradation.draw(numbers[2:]), (numbers[0], numbers[1]))[None]
 
 
 @dataclass(frozen=True)
 class FixedCrops:
-    """Crops at places that depend on the image's size alone, the first in its middle.
+    """Crops at places that depend on the image's size only, the first in its middle.
 
     An image is thus judged alike wherever it is found, alone or among others.
     """
@@ -96,17 +93,12 @@ class FixedCrops:
     degradation: Degradation
 
     def __call__(self, image: Tensor, key: int) -> Tensor:
-        places = [[(0.5 + i * step) % 1 for step in _STEPS] for i in range(self.count)]
-        return torch.stack([_crop(image, self.size, self.degradation, *place) for place in places])
+        return torch.stack([_crop(image, self.size, self.degradation, place) for place in fixed_places(self.count)])
 
 
-def _crop(image: Tensor, size: int, degradation: Degradation, down: float, right: float) -> Tensor:
+def _crop(image: Tensor, size: int, degradation: Degradation, place: tuple[float, float]) -> Tensor:
     """Cuts a crop out of the degraded image, its place given as a part of the way; a small image is mirrored out."""
     height, width = degradation.size(*image.shape[1:])
-    top, left = (math.floor(place * (max(length - size, 0) + 1)) for place, length in ((down, height), (right, width)))
+    top, left = corner(place, height, width, size)
     window = (top, min(top + size, height)), (left, min(left + size, width))
-    crop = degrade(image, degradation, window)
-    if crop.shape[1:] == (size, size):
-        return crop
-    rows, columns = (mirror(torch.arange(size), length) for length in crop.shape[1:])
-    return crop[:, rows[:, None], columns]
+    return cut_crop(degrade(image, degradation, window), 0, 0, size)

@@ -14,8 +14,8 @@ from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity, download_url, extract_archive
 
-from datamodules._image_data import Batch, ImageDataModule, Split, TensorImages
-from datamodules._random import permutation
+from datamodules.image_data_module import Batch, ImageDataModule, Split, TensorImages
+from lightning_modules.imaging import permutation
 
 _CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 # what a damaged pickle, or a pickle of something else, raises on its way through torchvision

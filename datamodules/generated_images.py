@@ -9,8 +9,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules._degradation import Degradation, degrade
 from datamodules._detector_crops import FixedCrops, RandomCrop, RandomDegradation, View
-from datamodules._image_data import Batch, ImageDataModule, Split
-from datamodules._labelled_files import (
+from datamodules._sampler import Draw, FixedBatches
+from datamodules.image_data_module import Batch, ImageDataModule, Split
+from datamodules.labels import (
     LabelledFiles,
     find_labelled,
     find_unlabelled,
@@ -18,8 +19,7 @@ from datamodules._labelled_files import (
     require_classes,
     require_files,
 )
-from datamodules._sampler import Draw, FixedBatches
-from datamodules.image_reader import read_image
+from lightning_modules.imaging import read_image
 
 _CONDITIONS = ("clean", "jpeg 95", "jpeg 75", "jpeg 50", "rescale 0.75", "rescale 0.5", "blur 1")
 

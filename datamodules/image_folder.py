@@ -7,12 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules._augmentation import mirror
-from datamodules._image_data import Batch, ImageDataModule, Split
-from datamodules._image_files import find_images
-from datamodules._random import mix, permutation
 from datamodules._sampler import Draw
-from datamodules.image_reader import read_image
+from datamodules.image_data_module import Batch, ImageDataModule, Split
+from lightning_modules.imaging import cut_crop, find_images, mix, permutation, read_image
 
 _PLACE_STREAM = 0xC209_9ED5  # sets the place of a crop apart from what else is derived from its key
 
@@ -139,9 +136,7 @@ class _Crops(Dataset[Batch]):
         height, width = image.shape[1:]
         top = (place & 0x7FFFFFFF) % max(height - self.size + 1, 1)
         left = (place >> 32 & 0x7FFFFFFF) % max(width - self.size + 1, 1)
-        rows = mirror(torch.arange(top, top + self.size), height)
-        columns = mirror(torch.arange(left, left + self.size), width)
-        return image[:, rows[:, None], columns]
+        return cut_crop(image, top, left, self.size)
 
 
 class _WholeImages(Dataset[Batch]):

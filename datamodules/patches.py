@@ -10,13 +10,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules._image_data import Batch, ImageDataModule, Split
-from datamodules._image_files import find_images
-from datamodules._random import draw, mix, stream
 from datamodules._sampler import Draw, EpochBatches, EpochLoader
+from datamodules.image_data_module import Batch, ImageDataModule, Split
 from datamodules.image_folder import ImageFolderDataModule
-from datamodules.image_reader import read_image
 from datamodules.photo_crops import PhotoCropsDataModule
+from lightning_modules.imaging import draw, find_images, mix, read_image, stream
 
 _PATCHES, _VALIDATION = 101, 102  # streams apart from those of the loaders
 # A batch whose rows lie within this many times its own length is read in one piece.

@@ -10,8 +10,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datamodules._image_data import Batch, ImageDataModule, Split, TensorImages
-from datamodules._random import permutation
+from datamodules.image_data_module import Batch, ImageDataModule, Split, TensorImages
+from lightning_modules.imaging import permutation
 
 # name -> package and file; only files inside the wheels: skimage.data would fetch others from the internet
 _PHOTOGRAPHS = {

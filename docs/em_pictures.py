@@ -8,11 +8,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lightning_modules.em import MixtureParameters, evidence_lower_bound, log_likelihood, posterior
-from lightning_modules.em.clustering_model import fit_in_memory
-from lightning_modules.em.gaussian_mixture import expectation, maximisation
-from lightning_modules.em.gaussian_mixture_model import GaussianMixtureModel
-from lightning_modules.em.kmeans_model import KMeansModel
-from lightning_modules.em.model_selection import choose_num_components
+from lightning_modules.mixtures.gaussian.em import expectation, maximisation
+from lightning_modules.mixtures.gaussian.model import GaussianMixtureModel
+from lightning_modules.mixtures.gaussian.model_selection import choose_num_components
+from lightning_modules.mixtures.kmeans.model import KMeansModel
+from lightning_modules.mixtures.model import fit_in_memory
 
 SIZE = {"layout": "constrained"}
 

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_modules.em.clustering_model import Algorithm
-from lightning_modules.gaussian_mixture import GaussianMixture
+from lightning_modules.mixtures.gaussian.module import GaussianMixture
+from lightning_modules.mixtures.model import Algorithm
 from lightning_modules.networks.patch_prior import PatchPrior
 
 

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from callbacks import EMParameterCallback, GradientRule
-from datamodules._image_data import Batch, ImageDataModule, Split
 from datamodules._sampler import Draw, FixedBatches
+from datamodules.image_data_module import Batch, ImageDataModule, Split
 from lightning_modules import GeneratedImageDetector, ParameterTable, RestorationResidual, TraceNetwork
 
 SIDE = 12
@@ -84,7 +84,7 @@ def make_module(learn: bool = False, **options: Any) -> GeneratedImageDetector:
         learned=["sigma", "sigma_s", "sigma_f"],
     )
     return GeneratedImageDetector(
-        [RestorationResidual(em_parameters=table, learn=learn, gain=5.0)],
+        [RestorationResidual(em_parameters=table, learn=learn, scale=5.0)],
         TraceNetwork(3, (16, 32), (1, 2), normalization="group"),
         num_directions=3,
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=2e-2),

@@ -8,11 +8,11 @@ from lightning_modules.em.assignments import (
     MixtureAssignment,
     SimilarityAssignment,
 )
-from lightning_modules.em.brute_force import best_clustering, enumerated_log_likelihood
 from lightning_modules.em.e_step import EStep, SufficientStatistics
-from lightning_modules.em.evidence_lower_bound import evidence_lower_bound, log_likelihood, posterior
-from lightning_modules.em.gaussian_mixture import MixtureParameters, MixtureStatistics
 from lightning_modules.em.parameter_table import ParameterTable, TableValues
+from lightning_modules.mixtures.brute_force import best_clustering, enumerated_log_likelihood
+from lightning_modules.mixtures.gaussian.bound import evidence_lower_bound, log_likelihood, posterior
+from lightning_modules.mixtures.gaussian.em import MixtureParameters, MixtureStatistics
 
 __all__ = [
     "Assignment",

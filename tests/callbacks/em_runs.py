@@ -13,12 +13,13 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
+from tables import TEXTBOOK
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from callbacks import BayesianRule, EMParameterCallback, GradientRule, NewtonRule, Rule, SignRule
-from datamodules._image_data import Batch, ImageDataModule, Split, TensorImages
+from datamodules.image_data_module import Batch, ImageDataModule, Split, TensorImages
 from lightning_modules import GraphDiffusion, GraphDiffusionReconstruction, ParameterTable, ResidualDenoiser
 from lightning_modules.em import Assignment, LabelAssignment, MixtureAssignment, SimilarityAssignment
 from lightning_modules.em.image_features import NoiseLevel, Texture
@@ -50,10 +51,12 @@ def make_rule(name: str) -> Rule:
     if name == "gradient":
         return GradientRule(lr=0.1, pseudo_count=4)
     if name == "newton":
-        return NewtonRule(radius=0.1, pseudo_count=4)
+        return NewtonRule(trust_radius=0.1, pseudo_count=4)
     if name == "bayesian":
-        return BayesianRule(radius=0.1)
-    return SignRule(window=3, loss_thresholds=(0.002, 0.004), smoothness_thresholds=(0.3, 0.5))
+        return BayesianRule(trust_radius=0.1)
+    return SignRule(
+        window=3, row_parameters=("sigma", "tau"), loss_thresholds=(0.002, 0.004), smoothness_thresholds=(0.3, 0.5)
+    )
 
 
 def make_assignment(name: str) -> Assignment:
@@ -78,7 +81,7 @@ def make_module(network: bool = True, assignment: str = "label") -> GraphDiffusi
         },
         per_row=["sigma", "tau", "smooth_steps"],
         row_names=CLASSES,
-    )
+    ).declare(TEXTBOOK)
     return GraphDiffusionReconstruction(
         GraphDiffusion(patch_size=3),
         table,

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 
 from callbacks import EMHealth, EMParameterCallback, EMReport, Rule
 from callbacks.em_health import alternation, still_moving
-from callbacks.rules import RuleState
 from lightning_modules import EStep, ParameterTable
 from lightning_modules.em import SufficientStatistics, TableValues
+from lightning_modules.em.rules import RuleState
 
 
 class Script(Rule):
@@ -29,7 +29,7 @@ class Script(Rule):
     def initial_state(self, table: ParameterTable) -> RuleState:
         return {"steps": torch.zeros(1)}
 
-    def step(
+    def m_step(
         self, table: ParameterTable, statistics: SufficientStatistics, state: RuleState
     ) -> tuple[TableValues, RuleState]:
         shared, offsets = table.shared.clone(), table.offsets.clone()

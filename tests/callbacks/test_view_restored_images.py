@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from callbacks.restored_image_writer import RestoredImageWriter, output_names, write_png
+from callbacks.restored_image_writer import RestoredImageWriter
 
 
 class Samples(Dataset):
@@ -133,21 +133,6 @@ def test_names_that_differ_in_their_suffix_alone_do_not_overwrite_each_other(tmp
     assert [row["output"] for row in rows(tmp_path)] == ["a.jpg.png", "b.png", "a.png.png"]
 
 
-@pytest.mark.parametrize(
-    ("names", "outputs"),
-    [
-        (["a.jpg", "b.png"], ["a.png", "b.png"]),
-        (["a.jpg", "a.png"], ["a.jpg.png", "a.png.png"]),
-        (["x/a.jpg", "y/a.png"], ["x/a.png", "y/a.png"]),
-        (["A.jpg", "a.png"], ["A.jpg.png", "a.png.png"]),
-        (["a.jpg", "a.gif", "a.jpg.tif"], ["a.jpg.png", "a.gif.png", "a.jpg.tif.png"]),
-        (["a", "a.b.c"], ["a.png", "a.b.png"]),
-    ],
-)
-def test_output_names(names: list[str], outputs: list[str]) -> None:
-    assert list(output_names(names).values()) == outputs
-
-
 def test_a_second_run_replaces_its_own_results_alone(tmp_path: Path) -> None:
     predict(tmp_path, Samples(["a.jpg"]))
     predict(tmp_path, Samples(["a.jpg"]))
@@ -220,14 +205,6 @@ def test_what_predict_step_does_not_return_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(TypeError, match=r"Silent\.predict_step; noise_std, parameters is missing"):
         predict(tmp_path, Samples(["a.jpg"]), Silent())
-
-
-def test_values_are_rounded_not_cut(tmp_path: Path) -> None:
-    image = torch.tensor([-0.1, 0.0, 0.49 / 255, 0.51 / 255, 1.0, 1.1]).view(1, 2, 3)
-    write_png(image, tmp_path / "a.png")
-    assert np.asarray(Image.open(tmp_path / "a.png")).tolist() == [[0, 0, 0], [1, 255, 255]]
-    with pytest.raises(ValueError, match=r"got \[2, 4, 4\]"):
-        write_png(torch.rand(2, 4, 4), tmp_path / "b.png")
 
 
 def test_bad_arguments_are_named(tmp_path: Path) -> None:

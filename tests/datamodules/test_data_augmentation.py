@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from datamodules._augmentation import flip_and_shift, mirror
-from datamodules._random import draw, stream
+from datamodules._augmentation import flip_and_shift
+from lightning_modules.imaging import draw, stream
 
 
 @pytest.fixture
@@ -46,8 +46,3 @@ def test_every_shift_occurs_and_equals_padding_and_cropping(images, keys):
     assert {places[0] for places in seen.values()} == {
         (t, left, f) for t in range(5) for left in range(5) for f in (False, True)
     }
-
-
-def test_mirror_reaches_any_distance():
-    assert mirror(torch.arange(-3, 7), 2).tolist() == [1, 1, 0, 0, 1, 1, 0, 0, 1, 1]
-    assert mirror(torch.arange(3), 1).tolist() == [0, 0, 0]

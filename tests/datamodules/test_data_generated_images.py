@@ -18,11 +18,10 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from datamodules import GeneratedImagesDataModule
-from datamodules._augmentation import mirror
 from datamodules._degradation import Degradation, degrade
 from datamodules._detector_crops import FixedCrops, RandomCrop, RandomDegradation
 from datamodules._sampler import FixedBatches
-from datamodules.image_reader import read_image
+from lightning_modules.imaging import mirror, read_image
 
 CLASSES = ("photographic", "generated")
 

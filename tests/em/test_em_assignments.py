@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from lightning_modules import ParameterTable
 from lightning_modules.em import MixtureAssignment, SimilarityAssignment
 from lightning_modules.em.assignments.mixture import _largest_spread
-from lightning_modules.em.gaussian_mixture import statistics_of
 from lightning_modules.em.image_features import (
     ColourSpread,
     GradientEnergy,
@@ -22,6 +21,7 @@ from lightning_modules.em.image_features import (
     NoiseLevel,
     Texture,
 )
+from lightning_modules.mixtures.gaussian.em import statistics_of
 
 YES = torch.tensor(True)
 

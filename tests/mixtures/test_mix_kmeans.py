@@ -12,12 +12,12 @@ from sklearn.cluster import KMeans as Reference
 from torch import Tensor
 
 from lightning_modules.em import best_clustering
-from lightning_modules.em.brute_force import all_clusterings
-from lightning_modules.em.clustering_initialization import StreamSample, kmeans_plus_plus, random_rows, row_keys
-from lightning_modules.em.clustering_model import fit_in_memory
-from lightning_modules.em.kmeans import accumulate, assign, update
-from lightning_modules.em.kmeans_model import KMeansModel
-from lightning_modules.em.lloyd import lloyd
+from lightning_modules.mixtures.brute_force import all_clusterings
+from lightning_modules.mixtures.initialization import StreamSample, kmeans_plus_plus, random_rows, row_keys
+from lightning_modules.mixtures.kmeans.em import accumulate, assign, update
+from lightning_modules.mixtures.kmeans.model import KMeansModel
+from lightning_modules.mixtures.lloyd import lloyd
+from lightning_modules.mixtures.model import fit_in_memory
 
 
 def blobs(rows: int = 500, width: int = 4, groups: int = 5, seed: int = 0) -> Tensor:

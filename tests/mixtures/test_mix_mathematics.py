@@ -19,16 +19,16 @@ from lightning_modules.em import (
     log_likelihood,
     posterior,
 )
-from lightning_modules.em.clustering_model import fit_in_memory
-from lightning_modules.em.gaussian_density import fold_quadratic, unfold_quadratic
-from lightning_modules.em.gaussian_mixture import (
+from lightning_modules.mixtures.gaussian.density import fold_quadratic, unfold_quadratic
+from lightning_modules.mixtures.gaussian.em import (
     CovarianceType,
     expectation,
     expected_log_joint,
     maximisation,
     statistics_of,
 )
-from lightning_modules.em.gaussian_mixture_model import GaussianMixtureModel
+from lightning_modules.mixtures.gaussian.model import GaussianMixtureModel
+from lightning_modules.mixtures.model import fit_in_memory
 
 KINDS: tuple[CovarianceType, ...] = ("full", "diag", "tied", "spherical")
 

@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from lightning_modules.em.assignments.assignment import Assignment
-from lightning_modules.em.gaussian_density import GaussianComponents
-from lightning_modules.em.gaussian_mixture import (
+from lightning_modules.em.image_features import ImageFeature, ImageFeatures, NoiseLevel
+from lightning_modules.mixtures.gaussian.density import GaussianComponents
+from lightning_modules.mixtures.gaussian.em import (
     MixtureParameters,
     MixtureStatistics,
     maximisation,
     statistics_of,
 )
-from lightning_modules.em.image_features import ImageFeature, ImageFeatures, NoiseLevel
-from lightning_modules.em.reference_frame import CONSTANT_FEATURE_ULPS, ReferenceFrame
+from lightning_modules.mixtures.standardizer import CONSTANT_FEATURE_ULPS, ReferenceFrame
 
 # A regime with less than this part of an equal share starves.
 STARVING_SHARE = 0.02

@@ -1,0 +1,1 @@
+"""Mixtures and K-means by exact, streaming, multi-process EM."""
