@@ -26,7 +26,8 @@ BATCH = 256
 
 _LARGE = """
 import sys, time
-from lightning_modules.graph import GraphDiffusion, estimate_noise_std
+from lightning_modules.graph import GraphDiffusion
+from lightning_modules.noise import estimate_noise_std
 side = int(sys.argv[1])
 image = torch.rand(1, 3, side, side)
 with torch.inference_mode():
