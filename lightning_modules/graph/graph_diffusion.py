@@ -159,7 +159,7 @@ class GraphDiffusion(nn.Module):
             guided = full if guide is None else self._scaled(_full_precision(guide))
             noise = noise_level(noise_std if guide is None else 0.0, full)
             parameters = DiffusionParameters.of_each(full, sigma, tau, radius, sigma_s, sigma_f, smooth_steps)
-            bound = float(parameters.radius.max()) if max_radius is None else max_radius
+            bound = float(parameters.radius.detach().max()) if max_radius is None else max_radius
             maps = {"noise": noise, "sigma": parameters.sigma, "sigma_f": parameters.sigma_f}
             maps = {name: value for name, value in maps.items() if value.ndim == 4}
             if maps and self.signal == "patches":
@@ -194,7 +194,7 @@ class GraphDiffusion(nn.Module):
         batch = graph_of_node(data)
         each = data.x.new_empty(int(batch.max()) + 1 if len(batch) else 0)
         parameters = DiffusionParameters.of_each(each, *values)
-        bound = float(parameters.radius.max()) if max_radius is None else max_radius
+        bound = float(parameters.radius.detach().max()) if max_radius is None else max_radius
         level = per_image("noise_std", noise_std, each).to(each.dtype)
         return diffuse_graph(data, parameters, level, self.laplacian, self.reach, bound)
 
