@@ -116,7 +116,7 @@ def graph_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
         pytest.skip("no compiled kernel: no C compiler, or LIGHTNING_EM_COMPILE=0")
     else:
         monkeypatch.delattr(image_operator, "_ImageDiffusion")
-        monkeypatch.delattr(image_operator, "_SimilaritySum")
+        monkeypatch.delattr(image_operator, "_similarity_sum")
     return str(request.param)
 
 
