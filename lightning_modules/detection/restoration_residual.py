@@ -90,11 +90,9 @@ class RestorationResidual(DetectorInput):
                 f"{self.checkpoint} has no {', '.join(missing) or 'parameter table'} of a diffusion: give a "
                 "checkpoint of GraphDiffusionReconstruction"
             )
-        self._write(shared[[layout["names"].index(name) for name in self.em_parameters.names]])
-
-    def _write(self, shared: Tensor) -> None:
         table = self.em_parameters
-        lower, upper, shared = table.lower.cpu(), table.upper.cpu(), shared.double()
+        shared = shared[[layout["names"].index(name) for name in table.names]].double()
+        lower, upper = table.lower.cpu(), table.upper.cpu()
         outside = ((shared < lower - 1e-9) | (shared > upper + 1e-9)).tolist()
         if any(outside):
             names = [name for name, out in zip(table.names, outside, strict=True) if out]
