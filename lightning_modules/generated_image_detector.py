@@ -55,7 +55,6 @@ class GeneratedImageDetector(L.LightningModule):
         backbone: Network from the inputs to features `[B, F]`; a small one for CPUs by default.
         label_smoothing: Part of a label's probability that goes to the other class in the loss.
         num_directions: Principal components of the features on which the class densities live.
-        num_components: Gaussians in the density of each class.
         inlier_quantile: Share of the validation images that count as in distribution.
         optimizer: Makes the optimizer.
         lr_scheduler: Makes the learning-rate schedule; None for a constant rate.
@@ -79,7 +78,6 @@ class GeneratedImageDetector(L.LightningModule):
         backbone: nn.Module | None = None,
         label_smoothing: float = 0.0,
         num_directions: int = 8,
-        num_components: int = 1,
         inlier_quantile: float = 0.99,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -105,7 +103,7 @@ class GeneratedImageDetector(L.LightningModule):
             )
         self.head = nn.Linear(features.shape[1], 1)
         self.calibration = Calibration()
-        self.densities = ClassDensities(features.shape[1], num_directions, num_components, inlier_quantile)
+        self.densities = ClassDensities(features.shape[1], num_directions, inlier_quantile=inlier_quantile)
         self.register_buffer("crops", torch.tensor([9, 96]))
         self.label_smoothing = label_smoothing
         self.optimizer = optimizer
@@ -195,10 +193,8 @@ class GeneratedImageDetector(L.LightningModule):
         """Evaluates images under one condition."""
         if batch_idx == dataloader_idx == 0:
             self._compare_crops(batch["image"])
-        condition = batch["condition"]
-        if condition not in self._seen_by_condition:
-            self._seen_by_condition[condition] = PredictionBuffer().to(self.device)
-        return self._evaluate(batch, self._seen_by_condition[condition])
+        buffer = self._seen_by_condition.setdefault(batch["condition"], PredictionBuffer().to(self.device))
+        return self._evaluate(batch, buffer)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Predicts images, and scores which are like nothing that was seen before (`ood_score` above 0)."""
@@ -217,9 +213,8 @@ class GeneratedImageDetector(L.LightningModule):
         self._log("val", values)
         if undefined := [f"val/{name}" for name, value in values.items() if value.isnan()]:
             rank_zero_warn(
-                f"{', '.join(undefined)} are not defined: validation has too few images of a class. Each half is "
-                "evaluated by a fit to the other, which takes "
-                f"{self.densities.images_needed} of each class for the densities"
+                f"{', '.join(undefined)} are not defined: validation has too few images of a class. A half is scored "
+                f"by a fit to the other, which takes {self.densities.images_needed} of each class for the densities"
             )
         if self.trainer.state.fn == "fit":
             self._fit_to(seen)
@@ -243,8 +238,6 @@ class GeneratedImageDetector(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """Optimizer and schedule as injected."""
         return optimizer_config(self.parameters(), self.optimizer, self.lr_scheduler, self.lr_interval)
-
-    # For whoever has an image and no DataModule ------------------------------------------------------------------
 
     @torch.no_grad()
     def predict_image(self, image: Any) -> float:
@@ -278,8 +271,6 @@ class GeneratedImageDetector(L.LightningModule):
         shown: Any = self._restoration or self.inputs[0]
         result: Tensor = shown.featurize(images)
         return result if result.shape[1] == 3 else result.mean(1, keepdim=True).expand(-1, 3, -1, -1)
-
-    # Inside ------------------------------------------------------------------------------------------------------
 
     def _predict(self, batch: Batch) -> tuple[dict[str, Any], Tensor]:
         logit, features = self(batch["image"])

@@ -111,12 +111,8 @@ def stratified_subset(labels: Tensor, max_count: int) -> Tensor:
         - output: `[M]`, int64, ascending
     """
     classes = [(labels == label).nonzero()[:, 0] for label in (0, 1)]
-    counts = [len(members) for members in classes]
-    half = max_count // 2
-    counts = [
-        min(counts[0], max(half, max_count - counts[1])),
-        min(counts[1], max(max_count - half, max_count - counts[0])),
-    ]
+    first = min(len(classes[0]), max(max_count // 2, max_count - len(classes[1])))
+    counts = first, min(len(classes[1]), max_count - first)
     chosen = [
         members[torch.linspace(0, len(members) - 1, count).round().long()]
         for members, count in zip(classes, counts, strict=True)

@@ -10,13 +10,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from rich import get_console
 from torch import Tensor
 
-from callbacks._display import require_positive, run_directory, tensorboard_loggers
+from callbacks._display import run_directory, tensorboard_loggers
 from callbacks._predictions import decision_threshold, prediction_lines, two_classes
 from callbacks._tables import Line, gather, write_table
-from callbacks.detector_report.evaluation import DetectorData, Evaluation, evaluations, top_losses
+from callbacks.detector_report.evaluation import DetectorData, Evaluation, evaluations, score, slices, top_losses
 from callbacks.detector_report.figures import beside_residual, reliability_figure, roc_figure, tile
 from callbacks.detector_report.probe_features import file_format, semantic_features
-from callbacks.detector_report.scores import score, slices
 from callbacks.detector_report.shortcut_probes import PROBES, ShortcutProbes
 from callbacks.detector_report.tables import markdown, remarks, report_table
 from callbacks.em_dashboard import render
@@ -26,6 +25,7 @@ from lightning_modules.imaging import write_png
 TABLE_NAME = "detector_report.csv"
 LOSSES_NAME = "top_losses"
 
+_NUM_TOP_LOSSES = 16
 _LONGEST_NAME = 50  # letters of up to four bytes; file systems take 255 bytes
 _LARGEST_SIDE = 512  # pixels of an image that are shown, from its middle
 
@@ -49,22 +49,19 @@ class DetectorReport(Callback):
         probe_images: Images on which probes are trained, and images on which they are tested, at the most.
         semantic_weights: File with weights of torchvision's `squeezenet1_0`, for the third probe; without, the report
             notes that it was not run.
-        num_top_losses: Images on the wrong side of the threshold to show, the worst first.
 
     Example:
         >>> from lightning.pytorch import Trainer
         >>> trainer = Trainer(callbacks=[DetectorReport()], logger=False)
     """
 
-    def __init__(self, probe_images: int = 500, semantic_weights: str | None = None, num_top_losses: int = 16) -> None:
-        require_positive(self, num_top_losses=num_top_losses)
+    def __init__(self, probe_images: int = 500, semantic_weights: str | None = None) -> None:
         if probe_images < 4:
             raise ValueError(f"DetectorReport: probe_images must be at least 4, got {probe_images}.")
         if semantic_weights is not None and not Path(semantic_weights).is_file():
             raise ValueError(f"DetectorReport: semantic_weights must be an existing file, got {semantic_weights!r}.")
         self.probe_images = probe_images
         self.semantic_weights = semantic_weights
-        self.num_top_losses = num_top_losses
         self._directory = Path()
         self._probes: ShortcutProbes | None = None
         self._lines: list[Line] = []
@@ -130,7 +127,7 @@ class DetectorReport(Callback):
         """Writes the top losses as pictures beside their residuals, with a table about them."""
         files, threshold = data.files("test"), decision_threshold(pl_module)
         lines, pictures = [], []
-        for number, i in enumerate(top_losses(evaluation, threshold, self.num_top_losses), 1):
+        for number, i in enumerate(top_losses(evaluation, threshold, _NUM_TOP_LOSSES), 1):
             index, probability = int(evaluation.index[i]), float(evaluation.probability[i])
             label = data.class_names[int(evaluation.label[i])]
             pictures.append(_picture(data.read(files.paths[index]), pl_module))

@@ -1,6 +1,7 @@
 """Shortcut probes: linear classifiers that look at nothing that a detector should look at."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,13 +37,17 @@ class ShortcutProbes:
         self.not_run: dict[str, str] = {}
         self._data, self._max_count = data, max_count
         self._models: dict[str, Pipeline] = {}
-        self._functions: dict[str, Callable[[Tensor], Any]] = {"thumbnail": thumbnail_features}
+        self._functions: dict[str, Callable[[Path, Tensor], Any]] = {
+            "file": lambda path, image: file_features(path),
+            "thumbnail": lambda path, image: thumbnail_features(image),
+        }
         if semantic is None:
             self.not_run["semantic"] = "no semantic_weights are given"
         else:
-            self._functions["semantic"] = semantic
+            self._functions["semantic"] = lambda path, image: semantic(image)
         if _CLEAN not in data.conditions:
             self.not_run["file"] = f"it looks at the files as they are, and {_CLEAN} is not among the conditions"
+            del self._functions["file"]
         try:
             files = data.files("train")
         except (OSError, ValueError) as error:
@@ -72,14 +77,10 @@ class ShortcutProbes:
         return result
 
     def _features(self, files: Files, chosen: Tensor, condition: str) -> dict[str, list[Any]]:
-        features: dict[str, list[Any]] = {name: [] for name in PROBES if name in self._functions}
-        looks_at_files = condition == _CLEAN and "file" not in self.not_run
-        if looks_at_files:
-            features["file"] = []
+        functions = {name: f for name, f in self._functions.items() if name != "file" or condition == _CLEAN}
+        features: dict[str, list[Any]] = {name: [] for name in functions}
         for i in chosen.tolist():
             image = self._data.read(files.paths[i], condition)
-            for name, function in self._functions.items():
-                features[name].append(function(image))
-            if looks_at_files:
-                features["file"].append(file_features(files.paths[i]))
+            for name, function in functions.items():
+                features[name].append(function(files.paths[i], image))
         return features

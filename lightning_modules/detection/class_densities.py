@@ -107,7 +107,9 @@ class ClassDensities(Float64Buffers):
         self.directions.copy_(directions * torch.where(variance > _CONSTANT, variance, torch.inf).rsqrt())
         projected = standard @ self.directions
         for number, mixture in enumerate(self._mixtures):
-            mixture.load_state_dict(_fitted(mixture, projected[label == number]).state_dict())
+            fresh = _mixture(mixture.num_components, mixture.num_features).to(projected.device)
+            fit_in_memory(fresh, projected[label == number])
+            mixture.load_state_dict(fresh.state_dict())
         self.fitted.fill_(True)
         best = self.log_densities(features).amax(1)
         self.floor.copy_(torch.quantile(best, 1 - self.inlier_quantile))
@@ -124,9 +126,3 @@ class _Mixture(Float64Buffers, GaussianMixtureModel):
 
 def _mixture(num_components: int, num_features: int) -> _Mixture:
     return _Mixture(num_components, num_features, reg_covar=_REGULARISATION)
-
-
-def _fitted(like: GaussianMixtureModel, features: Tensor) -> GaussianMixtureModel:
-    mixture = _mixture(like.num_components, like.num_features).to(features.device)
-    fit_in_memory(mixture, features)
-    return mixture

@@ -35,11 +35,8 @@ class BufferedPredictions(NamedTuple):
         Shape:
             - output: `[N]` and `[N]`, bool
         """
-        position = torch.zeros_like(self.label)
-        for label in (0, 1):
-            own = self.label == label
-            position[own] = torch.arange(int(own.sum()), device=position.device)
-        return position % 2 == 0, position % 2 == 1
+        count = torch.where(self.label == 1, self.label.cumsum(0), (1 - self.label).cumsum(0))
+        return count % 2 == 1, count % 2 == 0
 
     @property
     def has_both_classes(self) -> bool:

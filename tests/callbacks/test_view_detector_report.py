@@ -18,7 +18,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from callbacks import DetectorReport
-from callbacks.detector_report.evaluation import Evaluation, top_losses
+from callbacks.detector_report.evaluation import Evaluation, score, slices, top_losses
 from callbacks.detector_report.figures import beside_residual, reliability, tile
 from callbacks.detector_report.probe_features import (
     file_features,
@@ -28,7 +28,6 @@ from callbacks.detector_report.probe_features import (
     stratified_subset,
     thumbnail_features,
 )
-from callbacks.detector_report.scores import score, slices
 from callbacks.detector_report.tables import report_table
 from lightning_modules import RestorationResidual
 from lightning_modules.detection.calibration import best_threshold
