@@ -56,7 +56,7 @@ def patches(rows: int, folder: Path) -> Tensor:
     count = len(images.train_dataloader().dataset)
     per_image = -(-rows // count) + 1
     data = PatchDataModule(
-        images=images, patch_size=4, patches_per_image=per_image, grey=False, remove_mean=False, shuffle=True
+        images=images, patch_size=4, patches_per_image=per_image, gray=False, remove_mean=False, shuffle=True
     )
     data.setup("fit")
     parts = [data.on_after_batch_transfer(batch, 0)["image"].flatten(1) for batch in data.train_dataloader()]
@@ -248,7 +248,7 @@ def streaming_memory(rows: int, width: int = 64) -> dict[str, float]:
         array.flush()
         del array
         words = ["fit", "-c", str(PROJECT / "configs/gaussian_mixture.yaml")]
-        words += [f"--data.rows={path}", "--trainer.max_epochs=2", "--model.num_components=8"]
+        words += [f"--data.array={path}", "--trainer.max_epochs=2", "--model.num_components=8"]
         words += ["--trainer.logger=false", "--trainer.callbacks=null", "--trainer.enable_checkpointing=false"]
         words += ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
         begin = time.perf_counter()
