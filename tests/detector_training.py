@@ -1,4 +1,4 @@
-"""Small, exactly repeatable runs of the detector; as a script, on as many processes as it is told.
+"""Small, exactly repeatable runs of the detector; as a script, on as many processes as asked for.
 
 python detector_training.py --devices 2 --out FILE
 """
