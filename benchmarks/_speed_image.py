@@ -26,7 +26,8 @@ BATCH = 256
 
 _LARGE = """
 import sys, time
-from lightning_modules.graph import GraphDiffusion, estimate_noise_std
+from lightning_modules.graph import GraphDiffusion
+from lightning_modules.noise import estimate_noise_std
 side = int(sys.argv[1])
 image = torch.rand(1, 3, side, side)
 with torch.inference_mode():
@@ -101,7 +102,7 @@ def _operator(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def eager() -> Any:
     """A context in which the operator runs in torch."""
-    return mock.patch.object(image_operator, "serves", return_value=False)
+    return mock.patch.object(image_operator, "is_supported", return_value=False)
 
 
 def _plain(images: Tensor, gradient: bool, operator: Callable[..., Tensor]) -> Tensor:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
-from lightning_modules.imaging import draw, permutation, stream
+from lightning_modules.imaging import draw, key_stream, permutation
 
 Draw = tuple[Tensor, Tensor, Tensor]
-_ORDER, _KEYS = 0, 1  # two streams of each (seed, epoch)
+_ORDER = 0  # the stream of an epoch's order; the others are those of its keys
 
 
 class EpochBatches(DistributedSampler[Any]):
@@ -60,7 +60,7 @@ class EpochBatches(DistributedSampler[Any]):
     def __iter__(self) -> Iterator[Draw]:
         # a generator: nothing is fixed before the first batch is asked for
         order = permutation(self.length, self.seed, self.epoch, _ORDER) if self.shuffle else torch.arange(self.length)
-        keys = stream(self.seed, self.epoch, _KEYS)
+        keys = key_stream(self.seed, self.epoch)
         accumulate, cut = self.accumulation() if self.accumulation else (1, math.inf)
         last_batch = int(min(len(self), cut))
         for batch in range(self.first_batch, len(self)):

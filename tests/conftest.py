@@ -111,7 +111,7 @@ def graph_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     from lightning_modules.graph.cpu import kernel
 
     if request.param == "torch":
-        monkeypatch.setattr(image_operator, "serves", lambda *_, **__: False)
+        monkeypatch.setattr(image_operator, "is_supported", lambda *_, **__: False)
     elif None in [kernel.library(dtype) for dtype in (torch.float32, torch.float64)]:
         pytest.skip("no compiled kernel: no C compiler, or LIGHTNING_EM_COMPILE=0")
     else:

@@ -72,12 +72,12 @@ class ParameterTable(Float64Buffers):
 
     def __init__(
         self,
-        initial: dict[str, float | list[float]] | None = None,
-        bounds: dict[str, tuple[float, float]] | None = None,
+        initial: Mapping[str, float | list[float]] | None = None,
+        bounds: Mapping[str, tuple[float, float]] | None = None,
         learned: list[str] | None = None,
         per_row: list[str] | None = None,
         row_names: list[str] | None = None,
-        initial_rows: dict[str, dict[str, float | list[float]]] | None = None,
+        initial_rows: Mapping[str, Mapping[str, float | list[float]]] | None = None,
         integers: list[str] | None = None,
     ) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class ParameterTable(Float64Buffers):
                 replace(
                     spec,
                     start=self._initial.get(spec.name, spec.start),
-                    bounds=tuple(float(value) for value in self._bounds.get(spec.name, spec.bounds)),
+                    bounds=_pair(self._bounds.get(spec.name, spec.bounds)),
                     integer=spec.integer or spec.name in self._integers,
                 )
                 for spec in specs
@@ -137,9 +137,9 @@ class ParameterTable(Float64Buffers):
         return self
 
     def _own_spec(self, name: str) -> ParameterSpec:
-        start, (lower, upper) = self._initial[name], self._bounds[name]
+        start = self._initial[name]
         shape = () if isinstance(start, float | int) else (len(start),)
-        return ParameterSpec(name, start, (float(lower), float(upper)), shape, integer=name in self._integers)
+        return ParameterSpec(name, start, _pair(self._bounds[name]), shape, integer=name in self._integers)
 
     def _build(self, specs: Sequence[ParameterSpec]) -> None:
         self._specs = {spec.name: spec for spec in specs}
@@ -457,6 +457,11 @@ class ParameterTable(Float64Buffers):
         """Names, for `print(module)`."""
         learned = list(self.learned) if self._specs else self._learned
         return f"{len(self.row_names)} rows, learned={learned}, per_row={list(self.per_row)}"
+
+
+def _pair(bounds: Sequence[float]) -> tuple[float, float]:
+    lower, upper = bounds
+    return float(lower), float(upper)
 
 
 def _coordinate(spec: ParameterSpec, value: float) -> float:

@@ -1,5 +1,13 @@
-"""Image files in and out, crops, and counter-based random numbers: free of Lightning and PyG."""
+"""Image files in and out, batches of images, crops, and random numbers by counter: free of Lightning and PyG."""
 
+from lightning_modules.imaging.batch import (
+    SPLIT_STREAMS,
+    ImageBatch,
+    as_batch,
+    check_batch,
+    check_noise_std,
+    key_stream,
+)
 from lightning_modules.imaging.counters import draw, mix, permutation, seeded_normal, seeded_uniform, stream
 from lightning_modules.imaging.crops import corner, cut_crop, fixed_crops, fixed_places, mirror
 from lightning_modules.imaging.decoding import decode_image, read_image, to_pixels
@@ -7,6 +15,11 @@ from lightning_modules.imaging.discovery import find_images
 from lightning_modules.imaging.encoding import output_names, png_name, write_png
 
 __all__ = [
+    "SPLIT_STREAMS",
+    "ImageBatch",
+    "as_batch",
+    "check_batch",
+    "check_noise_std",
     "corner",
     "cut_crop",
     "decode_image",
@@ -14,6 +27,7 @@ __all__ = [
     "find_images",
     "fixed_crops",
     "fixed_places",
+    "key_stream",
     "mirror",
     "mix",
     "output_names",

@@ -41,7 +41,7 @@ def results(
         smooth_steps=steps,
         noise_std=noise,
         max_radius=reach,
-        features=guide if features else None,
+        guide=guide if features else None,
     )
     smoothness = diffusion.smoothness(images, leaves[0], reach).similarity
     score = (restored * restored.detach().cos()).sum() + smoothness.sum()
@@ -62,7 +62,7 @@ def results(
 )
 def test_kernel_equals_torch(case: Any, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
     found = results(*case, dtype=dtype)
-    monkeypatch.setattr(image_operator, "serves", lambda *_, **__: False)
+    monkeypatch.setattr(image_operator, "is_supported", lambda *_, **__: False)
     for one, expected in zip(found, results(*case, dtype=dtype), strict=True):
         torch.testing.assert_close(
             one, expected, rtol=tolerance, atol=tolerance * max(1, float(expected.detach().abs().max()))

@@ -148,7 +148,7 @@ def test_without_it_the_log_says_why(
         assert answer(source) is None
     (record,) = caplog.records
     assert said in record.message
-    assert "torch serves instead" in record.message
+    assert "torch is used instead" in record.message
 
 
 @pytest.mark.usefixtures("compiler")
