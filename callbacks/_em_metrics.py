@@ -1,5 +1,7 @@
 """Metrics of an M-step: parameters, objective and error bars by name."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -28,27 +30,30 @@ def em_metrics(
         - output: scalars
     """
     metrics = {"em/skipped_steps": skipped_steps.double()}
-    metrics |= _by_name(table, "em", table.values())
+    metrics |= values_by_name(table, "em", table.values())
     proxy = torch.where(statistics.count > 0, statistics.mean("proxy"), torch.nan)
     metrics["em/loss_proxy"] = statistics.mean("proxy")[0]
     metrics |= {f"em/{name}": statistics.mean(name)[0] for name in _PARTS}
     metrics |= {f"em/loss_proxy/{row}": value for row, value in zip(table.row_names, proxy[1:], strict=True)}
     if deviation is not None:
-        metrics |= _by_name(table, "em/std", deviation)
+        metrics |= values_by_name(table, "em/std", deviation)
         for side, sign in (("lower", -1), ("upper", 1)):
             edge = (table.shared + sign * _NORMAL_90 * deviation[:1]).clamp(table.lower, table.upper).exp()
-            metrics |= {f"{name}/{side}": value for name, value in _by_name(table, "em/interval", edge).items()}
+            metrics |= {f"{name}/{side}": value for name, value in values_by_name(table, "em/interval", edge).items()}
     return metrics
 
 
-def _by_name(table: ParameterTable, prefix: str, values: Tensor) -> dict[str, Tensor]:
+def values_by_name(
+    table: ParameterTable, prefix: str, values: Tensor, names: Sequence[str] | None = None
+) -> dict[str, Tensor]:
     """Values of the global set and, of what has them, the rows; of a long bank the least, the middle and the largest.
 
     Shape:
-        - values: `[K + 1, P]`, or `[1, P]` for the global set alone
+        - values: `[K + 1, P]`, or `[1, P]` for the global set only
+        - output: scalars
     """
     metrics: dict[str, Tensor] = {}
-    for name in table.names:
+    for name in table.names if names is None else names:
         columns = table.columns(name)
         labels, bank = table.column_names[columns], values[:, columns]
         if len(labels) > MAX_SCALARS:
