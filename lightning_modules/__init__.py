@@ -13,10 +13,7 @@ if TYPE_CHECKING:
     from lightning_modules.em import EStep, ParameterTable
     from lightning_modules.generated_image_detector import GeneratedImageDetector
     from lightning_modules.graph import GraphDiffusion
-    from lightning_modules.mixtures.gaussian.estimator import GaussianMixtureEstimator
-    from lightning_modules.mixtures.gaussian.module import GaussianMixture
-    from lightning_modules.mixtures.kmeans.estimator import KMeansEstimator
-    from lightning_modules.mixtures.kmeans.module import KMeans
+    from lightning_modules.mixtures import GaussianMixture, GaussianMixtureEstimator, KMeans, KMeansEstimator
     from lightning_modules.networks import (
         ConvAutoencoder,
         FullResolutionResNet,
@@ -32,13 +29,13 @@ _HOME = {
     "ConvAutoencoder": "networks",
     "EStep": "em",
     "FullResolutionResNet": "networks",
-    "GaussianMixture": "mixtures.gaussian.module",
-    "GaussianMixtureEstimator": "mixtures.gaussian.estimator",
+    "GaussianMixture": "mixtures",
+    "GaussianMixtureEstimator": "mixtures",
     "GeneratedImageDetector": "generated_image_detector",
     "GraphDiffusion": "graph",
     "GraphDiffusionReconstruction": "reconstruction",
-    "KMeans": "mixtures.kmeans.module",
-    "KMeansEstimator": "mixtures.kmeans.estimator",
+    "KMeans": "mixtures",
+    "KMeansEstimator": "mixtures",
     "NeighborDifferences": "detection",
     "ParameterTable": "em",
     "PatchMixture": "patch_mixture",
