@@ -270,9 +270,12 @@ class _Samples(BatchDataset):
 
 
 def _finish(batch: ImageBatch, split: Split, augment: bool) -> ImageBatch:
-    """Adds what follows from the split: that training images are augmented, and names for what is predicted."""
+    """Adds what follows from the split: that training images are augmented; of what is predicted, names, and that the
+    images are clean.
+    """
     if split == "train" and augment:
         batch = {**batch, "augment": True}
-    if split == "predict" and "name" not in batch:
-        batch = {**batch, "name": [f"{index:05d}.png" for index in batch["index"].tolist()]}
+    if split == "predict":
+        names = [f"{index:05d}.png" for index in batch["index"].tolist()]
+        batch = {**batch, "name": batch.get("name", names), "clean": batch.get("clean", True)}
     return batch
