@@ -129,7 +129,7 @@ class _Crops(BatchDataset):
 
 
 class _WholeImages(BatchDataset):
-    """The images as they are, one a batch; without a key, because no noise is to be added."""
+    """The images as they are, one a batch, to which no noise is to be added."""
 
     def __init__(self, paths: list[Path], names: list[str], noise_std: float | None) -> None:
         self.paths = paths
@@ -142,7 +142,7 @@ class _WholeImages(BatchDataset):
     def __getitem__(self, samples: SampleBatch) -> ImageBatch:
         chosen = samples.index.tolist()
         batch = samples.batch(torch.stack([read_image(self.paths[i]) for i in chosen]))
-        del batch["key"]
+        batch["clean"] = False
         batch["name"] = [self.names[i] for i in chosen]
         if self.noise_std is not None:
             batch["noise_std"] = torch.full(samples.index.shape, self.noise_std)

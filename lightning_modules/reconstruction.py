@@ -306,8 +306,11 @@ class Reconstruction(L.LightningModule):
         return responsibilities, self.em_parameters(responsibilities)
 
     def _restore(self, noisy: Tensor, noise: Noise, parameters: Parameters) -> Tensor:
+        restored: Tensor
+
         def restore(signal: Tensor, guide: Tensor | None = None, noise: Noise = noise) -> Tensor:
-            return self.operator(signal, noise=noise, guide=guide, **parameters)
+            result: Tensor = self.operator(signal, noise=noise, guide=guide, **parameters)
+            return result
 
         if self.backbone is None:
             restored = restore(noisy)

@@ -163,8 +163,17 @@ def test_predict_restores_images_as_they_are_unless_the_batch_says_that_they_are
         ({"noise_std": (0.2, 0.1)}, "noise_std must be a number ≥ 0 or a range"),
         ({"data_range": 0}, "data_range must be positive, got 0"),
         ({"smoothness_weight": -1}, "smoothness_weight must not be negative"),
-        ({"diffusion": GraphDiffusion(8, 6, "patches"), "em_parameters": ParameterTable(bounds={"radius": (6.0, 20.0)})}, "the nearest patches are 6 pixels"),
-        ({"em_parameters": ParameterTable(initial={"g": 1.0}, bounds={"g": (0.5, 2.0)})}, "initial names 'g', but the operator's parameters are sigma"),
+        (
+            {
+                "diffusion": GraphDiffusion(8, 6, "patches"),
+                "em_parameters": ParameterTable(bounds={"radius": (6.0, 20.0)}),
+            },
+            "the nearest patches are 6 pixels",
+        ),
+        (
+            {"em_parameters": ParameterTable(initial={"g": 1.0}, bounds={"g": (0.5, 2.0)})},
+            "initial names 'g', but the operator's parameters are sigma",
+        ),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], message: str) -> None:
