@@ -1,6 +1,5 @@
 """Graph diffusion of an image whose every pixel is a node, on the stencil of its neighbours."""
 
-import math
 from typing import Any, NamedTuple
 
 import torch
