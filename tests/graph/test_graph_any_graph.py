@@ -81,11 +81,11 @@ def test_long_steps_on_unlike_patches_keep_their_digits(tau: float, implementati
 
 
 @pytest.mark.parametrize("size", [10, 12, 30])  # dense and sparse
-@pytest.mark.parametrize("name", [*VALUES, "noise_std"])
+@pytest.mark.parametrize("name", [*VALUES, "noise"])
 def test_one_rule_for_the_shapes_of_parameters(name: str, size: int) -> None:
     images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     diffusion = GraphDiffusion(3, signal="patches")
-    values = {**VALUES, "noise_std": 0.1}
+    values = {**VALUES, "noise": 0.1}
     expected = diffusion(images, **values)
     for shape in ((), (1,), (2,)):
         torch.testing.assert_close(diffusion(images, **{**values, name: torch.full(shape, values[name])}), expected)
@@ -120,7 +120,7 @@ def test_refuses_what_is_not_a_graph(change: dict[str, Tensor], message: str) ->
         ({"smooth_steps": torch.tensor([1.5])}, "smooth_steps must be whole numbers"),
         ({"radius": float("inf")}, "radius must be finite and not negative, got inf"),
         ({"sigma": -1.0}, "sigma must be finite and not negative, got -1"),
-        ({"noise_std": -0.1}, "got -0.1"),
+        ({"noise": -0.1}, "got -0.1"),
     ],
 )
 def test_refuses_impossible_parameters(change: dict[str, Any], message: str) -> None:
@@ -133,9 +133,9 @@ def test_second_derivatives_are_right_or_refused(graph_backend: str) -> None:
     plain = GraphDiffusion(3, implementation="message_passing", reach=1.0)
     assert torch.autograd.gradgradcheck(lambda y: plain(y, **VALUES).square().sum(), (images,))
     fast = GraphDiffusion(3, reach=1.0)
-    smoothness = fast.smoothness(images, 0.5).similarity
+    smoothness = fast.smoothness(images, sigma=0.5).similarity
     if graph_backend == "torch":
-        assert torch.autograd.gradgradcheck(lambda y: fast.smoothness(y, 0.5).similarity, (images,))
+        assert torch.autograd.gradgradcheck(lambda y: fast.smoothness(y, sigma=0.5).similarity, (images,))
     for result in (fast(images, **VALUES), *([smoothness] if graph_backend == "kernel" else [])):
         (gradient,) = torch.autograd.grad(result.square().sum(), images, create_graph=True)
         with pytest.raises(RuntimeError, match="first derivatives only"):

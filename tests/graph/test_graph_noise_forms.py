@@ -85,7 +85,7 @@ def test_constant_maps_equal_numbers() -> None:
     level, sigma, sigma_f = (torch.tensor(pair).double() for pair in ((0.05, 0.1), (0.7, 0.9), (0.8, 0.6)))
     as_map = [value.view(-1, 1, 1, 1).expand(-1, 1, 9, 7) for value in (level, sigma, sigma_f)]
     restored = [
-        GraphDiffusion(3)(images, noise_std=noise, sigma=s, sigma_f=f, smooth_steps=2, **VALUES)
+        GraphDiffusion(3)(images, noise=noise, sigma=s, sigma_f=f, smooth_steps=2, **VALUES)
         for noise, s, f in ((level, sigma, sigma_f), as_map)
     ]
     torch.testing.assert_close(restored[1], restored[0], rtol=0, atol=1e-12)
@@ -94,7 +94,7 @@ def test_constant_maps_equal_numbers() -> None:
 def test_maps_leave_no_seam_between_tiles() -> None:
     images = random(1, 3, 40, 37)
     maps: dict[str, Any] = {
-        "noise_std": 0.05 + 0.2 * random(1, 1, 40, 37),
+        "noise": 0.05 + 0.2 * random(1, 1, 40, 37),
         "sigma": 0.5 + 0.5 * random(1, 1, 40, 37),
         "sigma_f": 0.5 + 0.5 * random(1, 1, 40, 37),
     }
@@ -111,7 +111,7 @@ def test_a_level_of_zero_in_a_map_gives_finite_gradients(dtype: torch.dtype) -> 
     level[:, :, :5] = 0
     level.requires_grad_()
     widths = {"sigma": 3 * level, "sigma_f": 4 * level}
-    restored = GraphDiffusion(3)(images, **widths, noise_std=level, smooth_steps=2, **VALUES)
+    restored = GraphDiffusion(3)(images, **widths, noise=level, smooth_steps=2, **VALUES)
     # Nothing is like a window without noise but itself.
     torch.testing.assert_close(restored[:, :, :2], images[:, :, :2], rtol=0, atol=1e-6)
     assert (restored - images)[:, :, 6:].abs().max() > 1e-2
@@ -123,7 +123,7 @@ def test_refuses_maps_where_there_are_none() -> None:
     images = random(*SIZE)
     values: dict[str, Any] = {**VALUES, "sigma": 0.7, "sigma_f": 0.7, "smooth_steps": 2}
     with pytest.raises(ValueError, match="signal='patches' takes no maps, got one of noise"):
-        GraphDiffusion(3, 2, "patches")(images, **values, noise_std=0.1 * random(2, 1, 9, 7))
+        GraphDiffusion(3, 2, "patches")(images, **values, noise=0.1 * random(2, 1, 9, 7))
     with pytest.raises(ValueError, match=r"tau must be one number .* got \[2, 1, 9, 7\]"):
         GraphDiffusion(3)(images, **{**values, "tau": random(2, 1, 9, 7)})
     with pytest.raises(ValueError, match=r"sigma must be one number .* got \[2, 1, 9, 6\]"):

@@ -8,11 +8,13 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from lightning_modules.graph import GraphDiffusion
+from lightning_modules.graph.message_passing import diffuse_graph
+from lightning_modules.graph.parameters import DiffusionParameters
 
 NAMES = ("sigma", "tau", "radius", "sigma_s", "sigma_f")
 
 
-def results(diffusion: GraphDiffusion, data: Any, radius: float, max_radius: float | None) -> list[Tensor]:
+def results(diffusion: GraphDiffusion, data: Any, radius: float, max_radius: float) -> list[Tensor]:
     """Restored signal and the gradients of all that has one."""
     signal = data.x if isinstance(data, Data) else data
     leaves = [
@@ -20,7 +22,13 @@ def results(diffusion: GraphDiffusion, data: Any, radius: float, max_radius: flo
         for value in (0.7, 0.2, radius, 2.0, 0.8)
     ]
     values = dict(zip(NAMES, leaves, strict=True))
-    restored = diffusion(data, **values, smooth_steps=3, noise_std=0.05, max_radius=max_radius)
+    if isinstance(data, Data):
+        parameters = DiffusionParameters.of_each(leaves[0], **values, smooth_steps=3)
+        noise = torch.full_like(leaves[0], 0.05)
+        restored = diffuse_graph(data, parameters, noise, diffusion.laplacian, diffusion.reach, max_radius)
+    else:
+        diffusion.check_bounds({"radius": (2.5, max_radius)})
+        restored = diffusion(data, **values, smooth_steps=3, noise=0.05)
     return [restored, *torch.autograd.grad((restored * restored.detach().cos()).sum(), (signal, *leaves))]
 
 
@@ -47,7 +55,7 @@ def test_the_bound_of_the_radius_changes_nothing(
         data = images.requires_grad_()
     for radius in (2.6, 4.0):  # under and over the reach
         expected = results(diffusion, data, radius, radius)
-        for bound in (None, 4.0, 6.0, 10.0):
+        for bound in (4.0, 6.0, 10.0):
             for one, other in zip(results(diffusion, data, radius, bound), expected, strict=True):
                 scale = max(1.0, float(other.detach().abs().max()))
                 torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * scale)
@@ -57,7 +65,7 @@ def test_the_bound_of_the_radius_changes_nothing(
 def test_the_smoothness_is_that_of_the_edges_within_reach() -> None:
     images = torch.rand(2, 3, 13, 11, generator=torch.Generator().manual_seed(0))
     for geometry in ((3, 1, "image"), (3, 2, "patches")):
-        near, far = (GraphDiffusion(*geometry, reach=reach).smoothness(images, 0.7) for reach in (2.0, 5.0))
+        near, far = (GraphDiffusion(*geometry, reach=reach).smoothness(images, sigma=0.7) for reach in (2.0, 5.0))
         assert (near.similarity - far.similarity).abs().min() > 1e-6
 
 
