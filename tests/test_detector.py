@@ -22,6 +22,7 @@ from detector_training import (
 )
 from PIL import Image
 
+from datamodules import SampleBatch
 from lightning_modules import (
     Colours,
     FullResolutionResNet,
@@ -44,7 +45,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
 
 def batch_of(count: int) -> dict:
     index = torch.arange(count)
-    return Textures(count, 0)[index, torch.ones(count), index]
+    return Textures(count, 0)[SampleBatch(index, torch.ones(count), index)]
 
 
 class TestTheLoss:
