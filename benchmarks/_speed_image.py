@@ -16,7 +16,8 @@ from _timing import floor_ms, in_own_process, median_ms, record
 from torch import Tensor
 
 from datamodules import CIFAR10DataModule
-from lightning_modules.graph import GraphDiffusion, image_kernel, image_operator
+from lightning_modules.graph import GraphDiffusion, image_operator
+from lightning_modules.graph.cpu import kernel
 
 NOISE_STD = 25 / 255
 PARAMETERS = {"sigma": 0.213, "tau": 0.142, "sigma_s": 1.5, "sigma_f": 0.309}
@@ -25,7 +26,8 @@ BATCH = 256
 
 _LARGE = """
 import sys, time
-from lightning_modules.graph import GraphDiffusion, estimate_noise_std
+from lightning_modules.graph import GraphDiffusion
+from lightning_modules.noise import estimate_noise_std
 side = int(sys.argv[1])
 image = torch.rand(1, 3, side, side)
 with torch.inference_mode():
@@ -71,7 +73,7 @@ def restore(images: Tensor, radius: float = 3.0, gradient: bool = False, **more:
 def _operator(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     images = _cifar(options, BATCH)
     forms: dict[str, Any] = {"eager": eager()}
-    if image_kernel.library(torch.float32) is None:
+    if kernel.library(torch.float32) is None:
         print("no compiled rows: no C compiler, or LIGHTNING_EM_COMPILE=0")
     else:
         forms = {"compiled": contextlib.nullcontext(), **forms}
@@ -100,7 +102,7 @@ def _operator(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def eager() -> Any:
     """A context in which the operator runs in torch."""
-    return mock.patch.object(image_operator, "serves", return_value=False)
+    return mock.patch.object(image_operator, "is_supported", return_value=False)
 
 
 def _plain(images: Tensor, gradient: bool, operator: Callable[..., Tensor]) -> Tensor:

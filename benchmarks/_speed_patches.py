@@ -1,11 +1,8 @@
-"""Signals on patches, the textbook graph: compiled and eager beside SciPy and message passing; the kernel on CUDA."""
+"""Signals on patches, the textbook graph, beside SciPy and message passing."""
 
 import argparse
-import contextlib
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -14,9 +11,7 @@ from scipy.sparse import csr_matrix, diags
 from torch import Tensor
 
 from datamodules import CIFAR10DataModule
-from lightning_modules.graph import GraphDiffusion, PatchGrid, patch_cpu_kernel, patch_operator, radius_graph
-from lightning_modules.graph.parameters import DiffusionParameters
-from lightning_modules.graph.patch_operator import diffuse_patches_dense
+from lightning_modules.graph import GraphDiffusion, PatchGrid, radius_graph
 
 NOISE_STD = 25 / 255
 RADIUS, STEPS = 10.0, 5
@@ -34,42 +29,28 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     difference = np.abs(restore(images[:4]).numpy() - expected).max()
     print(f"per image, batch {BATCH}; largest difference to SciPy {difference:.1e}")
 
-    forms: dict[str, Any] = {"eager": eager()}
-    if patch_cpu_kernel.library(torch.float32) is None:
-        print("no compiled rows: no C compiler, or LIGHTNING_EM_COMPILE=0")
-    else:
-        forms = {"compiled": contextlib.nullcontext(), **forms}
     floor, reference = _floor(images, grid), "our MessagePassing reference"
     scipy = median_ms(lambda: [pipeline(image) for image in images[:_SCIPY_IMAGES].numpy()]) / _SCIPY_IMAGES
     peers = {"SciPy sparse, image by image": scipy}
     for name, gradient, passes, repeats in (("forward", False, 1, 21), ("forward + backward", True, 3, 9)):
         peers[reference] = (
-            median_ms(lambda gradient=gradient: restore(images, gradient=gradient, reference=True)) / BATCH
+            median_ms(lambda gradient=gradient: restore(images, gradient=gradient, implementation="message_passing"))
+            / BATCH
         )
-        for form, context in forms.items():
-            with context:
-                ours = median_ms(lambda gradient=gradient: restore(images, gradient=gradient), repeats, 3) / BATCH
-            for peer, taken in peers.items():
-                work = f"textbook graph (patch 8, stride 5), 32×32, {form}, {name}"
-                yield record(work, ours, peer, taken, floor_ms=passes * floor)
+        ours = median_ms(lambda gradient=gradient: restore(images, gradient=gradient), repeats, 3) / BATCH
+        for peer, taken in peers.items():
+            work = f"textbook graph (patch 8, stride 5), 32×32, {name}"
+            yield record(work, ours, peer, taken, floor_ms=passes * floor)
         peers.clear()  # SciPy has no gradients
-    if torch.cuda.is_available():
-        yield from _cuda_rows()
 
 
-def eager() -> Any:
-    """A context in which the operator runs in torch."""
-    return mock.patch.object(patch_operator, "serves", return_value=False)
-
-
-def restore(images: Tensor, gradient: bool = False, reference: bool = False, stride: int = 5) -> Tensor:
+def restore(images: Tensor, gradient: bool = False, implementation: Any = "auto") -> Tensor:
     """Restored images; with `gradient`, of a loss with respect to each image's five parameters, as in training."""
     leaves: dict[str, Tensor | float] = dict(PARAMETERS)
     if gradient:
-        size, device = len(images), images.device
-        leaves = {name: torch.full((size,), v, device=device, requires_grad=True) for name, v in PARAMETERS.items()}
+        leaves = {name: torch.full((len(images),), v, requires_grad=True) for name, v in PARAMETERS.items()}
     with torch.set_grad_enabled(gradient):
-        diffusion = GraphDiffusion(8, stride, "patches", reference=reference)
+        diffusion = GraphDiffusion(8, 5, "patches", implementation=implementation)
         restored = diffusion(images, **leaves, smooth_steps=STEPS, noise_std=NOISE_STD, max_radius=RADIUS)
     if gradient:
         restored.square().mean().backward()
@@ -109,23 +90,6 @@ class SciPyPipeline:
         for (top, left), patch in zip(self.origins, restored, strict=True):
             total[:, top : top + size, left : left + size] += patch
         return total / self.coverage
-
-
-def _cuda_rows() -> Iterator[dict[str, Any]]:
-    """The fused kernel on 512 images of 64×64, 64 patches each, beside the same mathematics in torch."""
-    images = torch.rand(512, 3, 64, 64, device="cuda")
-    grid = PatchGrid(64, 64, 8, 8)
-    values = [torch.full((len(images),), value, device="cuda") for value in PARAMETERS.values()]
-    parameters = DiffusionParameters(*values, STEPS)
-    dense = partial(diffuse_patches_dense, images, images, parameters, NOISE_STD, grid, "symmetric", RADIUS)
-    fused = partial(restore, images, stride=8)
-    name = torch.cuda.get_device_name()
-    ours, peer = (median_ms(call, repeats=21, warm_up=5) for call in (fused, dense))
-    moved = 2 * images.numel() * images.element_size()
-    floor = floor_ms(moved, 0, "cuda")  # of the bandwidth alone
-    yield record(f"dense path, 512 of 64×64, forward, {name}", ours, "the torch path", peer, floor_ms=floor)
-    ours = median_ms(lambda: restore(images, gradient=True, stride=8), repeats=21, warm_up=5)
-    yield record(f"dense path, 512 of 64×64, forward + backward, {name}", ours, floor_ms=3 * floor)
 
 
 def _floor(images: Tensor, grid: PatchGrid) -> float:

@@ -32,8 +32,8 @@ from torch import Tensor
 
 from datamodules import CIFAR10DataModule, PatchDataModule, PhotoCropsDataModule
 from lightning_modules import GaussianMixtureEstimator, KMeansEstimator
-from lightning_modules.em.gaussian_mixture import MixtureParameters, expectation, maximisation
-from lightning_modules.em.reference_frame import StreamMoments
+from lightning_modules.mixtures.gaussian.em import MixtureParameters, e_step, m_step
+from lightning_modules.mixtures.standardizer import StreamMoments
 
 PROJECT = Path(__file__).parents[1]
 
@@ -147,9 +147,9 @@ def seconds_of_products(x: Tensor, components: int) -> float:
         torch.full((components,), 1 / components, dtype=torch.float64),
         x[:components],
         torch.eye(x.shape[1], dtype=torch.float64).expand(components, -1, -1),
-    ).components(centred=False)
+    ).components(centered=False)
     assert theta.coefficients is not None
-    step = theta.rows_per_chunk
+    step = theta.samples_per_chunk
     code = theta.encode(x[:step]).clone()
     responsibilities = torch.rand(components, step, dtype=torch.float64)
     sums = torch.zeros_like(theta.coefficients)
@@ -191,11 +191,11 @@ def scaling(x: Tensor, components: int, sizes: list[int]) -> list[dict[str, floa
     """Time of one iteration and peak memory over streams of growing length, blocks of 10,000 rows drawn again and
     again.
     """
-    frame = StreamMoments.of(x).frame("feature")
+    standardizer = StreamMoments.of(x).standardizer("feature")
     theta = MixtureParameters(
         "full",
         torch.full((components,), 1 / components, dtype=torch.float64),
-        frame.enter(x[:components]),
+        standardizer.transform(x[:components]),
         torch.eye(x.shape[1], dtype=torch.float64).repeat(components, 1, 1),
     ).batched()
     block = 10_000
@@ -207,9 +207,12 @@ def scaling(x: Tensor, components: int, sizes: list[int]) -> list[dict[str, floa
             statistics = None
             for number in range(size // block):
                 first = number * block % (len(x) - block + 1)
-                statistics = expectation(prepared, frame.enter(x[first : first + block]), into=statistics)
+                part = e_step(prepared, standardizer.transform(x[first : first + block]))
+                if statistics is not None:
+                    part.add(statistics)
+                statistics = part
             assert statistics is not None
-            maximisation(statistics, torch.full_like(frame.scale, 1e-6), theta)
+            m_step(statistics, torch.full_like(standardizer.scale, 1e-6), theta)
 
         before = forget_peak()
         taken = median_seconds(one_pass)

@@ -9,7 +9,7 @@ from callbacks.image_grid import ImageGrid
 from callbacks.mixture_dashboard import MixtureDashboard
 from callbacks.prediction_writer import PredictionWriter
 from callbacks.restored_image_writer import RestoredImageWriter
-from callbacks.rules import BayesianRule, GradientRule, NewtonRule, Rule, SignRule
+from lightning_modules.em.rules import BayesianRule, GradientRule, NewtonRule, Rule, SignRule
 
 __all__ = [
     "BayesianRule",

@@ -26,9 +26,9 @@ from lightning.pytorch.utilities import rank_zero_info
 import callbacks
 import datamodules
 import lightning_modules.detection
-import lightning_modules.gaussian_mixture
 import lightning_modules.generated_image_detector
-import lightning_modules.kmeans
+import lightning_modules.mixtures.gaussian.module
+import lightning_modules.mixtures.kmeans.module
 import lightning_modules.networks
 import lightning_modules.patch_mixture
 import lightning_modules.reconstruction

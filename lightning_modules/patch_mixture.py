@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_modules.em.clustering_model import Algorithm
-from lightning_modules.gaussian_mixture import GaussianMixture
+from lightning_modules.mixtures.gaussian.module import GaussianMixture
+from lightning_modules.mixtures.model import Algorithm
 from lightning_modules.networks.patch_prior import PatchPrior
 
 
@@ -65,7 +65,7 @@ class PatchMixture(GaussianMixture):
 
     def prior(self) -> PatchPrior:
         """Returns the learned prior, a plain `nn.Module` and a backbone for `GraphDiffusionReconstruction`."""
-        theta = self.model.reported()
+        theta = self.model.best_parameters()
         prior = PatchPrior(theta.weights, theta.means, theta.covariances, noise_std=self.noise_std, stride=self.stride)
         return prior.to(self.device)
 

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
@@ -107,27 +106,17 @@ def docs_script() -> Callable[[str], ModuleType]:
 
 @pytest.fixture(params=["torch", "kernel"])
 def graph_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Runs a test of the graph operators twice, in torch and compiled; neither stands in for the other."""
-    from lightning_modules.graph import image_kernel, image_operator, patch_cpu_kernel, patch_operator
+    """Runs a test of the image operator twice, in torch and compiled; neither stands in for the other."""
+    from lightning_modules.graph import image_operator
+    from lightning_modules.graph.cpu import kernel
 
-    libraries = [
-        module.library(d) for module in (image_kernel, patch_cpu_kernel) for d in (torch.float32, torch.float64)
-    ]
     if request.param == "torch":
-        for operator in (image_operator, patch_operator):
-            monkeypatch.setattr(operator, "serves", lambda *_, **__: False)
-    elif None in libraries:
+        monkeypatch.setattr(image_operator, "is_supported", lambda *_, **__: False)
+    elif None in [kernel.library(dtype) for dtype in (torch.float32, torch.float64)]:
         pytest.skip("no compiled kernel: no C compiler, or LIGHTNING_EM_COMPILE=0")
     else:
         monkeypatch.delattr(image_operator, "_ImageDiffusion")
-        monkeypatch.delattr(image_operator, "_SimilaritySum")
-        dense = patch_operator.diffuse_patches_dense
-
-        def unnormalized_alone(*arguments: Any) -> torch.Tensor:
-            assert arguments[5] == "unnormalized", "the kernel serves the others"
-            return dense(*arguments)
-
-        monkeypatch.setattr(patch_operator, "diffuse_patches_dense", unnormalized_alone)
+        monkeypatch.delattr(image_operator, "_similarity_sum")
     return str(request.param)
 
 

@@ -1,4 +1,4 @@
-"""Small, exactly repeatable runs of the detector; as a script, on as many processes as it is told.
+"""Small, exactly repeatable runs of the detector; as a script, on as many processes as asked for.
 
 python detector_training.py --devices 2 --out FILE
 """
@@ -82,7 +82,7 @@ def make_module(learn: bool = False, **options: Any) -> GeneratedImageDetector:
         learned=["sigma", "sigma_s", "sigma_f"],
     )
     return GeneratedImageDetector(
-        [RestorationResidual(em_parameters=table, learn=learn, gain=5.0)],
+        [RestorationResidual(em_parameters=table, learn=learn, scale=5.0)],
         TraceNetwork(3, (16, 32), (1, 2), normalization="group"),
         num_directions=3,
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=2e-2),

@@ -29,12 +29,14 @@ def test_imports_run_one_way() -> None:
         ("lightning_modules/em/e_step.py", "def late():\n    import callbacks"),
         ("lightning_modules/reconstruction.py", "import callbacks.em_parameter"),
         ("lightning_modules/reconstruction.py", "import lightning_modules.cli"),
-        ("callbacks/rules/sign.py", "import lightning_modules.reconstruction"),
+        ("callbacks/em_health.py", "import lightning_modules.reconstruction"),
+        ("lightning_modules/em/rules/sign.py", "import lightning"),
+        ("lightning_modules/em/rules/rule.py", "import callbacks"),
         ("callbacks/em_report.py", "import datamodules"),
         ("lightning_modules/detection/inputs.py", "import datamodules.image_folder"),
-        ("datamodules/labels.py", "import lightning_modules.graph.noise"),
+        ("datamodules/labels.py", "import lightning_modules.graph.weights"),
         ("lightning_modules/imaging/discovery.py", "import lightning"),
-        ("lightning_modules/imaging/crops.py", "def late():\n    import lightning_modules.graph.noise"),
+        ("lightning_modules/imaging/crops.py", "def late():\n    import lightning_modules.graph.weights"),
     ],
 )
 def test_a_forbidden_import_breaks_a_contract(tmp_path: Path, file: str, forbidden: str) -> None:

@@ -1,7 +1,9 @@
 """Bounded parameters with a global set and rows, which an M-step learns."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_modules.em._anchor import Anchored
 from lightning_modules.em._float64 import Float64Buffers
-from lightning_modules.em.parameter_bounds import check_bounds, resolve
+from lightning_modules.operators.operator import ParameterSpec
 
 
 class TableValues(NamedTuple):
@@ -26,34 +28,36 @@ class TableValues(NamedTuple):
 
 
 class ParameterTable(Float64Buffers):
-    r"""Bounded parameters, one global set and one offset for each row, outside any optimiser's reach.
+    r"""Bounded parameters, one global set and one offset for each row, outside any optimizer's reach.
 
     An image with responsibilities r over the rows uses :math:`\log\theta = g + \sum_k r_k \delta_k`, clamped into the
     bounds where it is read. Values are float64 buffers, so they reach the device, every process, the checkpoint and
     whoever loads it. `forward` hands out a fresh leaf for each image, whose gradient arrives with the backward pass
     that the network needs anyway; `pop_gradient` collects it. One scalar parameter of weight 0, `anchor`, lets DDP
-    wrap, automatic mixed precision scale and an optimiser exist where nothing else is trainable.
+    wrap, automatic mixed precision scale and an optimizer exist where nothing else is trainable.
+
+    Which parameters there are is declared by an operator (`declare`, which `Reconstruction` calls); start values and
+    bounds given here then override the declared ones by name. A table for a module of your own gives both for each of
+    its parameters.
 
     Args:
-        initial: Start values by name. Names of graph diffusion (`sigma`, `tau`, `radius`, `sigma_s`, `sigma_f`,
-            `smooth_steps`) replace the default start; with any other name among them, the table holds exactly the
-            names given.
+        initial: Start values by name; a list for a bank.
         bounds: Lower and upper bound by name.
         learned: Names that the M-step moves; all of them by default.
         per_row: Names that have a value for each row.
         row_names: Names of the rows, such as the classes.
         initial_rows: Start values of rows that differ from the global set: row name, then parameter name.
-        integers: Names whose values are whole numbers; these stay out of log space.
+        integers: Names of a table of your own whose values are whole numbers; these stay out of log space.
 
     Raises:
-        ValueError: If bounds are reversed or not positive, a start value lies outside them, or a name is unknown.
+        ValueError: If bounds are reversed or not positive, a start value is outside them, or a name is unknown.
 
     Example:
-        >>> table = ParameterTable(learned=["sigma"], per_row=["sigma"], row_names=["cat", "dog"])
-        >>> table(torch.tensor([[1.0, 0.0], [0.0, 0.0]]))["sigma"].tolist()
-        [0.30000001192092896, 0.30000001192092896]
-        >>> table.get_parameters()["smooth_steps"]
-        5
+        >>> table = ParameterTable({"gain": 0.5}, {"gain": (0.1, 1.0)}, per_row=["gain"], row_names=["cat", "dog"])
+        >>> table(torch.tensor([[1.0, 0.0], [0.0, 0.0]]))["gain"].tolist()
+        [0.5, 0.5]
+        >>> table.get_parameters()
+        {'gain': 0.5}
     """
 
     # Coordinates g of the global set and offsets δ of the rows, float64 [P] and [K, P].
@@ -62,47 +66,155 @@ class ParameterTable(Float64Buffers):
     # Bounds in the same coordinates, float64 [P].
     lower: Tensor
     upper: Tensor
+    # Names of columns and rows, as character codes: tools that average or store a state take tensors only, and an
+    # average of equal floating-point numbers rounds back to them.
+    layout: Tensor
 
     def __init__(
         self,
-        initial: dict[str, float] | None = None,
-        bounds: dict[str, tuple[float, float]] | None = None,
+        initial: Mapping[str, float | list[float]] | None = None,
+        bounds: Mapping[str, tuple[float, float]] | None = None,
         learned: list[str] | None = None,
         per_row: list[str] | None = None,
         row_names: list[str] | None = None,
-        initial_rows: dict[str, dict[str, float]] | None = None,
+        initial_rows: Mapping[str, Mapping[str, float | list[float]]] | None = None,
         integers: list[str] | None = None,
     ) -> None:
         super().__init__()
-        start, limits = resolve(initial or {}, bounds or {})
-        self.names = tuple(start)
-        self.bounds = {name: (float(limits[name][0]), float(limits[name][1])) for name in self.names}
-        whole = ["smooth_steps"] if integers is None else integers
-        self.integers = tuple(name for name in whole if integers is not None or name in start)
-        self.learned = tuple(self.names if learned is None else learned)
+        self._initial, self._bounds = dict(initial or {}), dict(bounds or {})
+        self._learned, self._integers = learned, tuple(integers or ())
+        self._initial_rows = dict(initial_rows or {})
         self.per_row = tuple(per_row or ())
         self.row_names = tuple(row_names or ())
-        for argument in ("integers", "learned", "per_row"):
-            self._check_names(argument, getattr(self, argument))
-        for name in self.names:
-            check_bounds(name, start[name], self.bounds[name], whole=name in self.integers)
-
-        shared = torch.tensor([self._coordinate(name, start[name]) for name in self.names], dtype=torch.float64)
-        self.register_buffer("shared", shared)
-        self.register_buffer("offsets", self._initial_offsets(shared, initial_rows or {}))
-        for side, index in (("lower", 0), ("upper", 1)):
-            limit = [self._coordinate(name, self.bounds[name][index]) for name in self.names]
-            self.register_buffer(side, torch.tensor(limit, dtype=torch.float64), persistent=False)
+        if len(set(self.row_names)) < len(self.row_names):
+            raise ValueError(f"row_names must differ from each other, got {list(self.row_names)}")
         self.anchor = nn.Parameter(torch.zeros(()))
-
-        # Columns of the leaf: what a gradient can move.
-        self._moving = tuple(p for p, n in enumerate(self.names) if n in self.learned and n not in self.integers)
         self._leaves: list[Tensor] = []
         self._sampled: TableValues | None = None
         #: whether the M-step moves the rows; where not, `project` keeps their offsets as they are
         self.rows_learn = True
-        self._start = TableValues(shared.clone(), self.offsets.clone())
+        for name in ("shared", "offsets", "lower", "upper", "layout"):
+            self.register_buffer(name, torch.zeros(0, dtype=torch.float64), persistent=name not in ("lower", "upper"))
+        self._specs: dict[str, ParameterSpec] = {}
+        if self._initial and self._initial.keys() == self._bounds.keys():
+            self._build([self._own_spec(name) for name in self._initial])
+
+    def declare(self, specs: Sequence[ParameterSpec]) -> "ParameterTable":
+        """Take the parameters that an operator declares; what was given at construction overrides them by name.
+
+        Args:
+            specs: The operator's parameters.
+
+        Returns:
+            The table itself.
+
+        Raises:
+            ValueError: If a parameter is declared twice, a name given at construction is not declared, or a start value
+                is outside its bounds.
+        """
+        declared = {spec.name: spec for spec in specs}
+        if len(declared) < len(specs):
+            names = [spec.name for spec in specs]
+            raise ValueError(f"the operator declares {max(names, key=names.count)!r} twice: give each name once")
+        for argument in ("initial", "bounds"):
+            for name in getattr(self, f"_{argument}"):
+                if name not in declared:
+                    raise ValueError(
+                        f"{argument} names {name!r}, but the operator's parameters are {', '.join(declared)}: correct "
+                        "the name or leave it out"
+                    )
+        self._build(
+            [
+                replace(
+                    spec,
+                    start=self._initial.get(spec.name, spec.start),
+                    bounds=_pair(self._bounds.get(spec.name, spec.bounds)),
+                    integer=spec.integer or spec.name in self._integers,
+                )
+                for spec in specs
+            ]
+        )
+        return self
+
+    def _own_spec(self, name: str) -> ParameterSpec:
+        start = self._initial[name]
+        shape = () if isinstance(start, float | int) else (len(start),)
+        return ParameterSpec(name, start, _pair(self._bounds[name]), shape, integer=name in self._integers)
+
+    def _build(self, specs: Sequence[ParameterSpec]) -> None:
+        self._specs = {spec.name: spec for spec in specs}
+        self.learned = tuple(self._specs if self._learned is None else self._learned)
+        for argument, names in (("integers", self._integers), ("learned", self.learned), ("per_row", self.per_row)):
+            self._check_names(argument, names)
+        self._slices: dict[str, slice] = {}
+        first = 0
+        for spec in specs:
+            self._slices[spec.name] = slice(first, first + spec.size)
+            first += spec.size
+        device = self.shared.device
+        for buffer, values in (
+            ("shared", [value for spec in specs for value in spec.starts]),
+            ("lower", [spec.bounds[0] for spec in specs for _ in range(spec.size)]),
+            ("upper", [spec.bounds[1] for spec in specs for _ in range(spec.size)]),
+        ):
+            owners = [spec for spec in specs for _ in range(spec.size)]
+            numbers = [_coordinate(spec, value) for spec, value in zip(owners, values, strict=True)]
+            setattr(self, buffer, torch.tensor(numbers, dtype=torch.float64, device=device))
+        self.offsets = self._initial_offsets().to(device)
+        text = json.dumps({"columns": self.column_names, "rows": self.row_names})
+        self.layout = torch.tensor([float(ord(letter)) for letter in text], dtype=torch.float64, device=device)
+        # Columns of the leaf: what a gradient can move.
+        moving = (name for name in self.names if name in self.learned and not self._specs[name].integer)
+        self._moving = tuple(column for name in moving for column in range(*self.columns(name).indices(first)))
+        self._start = TableValues(self.shared.clone(), self.offsets.clone())
         self._read_constants()
+
+    # What there is ------------------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the parameters."""
+        if not self._specs:
+            unpaired = ", ".join(sorted(self._initial.keys() ^ self._bounds.keys()))
+            raise ValueError(
+                "the table has no parameters yet: pass it to Reconstruction, whose operator declares them, or give "
+                "initial and bounds for each parameter of your own"
+                + (f" ({unpaired} has only one)" if unpaired else "")
+            )
+        return tuple(self._specs)
+
+    @property
+    def column_names(self) -> tuple[str, ...]:
+        """A label for each of the P columns: the parameter's name, with its index in a bank."""
+        return tuple(
+            f"{name}[{index}]" if spec.shape else name
+            for name, spec in self._specs.items()
+            for index in range(spec.size)
+        )
+
+    @property
+    def bounds(self) -> dict[str, tuple[float, float]]:
+        """Lower and upper bound by name."""
+        return {name: self._specs[name].bounds for name in self.names}
+
+    @property
+    def integers(self) -> tuple[str, ...]:
+        """Names of the parameters that take whole numbers."""
+        return tuple(name for name in self.names if self._specs[name].integer)
+
+    @property
+    def units(self) -> dict[str, str]:
+        """What the numbers count, by name; see `ParameterSpec`."""
+        return {name: self._specs[name].unit for name in self.names}
+
+    @property
+    def relative_steps(self) -> Tensor:
+        """Relative step of `SignRule` for each column, float64 `[P]`."""
+        return self.vector({name: self._specs[name].relative_step for name in self.names})
+
+    def columns(self, name: str) -> slice:
+        """Which columns of the table a parameter has."""
+        return self._slices[name]
 
     # Reading -----------------------------------------------------------------------------------------------------
 
@@ -114,7 +226,8 @@ class ParameterTable(Float64Buffers):
 
         Shape:
             - responsibilities: `[B, K]`
-            - output: by name `[B]`, in the precision of the module; an integer that nobody learns is a Python `int`
+            - output: by name `[B]`, a bank of N values `[B, N]`, in the precision of the module; an integer that nobody
+              learns is a Python `int`
         """
         if responsibilities.ndim != 2 or responsibilities.shape[1] != len(self.row_names):
             raise ValueError(
@@ -128,25 +241,28 @@ class ParameterTable(Float64Buffers):
         learns = self.training and torch.is_grad_enabled()
         shared, offsets = self._sampled if learns and self._sampled is not None else self.state
         coordinates = (shared + responsibilities.double() @ offsets).clamp(self.lower, self.upper)
-        columns = dict(zip(self.names, coordinates.unbind(1), strict=True))
         if learns:  # a forward in evaluation has no M-step that would collect it
             if any(leaf.grad is not None for leaf in self._leaves):
                 self._leaves.clear()  # an earlier step's, which nobody has collected
-            leaf = coordinates.detach()[:, _constant(self._moving, torch.long, coordinates.device)].requires_grad_()
+            coordinates = coordinates.detach()
+            moving = _constant(self._moving, torch.long, coordinates.device)
+            leaf = coordinates[:, moving].requires_grad_()
             self._leaves.append(leaf)
-            columns.update(zip([self.names[p] for p in self._moving], leaf.unbind(1), strict=True))
+            coordinates = coordinates.index_copy(1, moving, leaf)
         theta: dict[str, Tensor | int] = {}
-        for name, column in columns.items():
-            if name in self._constants and name in self.integers:
-                theta[name] = int(self._constants[name])
-            elif name in self.integers:
-                theta[name] = (column + 0.5).floor().long()
-            else:
+        for name in self.names:
+            spec, column = self._specs[name], coordinates[:, self.columns(name)]
+            column = column if spec.shape else column[:, 0]
+            if not spec.integer:
                 theta[name] = Anchored.apply(column.exp().to(self.anchor.dtype), self.anchor)
+            elif name in self._constants and not spec.shape:
+                theta[name] = int(self._constants[name])
+            else:
+                theta[name] = (column.detach() + 0.5).floor().long()
         return theta
 
-    def get_parameters(self, row: int | None = None) -> dict[str, float]:
-        """Current values by name, of the global set or of a row.
+    def get_parameters(self, row: int | None = None) -> dict[str, Any]:
+        """Current values by name, a list for a bank, of the global set or of a row.
 
         Args:
             row: Index of the row; None for the global set.
@@ -156,11 +272,11 @@ class ParameterTable(Float64Buffers):
         """
         return self._named(TableValues(self.shared, self.offsets), row)
 
-    def initial_parameters(self, row: int | None = None) -> dict[str, float]:
+    def initial_parameters(self, row: int | None = None) -> dict[str, Any]:
         """Values at construction by name, of the global set or of a row; see `get_parameters`."""
         return self._named(self._start, row)
 
-    def describe(self, values: TableValues, row: int | None = None) -> dict[str, float]:
+    def describe(self, values: TableValues, row: int | None = None) -> dict[str, Any]:
         """Any state of this table by name in natural units, such as one of the past; see `get_parameters`."""
         return self._named(values, row)
 
@@ -170,11 +286,13 @@ class ParameterTable(Float64Buffers):
 
     def upper_bound(self, name: str) -> float:
         """Largest value that a parameter can have in a run: its bound, or the value itself where nothing moves it."""
-        return float(self._constants.get(name, self.bounds[name][1]))
+        value = self._constants.get(name, self.bounds[name][1])
+        return float(max(value) if isinstance(value, list) else value)
 
     def lower_bound(self, name: str) -> float:
         """Smallest value that a parameter can have in a run; see `upper_bound`."""
-        return float(self._constants.get(name, self.bounds[name][0]))
+        value = self._constants.get(name, self.bounds[name][0])
+        return float(min(value) if isinstance(value, list) else value)
 
     # The M-step's side -------------------------------------------------------------------------------------------
 
@@ -196,7 +314,7 @@ class ParameterTable(Float64Buffers):
         if not gradients:
             return None
         total = torch.stack(gradients).sum(0)
-        gradient = total.new_zeros(len(total), len(self.names))
+        gradient = total.new_zeros(len(total), len(self.shared))
         gradient[:, _constant(self._moving, torch.long, total.device)] = total
         return gradient
 
@@ -235,6 +353,10 @@ class ParameterTable(Float64Buffers):
         """The value as it is, with the table in its graph: a loss that may not depend on the parameters of the step.
 
         DDP waits for a gradient of every parameter, the anchor included.
+
+        Shape:
+            - value: any
+            - output: as value
         """
         return Anchored.apply(value, self.anchor)
 
@@ -245,8 +367,8 @@ class ParameterTable(Float64Buffers):
             values: Numbers by name; other names than the table's are left out.
             default: Number of the columns that are not named.
         """
-        numbers = tuple(float(values.get(name, default)) for name in self.names)
-        return _constant(numbers, torch.float64, self.shared.device)
+        numbers = (float(values.get(name, default)) for name, spec in self._specs.items() for _ in range(spec.size))
+        return _constant(tuple(numbers), torch.float64, self.shared.device)
 
     def mask(self, names: Sequence[str]) -> Tensor:
         """Which columns the names stand for, boolean `[P]` on the table's device."""
@@ -255,32 +377,29 @@ class ParameterTable(Float64Buffers):
 
     # Inside ------------------------------------------------------------------------------------------------------
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        stored, layout = state_dict.get(prefix + "offsets"), state_dict.get(prefix + "_extra_state")
-        same_size = stored is not None and stored.shape == self.offsets.shape
-        if same_size and layout is not None and layout != self.get_extra_state():
-            raise ValueError(
-                f"the checkpoint's parameter table has the parameters {layout['names']} and the rows {layout['rows']}, "
-                f"this one {list(self.names)} and {list(self.row_names)}: values would land under other names. Load it "
-                "with the data set and the table that it was trained with"
-            )
-        if stored is not None and stored.shape != self.offsets.shape:
-            rows, parameters = stored.shape
-            raise ValueError(
-                f"the checkpoint's parameter table has {rows} rows and {parameters} parameters, this one has "
-                f"{len(self.row_names)} rows ({', '.join(self.row_names) or 'none'}) and {len(self.names)} parameters "
-                f"({', '.join(self.names)}): load it with the data set and the table that it was trained with, or "
-                "start from its exported em_parameters.yaml"
-            )
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if prefix + "offsets" in state_dict:
+            self._check_layout(*_stored_layout(state_dict, prefix))
+            state_dict[prefix + "layout"] = self.layout.clone()
+            state_dict.pop(prefix + "_extra_state", None)  # of version 0.1
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._read_constants()
 
-    def get_extra_state(self) -> dict[str, list[str]]:
-        """Names of the columns and rows, which the checkpoint keeps beside the values."""
-        return {"names": list(self.names), "rows": list(self.row_names)}
-
-    def set_extra_state(self, state: dict[str, list[str]]) -> None:
-        """Checked before anything is loaded; see `_load_from_state_dict`."""
+    def _check_layout(self, columns: Sequence[str], rows: Sequence[str]) -> None:
+        same_size = (len(columns), len(rows)) == (len(self.column_names), len(self.row_names))
+        if same_size and (list(columns), list(rows)) != (list(self.column_names), list(self.row_names)):
+            raise ValueError(
+                f"the checkpoint's parameter table has the parameters {list(columns)} and the rows {list(rows)}, "
+                f"this one {list(self.column_names)} and {list(self.row_names)}: values would land under other names. "
+                "Load it with the data set and the table that it was trained with"
+            )
+        if not same_size:
+            raise ValueError(
+                f"the checkpoint's parameter table has {len(rows)} rows and {len(columns)} parameters, this one has "
+                f"{len(self.row_names)} rows ({', '.join(self.row_names) or 'none'}) and {len(self.column_names)} "
+                f"parameters ({', '.join(self.column_names)}): load it with the data set and the table that it was "
+                "trained with, or start from its exported em_parameters.yaml"
+            )
 
     def _read_constants(self) -> None:
         # Read once on the host, so that a forward on an accelerator need not wait for them.
@@ -288,10 +407,8 @@ class ParameterTable(Float64Buffers):
         self._constants = {n: current[n] for n in self.names if n not in self.learned and n not in self.per_row}
 
     def _mask(self, names: Sequence[str]) -> Tensor:
-        return _constant(tuple(name in names for name in self.names), torch.bool, self.shared.device)
-
-    def _coordinate(self, name: str, value: float) -> float:
-        return float(value) if name in self.integers else math.log(value)
+        chosen = (name in names for name, spec in self._specs.items() for _ in range(spec.size))
+        return _constant(tuple(chosen), torch.bool, self.shared.device)
 
     def _natural(self, values: TableValues) -> Tensor:
         coordinates = torch.cat([values.shared[None], values.shared + values.offsets])
@@ -299,33 +416,33 @@ class ParameterTable(Float64Buffers):
         whole = self._mask(self.integers).to(coordinates.device)
         return torch.where(whole, (coordinates + 0.5).floor(), coordinates.exp())
 
-    def _named(self, values: TableValues, row: int | None) -> dict[str, float]:
+    def _named(self, values: TableValues, row: int | None) -> dict[str, Any]:
         if row is not None and not 0 <= row < len(self.row_names):
             raise ValueError(
                 f"row {row} is not in the table: it has {len(self.row_names)} rows, counted from 0 "
                 f"({', '.join(self.row_names) or 'none'}); leave it out for the global set"
             )
         numbers = self._natural(values)[0 if row is None else row + 1].tolist()
-        # Twelve digits: without what the way through the logarithm adds in the last ones.
-        return {
-            name: round(value) if name in self.integers else float(f"{value:.12g}")
-            for name, value in zip(self.names, numbers, strict=True)
-        }
+        named: dict[str, Any] = {}
+        for name, spec in self._specs.items():
+            # Twelve digits: without what the way through the logarithm adds in the last ones.
+            own = [round(v) if spec.integer else float(f"{v:.12g}") for v in numbers[self.columns(name)]]
+            named[name] = own if spec.shape else own[0]
+        return named
 
-    def _initial_offsets(self, shared: Tensor, initial_rows: dict[str, dict[str, float]]) -> Tensor:
-        if len(set(self.row_names)) < len(self.row_names):
-            raise ValueError(f"row_names must differ from each other, got {list(self.row_names)}")
-        offsets = torch.zeros(len(self.row_names), len(self.names), dtype=torch.float64)
-        for row, values in initial_rows.items():
+    def _initial_offsets(self) -> Tensor:
+        offsets = torch.zeros(len(self.row_names), len(self.shared), dtype=torch.float64)
+        for row, values in self._initial_rows.items():
             if row not in self.row_names:
                 raise ValueError(f"initial_rows names {row!r}, which is no row of the table: {list(self.row_names)}")
             for name, value in values.items():
                 self._check_names(f"initial_rows[{row!r}]", [name])
                 if name not in self.per_row:
                     raise ValueError(f"initial_rows[{row!r}] sets {name!r}, which has no rows: add it to per_row")
-                check_bounds(name, value, self.bounds[name], whole=name in self.integers)
-                column = self.names.index(name)
-                offsets[self.row_names.index(row), column] = self._coordinate(name, value) - shared[column]
+                spec = replace(self._specs[name], start=value)
+                own = torch.tensor([_coordinate(spec, number) for number in spec.starts], dtype=torch.float64)
+                columns = self.columns(name)
+                offsets[self.row_names.index(row), columns] = own - self.shared[columns].cpu()
         return offsets
 
     def _check_names(self, argument: str, names: Sequence[str]) -> None:
@@ -335,7 +452,35 @@ class ParameterTable(Float64Buffers):
 
     def extra_repr(self) -> str:
         """Names, for `print(module)`."""
-        return f"{len(self.row_names)} rows, learned={list(self.learned)}, per_row={list(self.per_row)}"
+        learned = list(self.learned) if self._specs else self._learned
+        return f"{len(self.row_names)} rows, learned={learned}, per_row={list(self.per_row)}"
+
+
+def _pair(bounds: Sequence[float]) -> tuple[float, float]:
+    lower, upper = bounds
+    return float(lower), float(upper)
+
+
+def _coordinate(spec: ParameterSpec, value: float) -> float:
+    return float(value) if spec.integer else math.log(value)
+
+
+def stored_columns(state_dict: Mapping[str, Any], prefix: str) -> list[str]:
+    """Names of the columns of a table in a state dict, whose keys begin with `prefix`; empty where there is none."""
+    return _stored_layout(state_dict, prefix)[0] if prefix + "offsets" in state_dict else []
+
+
+def _stored_layout(state_dict: Mapping[str, Any], prefix: str) -> tuple[list[str], list[str]]:
+    """Names of the columns and rows of a stored table; numbers where it holds no names that can be read."""
+    if (old := state_dict.get(prefix + "_extra_state")) is not None:  # of version 0.1
+        return list(old["names"]), list(old["rows"])
+    try:
+        text = "".join(chr(round(code)) for code in state_dict[prefix + "layout"].double().tolist())
+        names = json.loads(text)
+        return names["columns"], names["rows"]
+    except (ValueError, KeyError, TypeError, OverflowError):
+        rows, columns = state_dict[prefix + "offsets"].shape
+        return [f"column {index}" for index in range(columns)], [f"row {index}" for index in range(rows)]
 
 
 @lru_cache(maxsize=256)

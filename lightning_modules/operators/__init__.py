@@ -1,5 +1,7 @@
 """Restoration operators: the protocol, and those that need no graph."""
 
+from lightning_modules.operators.bilateral import BilateralFilter
 from lightning_modules.operators.operator import ParameterSpec, RestorationOperator, Smoothness
+from lightning_modules.operators.total_variation import TotalVariation
 
-__all__ = ["ParameterSpec", "RestorationOperator", "Smoothness"]
+__all__ = ["BilateralFilter", "ParameterSpec", "RestorationOperator", "Smoothness", "TotalVariation"]

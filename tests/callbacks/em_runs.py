@@ -13,6 +13,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
+from tables import TEXTBOOK
 from torch import nn
 from torch.nn import functional as F
 
@@ -49,10 +50,12 @@ def make_rule(name: str) -> Rule:
     if name == "gradient":
         return GradientRule(lr=0.1, pseudo_count=4)
     if name == "newton":
-        return NewtonRule(radius=0.1, pseudo_count=4)
+        return NewtonRule(trust_radius=0.1, pseudo_count=4)
     if name == "bayesian":
-        return BayesianRule(radius=0.1)
-    return SignRule(window=3, loss_thresholds=(0.002, 0.004), smoothness_thresholds=(0.3, 0.5))
+        return BayesianRule(trust_radius=0.1)
+    return SignRule(
+        window=3, row_parameters=("sigma", "tau"), loss_thresholds=(0.002, 0.004), smoothness_thresholds=(0.3, 0.5)
+    )
 
 
 def make_assignment(name: str) -> Assignment:
@@ -77,7 +80,7 @@ def make_module(network: bool = True, assignment: str = "label") -> GraphDiffusi
         },
         per_row=["sigma", "tau", "smooth_steps"],
         row_names=CLASSES,
-    )
+    ).declare(TEXTBOOK)
     return GraphDiffusionReconstruction(
         GraphDiffusion(patch_size=3),
         table,

@@ -1,0 +1,84 @@
+"""The interface of an M-step."""
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from torch import Tensor
+
+from lightning_modules.em.e_step import SufficientStatistics
+from lightning_modules.em.parameter_table import ParameterTable, TableValues
+
+RuleState = dict[str, Tensor]
+
+
+class Rule(ABC):
+    """Proposes new parameters from the statistics of one optimizer step.
+
+    A rule is a pure function of what it is given: it reads the table, and returns what it proposes and its own next
+    state. The callback projects the proposal into the bounds, leaves alone what is not learned, and takes proposal and
+    state, or neither. So a rule needs no regard for bounds, ranks, precision, checkpoints or steps gone wrong. It knows
+    no parameter by its name: P counts the table's columns, of which a parameter of several values has several.
+    """
+
+    #: whether it learns from gradients, so that a parameter without one is a mistake
+    needs_gradient = True
+
+    @abstractmethod
+    def initial_state(self, table: ParameterTable) -> RuleState:
+        """Tensors to carry from step to step, on the table's device."""
+
+    @abstractmethod
+    def m_step(
+        self, table: ParameterTable, statistics: SufficientStatistics, state: RuleState
+    ) -> tuple[TableValues, RuleState]:
+        """Proposed coordinates of the table, and the next state.
+
+        Must neither write to its arguments nor wait for the device (`.item()`, `if tensor`, `torch.tensor(...)` on an
+        accelerator: `table.vector` and `table.mask` keep constants there).
+
+        Args:
+            table: The table as it is.
+            statistics: Sums over all images of the optimizer step, all processes included.
+            state: State that the previous step returned.
+
+        Shape:
+            - output: `shared` `[P]` and `offsets` `[K, P]`, float64
+        """
+
+    def standard_deviation(self, table: ParameterTable, state: RuleState) -> Tensor | None:
+        """How well the parameters are known, in log units: NaN for what the rule does not learn.
+
+        None, unless a rule overrides it. It becomes error bars in TensorBoard and in the closing table.
+
+        Shape:
+            - output: `[K + 1, P]`, row 0 for the global set
+        """
+        return None
+
+    def sampled_values(self, table: ParameterTable, state: RuleState) -> TableValues | None:
+        """What the next training step shall use in place of the table's values, which stay what was learned.
+
+        None, unless a rule overrides it. Like `m_step`, a pure function of its arguments, and without waiting.
+        """
+        return None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Lets rules of the version before work on: those that define `step`, and those who call it."""
+        super().__init_subclass__(**options)
+        if "m_step" in cls.__dict__:
+            cls.step = _renamed(cls.m_step)  # type: ignore[attr-defined]
+        elif "step" in cls.__dict__:
+            warnings.warn(f"{cls.__name__}.step is now called m_step: rename it", FutureWarning, stacklevel=2)
+            cls.m_step = cls.step  # type: ignore[attr-defined, method-assign]
+
+
+def _renamed(m_step: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(m_step)
+    def step(*args: Any, **options: Any) -> Any:
+        warnings.warn("Rule.step is now Rule.m_step", FutureWarning, stacklevel=2)
+        return m_step(*args, **options)
+
+    return step

@@ -1,0 +1,1 @@
+"""The image operator on a CPU, in C."""
