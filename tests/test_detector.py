@@ -23,6 +23,7 @@ from detector_training import (
 from PIL import Image
 
 import lightning_modules
+from datamodules import SampleBatch
 from lightning_modules import (
     FullResolutionResNet,
     GeneratedImageDetector,
@@ -46,7 +47,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
 
 def batch_of(count: int) -> dict:
     index = torch.arange(count)
-    return Textures(count, 0)[index, torch.ones(count), index]
+    return Textures(count, 0)[SampleBatch(index, torch.ones(count), index)]
 
 
 class TestTheLoss:
