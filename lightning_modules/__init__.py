@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from lightning_modules.em import EStep, ParameterTable
     from lightning_modules.generated_image_detector import GeneratedImageDetector
     from lightning_modules.graph import GraphDiffusion
-    from lightning_modules.mixtures import GaussianMixture, GaussianMixtureEstimator, KMeans, KMeansEstimator
+    from lightning_modules.mixtures.gaussian.estimator import GaussianMixtureEstimator
+    from lightning_modules.mixtures.gaussian.module import GaussianMixture
+    from lightning_modules.mixtures.kmeans.estimator import KMeansEstimator
+    from lightning_modules.mixtures.kmeans.module import KMeans
     from lightning_modules.networks import (
         ConvAutoencoder,
         FullResolutionResNet,

@@ -4,24 +4,7 @@ Names are loaded when they are first used: only the modules need Lightning, and 
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from lightning_modules.mixtures.brute_force import best_clustering, enumerated_log_likelihood
-    from lightning_modules.mixtures.collectives import Collectives, SufficientStatistics
-    from lightning_modules.mixtures.estimator import MixtureEstimator
-    from lightning_modules.mixtures.gaussian.bound import evidence_lower_bound, log_likelihood, posterior
-    from lightning_modules.mixtures.gaussian.em import GaussianStatistics, MixtureParameters
-    from lightning_modules.mixtures.gaussian.estimator import GaussianMixtureEstimator
-    from lightning_modules.mixtures.gaussian.model import GaussianMixtureModel
-    from lightning_modules.mixtures.gaussian.model_selection import choose_num_components
-    from lightning_modules.mixtures.gaussian.module import GaussianMixture
-    from lightning_modules.mixtures.kmeans.em import KMeansStatistics
-    from lightning_modules.mixtures.kmeans.estimator import KMeansEstimator
-    from lightning_modules.mixtures.kmeans.model import KMeansModel
-    from lightning_modules.mixtures.kmeans.module import KMeans
-    from lightning_modules.mixtures.model import ClusteringModel, MixtureModel, fit_in_memory
-    from lightning_modules.mixtures.module import ClusteringModule, MixtureModule
+from typing import Any
 
 _HOME = {
     "ClusteringModel": "model",
@@ -49,31 +32,7 @@ _HOME = {
     "posterior": "gaussian.bound",
 }
 
-__all__ = [
-    "ClusteringModel",
-    "ClusteringModule",
-    "Collectives",
-    "GaussianMixture",
-    "GaussianMixtureEstimator",
-    "GaussianMixtureModel",
-    "GaussianStatistics",
-    "KMeans",
-    "KMeansEstimator",
-    "KMeansModel",
-    "KMeansStatistics",
-    "MixtureEstimator",
-    "MixtureModel",
-    "MixtureModule",
-    "MixtureParameters",
-    "SufficientStatistics",
-    "best_clustering",
-    "choose_num_components",
-    "enumerated_log_likelihood",
-    "evidence_lower_bound",
-    "fit_in_memory",
-    "log_likelihood",
-    "posterior",
-]
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:

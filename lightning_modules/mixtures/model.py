@@ -137,8 +137,8 @@ class ClusteringModel(nn.Module, Generic[P]):
         self.num_components, self.init, self.n_init, self.init_size = num_components, init, n_init, init_size
         self.tol, self.max_iter, self.algorithm = tol, max_iter, algorithm
         self.standardize, self.seed = standardize, seed
-        for name, (_, value) in self._buffers_for(0).items():
-            self.register_buffer(name, torch.empty(0, dtype=value.dtype))
+        for name, (_, first) in self._buffers_for(0).items():
+            self.register_buffer(name, torch.empty(0, dtype=first.dtype))
         self._allocate(num_features or 0)
 
     # ------------------------------------------------------- a family's mathematics

@@ -31,6 +31,25 @@ class MixtureParameters:
     means: Tensor
     covariances: Tensor
 
+    @staticmethod
+    def shapes(covariance_type: CovarianceType, num_components: int, num_features: int) -> dict[str, tuple[int, ...]]:
+        """Name and shape of each parameter of one mixture."""
+        k, d = num_components, num_features
+        covariances = {"full": (k, d, d), "tied": (d, d), "diag": (k, d), "spherical": (k,)}[covariance_type]
+        return {"weights": (k,), "means": (k, d), "covariances": covariances}
+
+    @classmethod
+    def at(cls, centers: Tensor, covariance_type: CovarianceType) -> MixtureParameters:
+        """Equal weights and unit covariances at given centers.
+
+        Shape:
+            - centers: `[S, K, D]`
+        """
+        restarts, k, d = centers.shape
+        shape = restarts, *cls.shapes(covariance_type, k, d)["covariances"]
+        unit = torch.eye(d).to(centers) if covariance_type in ("full", "tied") else centers.new_ones(())
+        return cls(covariance_type, centers.new_full((restarts, k), 1 / k), centers, unit.expand(shape))
+
     def batched(self) -> MixtureParameters:
         """The same in float64 and with a leading dimension of rerestarts."""
         weights, means, covariances = self.weights.double(), self.means.double(), self.covariances.double()

@@ -35,6 +35,7 @@ class GaussianMixtureEstimator(MixtureEstimator):
     """
 
     model_class = GaussianMixtureModel
+    _model: GaussianMixtureModel
     _parameter_constraints = {  # noqa: RUF012  (scikit-learn's protocol)
         **MixtureEstimator._parameter_constraints,
         "covariance_type": [StrOptions({"full", "tied", "diag", "spherical"})],

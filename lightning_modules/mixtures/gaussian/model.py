@@ -64,9 +64,7 @@ class GaussianMixtureModel(MixtureModel[MixtureParameters]):
 
     def parameter_shapes(self, num_features: int) -> dict[str, tuple[int, ...]]:
         """Name and shape of each parameter of one restart."""
-        k, d = self.num_components, num_features
-        covariances = {"full": (k, d, d), "tied": (d, d), "diag": (k, d), "spherical": (k,)}[self.covariance_type]
-        return {"weights": (k,), "means": (k, d), "covariances": covariances}
+        return MixtureParameters.shapes(self.covariance_type, self.num_components, num_features)
 
     def start(self, centers: Tensor) -> MixtureParameters:
         """Equal weights and unit covariances at given centers.
@@ -74,10 +72,7 @@ class GaussianMixtureModel(MixtureModel[MixtureParameters]):
         Shape:
             - centers: `[S, K, D]`
         """
-        shape = centers.shape[0], *self.parameter_shapes(centers.shape[2])["covariances"]
-        matrices = self.covariance_type in ("full", "tied")
-        unit = torch.eye(shape[-1]).to(centers).expand(shape) if matrices else centers.new_ones(shape)
-        return self.make_parameters(centers.new_full(centers.shape[:2], 1 / centers.shape[1]), centers, unit)
+        return MixtureParameters.at(centers, self.covariance_type)
 
     def prepare(self, theta: MixtureParameters) -> GaussianComponents:
         """The densities, factorised."""

@@ -149,7 +149,8 @@ class KMeansEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Cluster
         check_is_fitted(self)
         X = validate_data(self, X, reset=False, dtype=[np.float64, np.float32])
         unit = 1.0 if self.standardize else float(self._standardizer.scale[0])
-        return (torch.cdist(*self._standardized(X, self.cluster_centers_)) * unit).cpu().numpy().astype(X.dtype)
+        samples, centers = self._standardized(X, self.cluster_centers_)
+        return (torch.cdist(samples, centers) * unit).cpu().numpy().astype(X.dtype)
 
     def score(self, X: Any, y: Any = None) -> float:
         """Returns minus the sum of squared distances of the samples of `X` to their centers."""
