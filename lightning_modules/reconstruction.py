@@ -360,7 +360,9 @@ class Reconstruction(L.LightningModule):
         if self._compares:
             psnr, psnr_noisy = (_psnr(image, clean) for image in (restored, noisy.clamp(0, 1)))
             values |= {"psnr": psnr, "psnr_noisy": psnr_noisy, "psnr_gain": psnr - psnr_noisy}
-            values["ssim"] = structural_similarity_index_measure(restored, clean, data_range=1.0, reduction="none")
+            ssim = structural_similarity_index_measure(restored, clean, data_range=1.0, reduction="none")
+            assert isinstance(ssim, Tensor)  # the function can return maps as well
+            values["ssim"] = ssim
         for name, value in values.items():
             metrics[name].update(value, counted)
         self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=len(clean))

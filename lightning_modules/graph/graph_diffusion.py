@@ -175,7 +175,7 @@ class GraphDiffusion(RestorationOperator):
 
     # Eager inside a compiled module: the paths are chosen by geometry, on the host, and are kernels of their own.
     @torch.compiler.disable
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         noisy: "Tensor | Data",
         *,
