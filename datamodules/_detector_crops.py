@@ -85,7 +85,7 @@ class RandomCrop:
 class FixedCrops:
     """Crops at places that depend on the image's size only, the first in its middle.
 
-    An image is thus judged alike wherever it is found, alone or among others.
+    An image is thus judged alike wherever it is found.
     """
 
     size: int
