@@ -26,7 +26,10 @@ class LabelledFiles:
     Args:
         paths: Where they are.
         names: Their paths relative to the root of the data, with forward slashes.
-        labels: Index of the class of each, or −1 where it is unknown; [N], int64.
+        labels: Index of the class of each, or −1 where it is unknown.
+
+    Shape:
+        - labels: `[N]`, int64
     """
 
     paths: list[Path]
@@ -37,7 +40,11 @@ class LabelledFiles:
         return len(self.paths)
 
     def select(self, chosen: Tensor) -> "LabelledFiles":
-        """Returns the files at the given positions, [M] int64 or [N] bool."""
+        """Returns the files at the given positions.
+
+        Shape:
+            - chosen: `[M]`, int64, or `[N]`, bool
+        """
         positions = chosen.nonzero()[:, 0].tolist() if chosen.dtype == torch.bool else chosen.tolist()
         return LabelledFiles(
             [self.paths[i] for i in positions], [self.names[i] for i in positions], self.labels[positions]
