@@ -20,6 +20,7 @@ _READ_ERRORS = (
     LookupError,
     TypeError,
     OverflowError,
+    RuntimeError,  # AVIF, and the codecs of imagecodecs
     struct.error,
     zlib.error,
     lzma.LZMAError,
