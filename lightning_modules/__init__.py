@@ -1,4 +1,4 @@
-"""Modules trained by expectation-maximisation in Lightning.
+"""Modules trained by expectation-maximization in Lightning.
 
 Names are loaded when they are first used, so that `import lightning_modules.graph` does not load Lightning.
 """
@@ -25,10 +25,12 @@ if TYPE_CHECKING:
         ResidualDenoiser,
         TraceNetwork,
     )
+    from lightning_modules.operators import BilateralFilter, ParameterSpec, RestorationOperator, TotalVariation
     from lightning_modules.patch_mixture import PatchMixture
-    from lightning_modules.reconstruction import GraphDiffusionReconstruction
+    from lightning_modules.reconstruction import GraphDiffusionReconstruction, Reconstruction
 
 _HOME = {
+    "BilateralFilter": "operators",
     "ConvAutoencoder": "networks",
     "EStep": "em",
     "FullResolutionResNet": "networks",
@@ -40,17 +42,22 @@ _HOME = {
     "KMeans": "mixtures",
     "KMeansEstimator": "mixtures",
     "NeighborDifferences": "detection",
+    "ParameterSpec": "operators",
     "ParameterTable": "em",
     "PatchMixture": "patch_mixture",
     "PatchPrior": "networks",
     "PerceptualLoss": "networks",
     "RawPixels": "detection",
+    "Reconstruction": "reconstruction",
     "ResidualDenoiser": "networks",
+    "RestorationOperator": "operators",
     "RestorationResidual": "detection",
+    "TotalVariation": "operators",
     "TraceNetwork": "networks",
 }
 
 __all__ = [
+    "BilateralFilter",
     "ConvAutoencoder",
     "EStep",
     "FullResolutionResNet",
@@ -62,13 +69,17 @@ __all__ = [
     "KMeans",
     "KMeansEstimator",
     "NeighborDifferences",
+    "ParameterSpec",
     "ParameterTable",
     "PatchMixture",
     "PatchPrior",
     "PerceptualLoss",
     "RawPixels",
+    "Reconstruction",
     "ResidualDenoiser",
+    "RestorationOperator",
     "RestorationResidual",
+    "TotalVariation",
     "TraceNetwork",
 ]
 
