@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_modules.em.e_step import SufficientStatistics
@@ -73,6 +74,27 @@ class Rule(ABC):
         elif "step" in cls.__dict__:
             warnings.warn(f"{cls.__name__}.step is now called m_step: rename it", FutureWarning, stacklevel=2)
             cls.m_step = cls.step  # type: ignore[attr-defined, method-assign]
+
+
+def centered(table: ParameterTable, proposal: TableValues, images: Tensor) -> TableValues:
+    r"""The proposal with the global set at the mean of the rows, weighted by their images.
+
+    That is :math:`\sum_k n_k \delta_k = 0`, and rows keep their values. Once they fit, the mean gradient is 0 wherever the global set is, so that nothing else
+    determines what an image of no row uses. Rows without images so far keep their offsets.
+
+    Args:
+        table: The table, for its bounds and for what has rows.
+        proposal: Proposed coordinates.
+        images: Images seen of all rows together, and of each.
+
+    Shape:
+        - images: `[K + 1, 1]`
+    """
+    shared, offsets = table.project(proposal)
+    mean = (images[1:] * offsets).sum(0) / images[1:].sum().clamp_min(torch.finfo(torch.float64).tiny)
+    has_rows = table.mask(table.learned_per_row) & ~table.mask(table.integers)
+    shift = torch.where(has_rows, (shared + mean).clamp(table.lower, table.upper) - shared, 0.0)
+    return TableValues(shared + shift, torch.where(images[1:] > 0, offsets - shift, offsets))
 
 
 def _renamed(m_step: Callable[..., Any]) -> Callable[..., Any]:
