@@ -34,7 +34,7 @@ with torch.inference_mode():
     begin = time.perf_counter()
     GraphDiffusion(patch_size=3)(
         image, sigma=0.213, tau=0.142, radius=3.0, sigma_s=1.5, sigma_f=0.309, smooth_steps=5,
-        noise_std=estimate_noise_std(image),
+        noise=estimate_noise_std(image),
     )
     print(time.perf_counter() - begin)
 """
@@ -64,7 +64,7 @@ def restore(images: Tensor, radius: float = 3.0, gradient: bool = False, **more:
     """Restored images; with `gradient`, of a loss with respect to each image's four parameters, as in training."""
     leaves = {name: torch.full((len(images),), value, requires_grad=gradient) for name, value in PARAMETERS.items()}
     with torch.set_grad_enabled(gradient):
-        restored = GraphDiffusion(3, **more)(images, **leaves, radius=radius, smooth_steps=STEPS, noise_std=NOISE_STD)
+        restored = GraphDiffusion(3, **more)(images, **leaves, radius=radius, smooth_steps=STEPS, noise=NOISE_STD)
     if gradient:
         restored.square().mean().backward()
     return restored

@@ -51,7 +51,7 @@ def restore(images: Tensor, gradient: bool = False, implementation: Any = "auto"
         leaves = {name: torch.full((len(images),), v, requires_grad=True) for name, v in PARAMETERS.items()}
     with torch.set_grad_enabled(gradient):
         diffusion = GraphDiffusion(8, 5, "patches", implementation=implementation)
-        restored = diffusion(images, **leaves, smooth_steps=STEPS, noise_std=NOISE_STD, max_radius=RADIUS)
+        restored = diffusion(images, **leaves, smooth_steps=STEPS, noise=NOISE_STD)
     if gradient:
         restored.square().mean().backward()
     return restored

@@ -15,13 +15,13 @@ from typing import Any
 import lightning as L
 import torch
 from _common import arguments, quiet_trainer, write_json
-from lightning_modules.noise import estimate_noise_std
 from torch import Tensor
 
 from callbacks import EMParameterCallback, GradientRule
 from datamodules import CIFAR10DataModule
 from lightning_modules import GraphDiffusion, GraphDiffusionReconstruction, ParameterTable
 from lightning_modules.em import MixtureAssignment
+from lightning_modules.noise import estimate_noise_std
 
 LEVELS = [5 / 255, 15 / 255, 25 / 255, 50 / 255]
 START = {"sigma": 0.3, "tau": 0.1, "radius": 3.0, "sigma_s": 10.0, "sigma_f": 0.3, "smooth_steps": 5}

@@ -36,11 +36,8 @@ def prediction_lines(owner: object, step: str, output: Any, dataloader_idx: int)
         if column in output
     }
     return [
-        {
-            "order": (dataloader_idx, columns["index"][i]),
-            "path": name,
-            **{column: values[i] for column, values in columns.items()},
-        }
+        {"order": (dataloader_idx, columns["index"][i]), "path": name}
+        | {column: values[i] for column, values in columns.items()}
         for i, name in enumerate(output["name"])
         if columns["weight"][i] != 0
     ]

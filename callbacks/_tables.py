@@ -42,7 +42,7 @@ def write_table(lines: list[Line], path: Path, columns: list[str]) -> None:
 
 def keep_predictions(trainer: Trainer, keep: bool) -> None:
     """Prepares the Trainer for a writer of predictions that knows its samples and keeps them itself."""
-    # Lightning asks the sampler for the indices; here they come with the batch, from which repeats can be told.
+    # Lightning asks the sampler for the indices; here they come with the batch, from which repeats can be recognised.
     warnings.filterwarnings("ignore", message="Couldn't infer the batch indices")
     if not keep:
         trainer.predict_loop.return_predictions = False

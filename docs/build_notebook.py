@@ -43,7 +43,7 @@ def machine_paths(notebook: Any) -> list[str]:
 
 
 def report_folder(run: Path) -> Path:
-    """The run itself where it holds a report, or else the newest run beside it that does."""
+    """The run itself where it has a report, or else the newest run beside it that does."""
     tables = [run / TABLE] if (run / TABLE).is_file() else list(run.parent.glob(f"*/{TABLE}"))
     if not tables:
         raise SystemExit(f"no {TABLE} in {run} or beside it: run `lightning-em test` first, or name a folder by --test")

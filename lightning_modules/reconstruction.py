@@ -186,7 +186,7 @@ class Reconstruction(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """E-step: responsibilities, restoration and losses of each image under the current parameters."""
         batch = self._checked_batch(batch, batch_idx, "train")
-        noisy, level = self._observe(batch, self.add_noise)
+        noisy, level = self._observe(batch)
         responsibilities, parameters = self._assign(noisy, level, batch["label"])
         restored = self._restore(noisy, level, parameters)
         perceptual = None
@@ -247,7 +247,7 @@ class Reconstruction(L.LightningModule):
         if self.backbone is not None and getattr(self.backbone, "graph_on", None) != "patches":
             return {}
         batch = self._checked_batch(batch, 1, "train")
-        noisy, level = self._observe(batch, self.add_noise)
+        noisy, level = self._observe(batch)
         _, parameters = self._assign(noisy, level, batch["label"])
         return self.operator.diagnostics(noisy, noise=level, **parameters)
 
@@ -280,10 +280,10 @@ class Reconstruction(L.LightningModule):
             self._checked.add(stage)
         return batch
 
-    def _observe(self, batch: ImageBatch, add_noise: bool) -> tuple[Tensor, Tensor]:
+    def _observe(self, batch: ImageBatch, add_noise: bool | None = None) -> tuple[Tensor, Tensor]:
         """The degraded images of a batch, and the noise level that the operator is told of."""
         image = batch["image"].to(self.dtype)
-        if not add_noise:
+        if not (self.add_noise if add_noise is None else add_noise):
             known = batch.get("noise_std")
             return image, estimate_noise_std(image) if known is None else noise_level(known, image)
         low, high = self.noise_range
@@ -306,9 +306,11 @@ class Reconstruction(L.LightningModule):
         return responsibilities, self.em_parameters(responsibilities)
 
     def _restore(self, noisy: Tensor, noise: Noise, parameters: Parameters) -> Tensor:
+        restored: Tensor
+
         def restore(signal: Tensor, guide: Tensor | None = None, noise: Noise = noise) -> Tensor:
-            restored: Tensor = self.operator(signal, noise=noise, guide=guide, **parameters)
-            return restored
+            result: Tensor = self.operator(signal, noise=noise, guide=guide, **parameters)
+            return result
 
         if self.backbone is None:
             restored = restore(noisy)
@@ -344,7 +346,7 @@ class Reconstruction(L.LightningModule):
 
     def _evaluate(self, batch: ImageBatch, metrics: MetricCollection) -> dict[str, Tensor]:
         clean, weight = batch["image"].to(self.dtype), batch["weight"]
-        noisy, level = self._observe(batch, self.add_noise)
+        noisy, level = self._observe(batch)
         _, parameters = self._assign(noisy, level, batch["label"])
         restored = self._restore(noisy, level, parameters)
         if self.objective == "sure":
@@ -358,7 +360,9 @@ class Reconstruction(L.LightningModule):
         if self._compares:
             psnr, psnr_noisy = (_psnr(image, clean) for image in (restored, noisy.clamp(0, 1)))
             values |= {"psnr": psnr, "psnr_noisy": psnr_noisy, "psnr_gain": psnr - psnr_noisy}
-            values["ssim"] = structural_similarity_index_measure(restored, clean, data_range=1.0, reduction="none")
+            ssim = structural_similarity_index_measure(restored, clean, data_range=1.0, reduction="none")
+            assert isinstance(ssim, Tensor)  # the function can return maps as well
+            values["ssim"] = ssim
         for name, value in values.items():
             metrics[name].update(value, counted)
         self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=len(clean))

@@ -23,6 +23,7 @@ from detector_training import (
 from PIL import Image
 
 import lightning_modules
+from datamodules import SampleBatch
 from lightning_modules import (
     FullResolutionResNet,
     GeneratedImageDetector,
@@ -46,7 +47,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
 
 def batch_of(count: int) -> dict:
     index = torch.arange(count)
-    return Textures(count, 0)[index, torch.ones(count), index]
+    return Textures(count, 0)[SampleBatch(index, torch.ones(count), index)]
 
 
 class TestTheLoss:
@@ -167,8 +168,8 @@ class TestCalibrationUnderAveragedWeights:
 
 def test_one_class_in_validation_calibrates_nothing(tmp_path: Path) -> None:
     class OneClass(TextureData):
-        def _load(self, split):
-            data = super()._load(split)
+        def load_split(self, split):
+            data = super().load_split(split)
             data.label.fill_(1)
             return data
 
@@ -198,7 +199,7 @@ def test_other_crops_than_those_of_the_calibration_are_a_warning(single: tuple[d
             return batch | {"image": batch["image"][:, :1]}
 
     class OtherData(TextureData):
-        def _load(self, split):
+        def load_split(self, split):
             return OneCrop(VALIDATION, 1)
 
     options = {"ckpt_path": single[1] / "epoch=5.ckpt", "weights_only": True}
@@ -215,7 +216,7 @@ def test_other_crops_than_those_of_the_calibration_are_a_warning(single: tuple[d
 
 def test_too_few_validation_images_are_a_warning(tmp_path: Path) -> None:
     class Few(TextureData):
-        def _load(self, split):
+        def load_split(self, split):
             return Textures(TRAINING, 0) if split == "train" else Textures(14, 1)
 
     with pytest.warns(UserWarning, match="val/generative_accuracy, val/ood_fraction are not defined"):

@@ -90,6 +90,7 @@ class LightAndShade(Assignment):
         light = (self.feature(images, noise_std) > self.threshold).long()
         return torch.nn.functional.one_hot(light, 2).double()
 ''',
+    "family.py": (PROJECT / "tests" / "mixtures" / "student_t.py").read_text(),
     "data.py": '''
 import torch
 
@@ -136,6 +137,20 @@ data:
   init_args: {batch_size: 8}
 """
 )
+FAMILY = (
+    TRAINER
+    + """
+  callbacks:
+    - class_path: lightning.pytorch.callbacks.ModelCheckpoint
+      init_args: {save_top_k: -1, filename: "{epoch}", every_n_epochs: 1}
+model:
+  class_path: my_lab.family.StudentTMixture
+  init_args: {num_components: 3, degrees_of_freedom: 4.0, n_init: 2, tol: 0.0}
+data:
+  class_path: datamodules.PatchDataModule
+  init_args: {patch_size: 3, patches_per_image: 20, batch_size: 64}
+"""
+)
 OVERLAY = """
 trainer:
   callbacks:
@@ -170,6 +185,7 @@ def my_lab(tmp_path: Path) -> Path:
         (package / name).write_text(text)
     (tmp_path / "mine.yaml").write_text(OVERLAY)
     (tmp_path / "operator.yaml").write_text(OPERATOR)
+    (tmp_path / "family.yaml").write_text(FAMILY)
     return package.parent
 
 
@@ -213,6 +229,22 @@ def test_a_rule_and_an_assignment_of_ones_own_train(my_lab: Path, tmp_path: Path
     (saved,) = tmp_path.rglob("*.ckpt")
     checkpoint = torch.load(saved, weights_only=True)
     assert checkpoint["callbacks"]["EMParameterCallback"]["rule_state"]["steps"].item() == 5
+
+
+def test_a_mixture_family_of_ones_own_streams_restarts_and_resumes(my_lab: Path, tmp_path: Path) -> None:
+    fit(my_lab, tmp_path, "-c", "family.yaml", "--trainer.max_epochs=4")
+    states = {path.name: torch.load(path, weights_only=True) for path in tmp_path.rglob("*.ckpt")}
+    assert set(states) == {f"epoch={epoch}.ckpt" for epoch in range(4)}
+    whole = states["epoch=3.ckpt"]["state_dict"]
+    assert whole["model.objective"].shape == (2,)  # two restarts, side by side
+    assert whole["model.objective"].isfinite().all()
+    (second,) = tmp_path.rglob("epoch=1.ckpt")
+    resumed = tmp_path / "resumed"
+    resumed.mkdir()
+    fit(my_lab, resumed, "-c", "../family.yaml", "--trainer.max_epochs=4", "--ckpt_path", str(second))
+    (last,) = resumed.rglob("epoch=3.ckpt")
+    for name, value in torch.load(last, weights_only=True)["state_dict"].items():
+        assert torch.equal(value, whole[name]), name
 
 
 def test_a_feature_of_ones_own_tells_regimes_apart(my_lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,8 +34,8 @@ class Calibration(Float64Buffers):
         """Calibrated probability of each logit, in float32 at least.
 
         Shape:
-            - logit: any
-            - output: that of `logit`
+            - logit: `[...]`
+            - output: `[...]`
         """
         logit = logit.to(torch.promote_types(logit.dtype, torch.float32))
         return torch.sigmoid(logit / self.temperature.to(logit.dtype))
@@ -97,7 +97,7 @@ def best_threshold(score: Tensor, label: Tensor, neutral: float = 0.0) -> tuple[
     Shape:
         - score: `[N]`, N at least 1
         - label: `[N]`, 0 or 1
-        - output: `[]` and `[]`, float64
+        - output: `[]`, the accuracy, and `[]`, the threshold, float64
     """
     values, order = score.double().sort()
     positive = label.double()[order]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_modules.detection.inputs import DetectorInput
 from lightning_modules.em import ParameterTable
-from lightning_modules.em.parameter_table import TableValues
+from lightning_modules.em.parameter_table import TableValues, stored_columns
 from lightning_modules.graph import GraphDiffusion
 
 # A little smoothing over near neighbours that resemble each other; where none does, as in white noise, nothing is taken
@@ -57,7 +57,7 @@ class RestorationResidual(DetectorInput):
         self.diffusion = GraphDiffusion(patch_size=3) if diffusion is None else diffusion
         if em_parameters is None:
             em_parameters = ParameterTable(initial=_INITIAL, bounds=_BOUNDS, learned=_LEARNED)
-        self.em_parameters = em_parameters
+        self.em_parameters = em_parameters.declare(self.diffusion.parameter_specs)
         self.checkpoint = checkpoint
         self.learn = learn
 
@@ -66,7 +66,7 @@ class RestorationResidual(DetectorInput):
         table = self.em_parameters
         with torch.set_grad_enabled(self.learn and torch.is_grad_enabled()):
             parameters: dict[str, Any] = table(images.new_zeros(len(images), len(table.row_names)))
-            return images - self.diffusion(images, **parameters, max_radius=table.upper_bound("radius"))
+            return images - self.diffusion(images, **parameters)
 
     def load_from_checkpoint(self) -> None:
         """Loads the parameters of `checkpoint`, where there is one.
@@ -83,19 +83,19 @@ class RestorationResidual(DetectorInput):
                 "fitting GraphDiffusionReconstruction has written, or leave `checkpoint` out"
             )
         state = torch.load(self.checkpoint, map_location="cpu", weights_only=True).get("state_dict", {})
-        shared, layout = state.get("em_parameters.shared"), state.get("em_parameters._extra_state")
-        missing = [] if layout is None else [name for name in self.em_parameters.names if name not in layout["names"]]
-        if shared is None or layout is None or missing:
+        table = self.em_parameters
+        shared, columns = state.get("em_parameters.shared"), stored_columns(state, "em_parameters.")
+        missing = [name for name in table.column_names if name not in columns]
+        if shared is None or missing:
             raise ValueError(
                 f"{self.checkpoint} has no {', '.join(missing) or 'parameter table'} of a diffusion: give a "
                 "checkpoint of GraphDiffusionReconstruction"
             )
-        table = self.em_parameters
-        shared = shared[[layout["names"].index(name) for name in table.names]].double()
+        shared = shared[[columns.index(name) for name in table.column_names]].double()
         lower, upper = table.lower.cpu(), table.upper.cpu()
         outside = ((shared < lower - 1e-9) | (shared > upper + 1e-9)).tolist()
         if any(outside):
-            names = [name for name, out in zip(table.names, outside, strict=True) if out]
+            names = [name for name, out in zip(table.column_names, outside, strict=True) if out]
             raise ValueError(
                 f"the values of {', '.join(names)} in {self.checkpoint} are outside the bounds of this table: give it "
                 "the bounds of the reconstruction"

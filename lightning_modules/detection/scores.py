@@ -79,6 +79,9 @@ def scores(seen: BufferedPredictions, evaluation: Evaluation) -> dict[str, Tenso
 
     `loss` is the negative log-likelihood of the calibrated probabilities; `ood_fraction`, the share of images that are
     out of distribution.
+
+    Shape:
+        - output: `[]` each
     """
     label, probability = seen.label, evaluation.probability
     nothing = seen.logit.new_tensor(torch.nan)
@@ -101,6 +104,7 @@ def probability_scores(probability: Tensor, label: Tensor) -> dict[str, Tensor]:
     Shape:
         - probability: `[N]`
         - label: `[N]`, 0 or 1
+        - output: `[]` each
     """
     both = 0 < int(label.sum()) < len(label)
     nothing = probability.new_tensor(torch.nan)

@@ -378,13 +378,10 @@ class ParameterTable(Float64Buffers):
     # Inside ------------------------------------------------------------------------------------------------------
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        stored = state_dict.get(prefix + "offsets")
-        old = state_dict.pop(prefix + "_extra_state", None)  # of version 0.1
-        if stored is not None:
-            layout = state_dict.get(prefix + "layout")
-            columns, rows = (old["names"], old["rows"]) if old else _read_layout(layout, stored)
-            self._check_layout(columns, rows)
+        if prefix + "offsets" in state_dict:
+            self._check_layout(*_stored_layout(state_dict, prefix))
             state_dict[prefix + "layout"] = self.layout.clone()
+            state_dict.pop(prefix + "_extra_state", None)  # of version 0.1
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._read_constants()
 
@@ -468,14 +465,21 @@ def _coordinate(spec: ParameterSpec, value: float) -> float:
     return float(value) if spec.integer else math.log(value)
 
 
-def _read_layout(layout: Tensor | None, offsets: Tensor) -> tuple[Sequence[str], Sequence[str]]:
+def stored_columns(state_dict: Mapping[str, Any], prefix: str) -> list[str]:
+    """Names of the columns of a table in a state dict, whose keys begin with `prefix`; empty where there is none."""
+    return _stored_layout(state_dict, prefix)[0] if prefix + "offsets" in state_dict else []
+
+
+def _stored_layout(state_dict: Mapping[str, Any], prefix: str) -> tuple[list[str], list[str]]:
     """Names of the columns and rows of a stored table; numbers where it holds no names that can be read."""
-    rows, columns = offsets.shape
+    if (old := state_dict.get(prefix + "_extra_state")) is not None:  # of version 0.1
+        return list(old["names"]), list(old["rows"])
     try:
-        text = "".join(chr(round(code)) for code in ([] if layout is None else layout.double().tolist()))
+        text = "".join(chr(round(code)) for code in state_dict[prefix + "layout"].double().tolist())
         names = json.loads(text)
         return names["columns"], names["rows"]
     except (ValueError, KeyError, TypeError, OverflowError):
+        rows, columns = state_dict[prefix + "offsets"].shape
         return [f"column {index}" for index in range(columns)], [f"row {index}" for index in range(rows)]
 
 

@@ -3,9 +3,9 @@
 from lightning_modules._renamed import renamed
 from lightning_modules.graph.graph_diffusion import GraphDiffusion
 from lightning_modules.graph.patches import PatchGrid
-from lightning_modules.graph.smoothness import Smoothness
 from lightning_modules.graph.topology import radius_graph
 from lightning_modules.imaging import seeded_normal, seeded_uniform
+from lightning_modules.operators.operator import Smoothness
 
 __all__ = ["GraphDiffusion", "PatchGrid", "Smoothness", "radius_graph", "seeded_normal", "seeded_uniform"]
 

@@ -1,9 +1,9 @@
 """Graph diffusion of an image whose every pixel is a node, on the stencil of its neighbours."""
 
-import math
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_modules.graph.cpu.kernel import CompiledDiffusion, CompiledSimilaritySum, is_supported
@@ -97,8 +97,6 @@ def diffuse_image(
 def mean_similarity(images: Tensor, sigma: Tensor, noise: Tensor, patch_size: int, radius: float) -> tuple[Tensor, int]:
     """Mean similarity of the pixels at most `radius` apart, and the number of edges (both directions counted).
 
-    It passes no gradient to `noise`.
-
     Shape:
         - images: `[B, C, H, W]`
         - sigma: `[B]`
@@ -107,8 +105,8 @@ def mean_similarity(images: Tensor, sigma: Tensor, noise: Tensor, patch_size: in
     """
     geometry = stencil_geometry(*images.shape[-2:], patch_size, radius, images.device, images.dtype)
     scale, bias = gaussian_exponent(sigma), _bias(noise, images, geometry, radius)[:, :, 0]
-    function = CompiledSimilaritySum if is_supported(images, scale, bias) else _SimilaritySum
-    sums = function.apply(images, scale, bias, geometry)
+    function = CompiledSimilaritySum.apply if is_supported(images, scale, bias) else _similarity_sum
+    sums = function(images, scale, bias, geometry)
     return sums / max(geometry.num_half_edges, 1), 2 * geometry.num_half_edges
 
 
@@ -226,39 +224,19 @@ class _ImageDiffusion(torch.autograd.Function):
         return (*grads, None)
 
 
-class _SimilaritySum(torch.autograd.Function):
-    """Sum of the similarities of all pairs, `[B]`, some images at a time."""
-
-    @staticmethod
-    def forward(ctx: Any, images: Tensor, scale: Tensor, bias: Tensor, geometry: StencilGeometry) -> Tensor:
-        ctx.save_for_backward(images, scale, bias)
-        ctx.geometry = geometry
-        workspace = Workspace()
-        sums = torch.empty_like(scale)
-        for part in _chunks(images, geometry):
-            distance = _distances(images[part], bias[part, :, None], geometry, workspace)
-            sums[part] = distance.mul_(scale[part, None, None]).exp2_().sum((1, 2))
-        return sums
-
-    @staticmethod
-    @first_derivatives
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        images, scale, bias = ctx.saved_tensors
-        geometry, workspace = ctx.geometry, Workspace()
-        grads = [
-            torch.empty_like(t) if need else None
-            for t, need in zip((images, scale), ctx.needs_input_grad[:2], strict=True)
-        ]
-        for part in _chunks(images, geometry):
-            factor = (grad_output[part] * math.log(2))[:, None, None]
-            distance = _distances(images[part], bias[part, :, None], geometry, workspace)
-            power = torch.exp2(distance * scale[part, None, None]).mul_(factor)
-            if grads[1] is not None:
-                grads[1][part] = (power * distance).sum((1, 2))
-            if grads[0] is not None:
-                power.mul_(scale[part, None, None]).mul_(distance > 0)
-                grads[0][part] = _distances_backward(power, images[part], geometry, workspace)
-        return (*grads, None, None)
+def _similarity_sum(images: Tensor, scale: Tensor, bias: Tensor, geometry: StencilGeometry) -> Tensor:
+    """Sum of the similarities of all pairs, `[B]`: 2^(scale·D), offset by offset."""
+    height, width, size = geometry.height, geometry.width, geometry.patch_size
+    sums = torch.zeros_like(scale)
+    for (a, b), noise in zip(geometry.offsets, bias.unbind(1), strict=True):
+        here = images[..., : height - a, max(0, -b) : width - max(0, b)]
+        difference = here - images[..., a:, max(0, b) : width - max(0, -b)]
+        squared = difference.square().sum(1, keepdim=True)
+        # The mean over the window's valid terms.
+        distance = size**2 * F.avg_pool2d(squared, size, 1, size // 2, count_include_pad=False)[:, 0]
+        distance = (distance - noise[:, None, None]).clamp_min(0)
+        sums = sums + (distance * scale[:, None, None]).exp2().sum((1, 2))
+    return sums
 
 
 def _chunks(guide: Tensor, geometry: StencilGeometry) -> list[slice]:

@@ -43,6 +43,8 @@ class ImageBatch(TypedDict, total=False):
         - name: list of B paths below the root of the data, by which results are called.
         - noise_std: `[B]`, floating point, the standard deviation of the noise that the images already have, where
           white is 1; left out where it is unknown.
+        - clean: whether the images of a batch to predict are clean, so that the module's noise is added first; False,
+          as where it is left out, for images that are restored as they are. Only prediction reads it.
         - condition: the degradation of all images of the batch, such as `jpeg 75`.
         - augment: private to `ImageDataModule`.
     """
@@ -54,6 +56,7 @@ class ImageBatch(TypedDict, total=False):
     index: Tensor
     name: list[str]
     noise_std: Tensor
+    clean: bool
     condition: str
     augment: bool
 

@@ -255,7 +255,9 @@ def per_image(name: str, value: Tensor | float | Sequence[float], images: Tensor
     Raises:
         ValueError: If the value has another shape.
     """
-    number = torch.as_tensor(value, device=images.device)
+    # Python's numbers keep their digits on the way to double precision.
+    dtype = None if isinstance(value, Tensor | int) else torch.float64
+    number = torch.as_tensor(value, dtype=dtype, device=images.device)
     number = number.to(images.dtype) if number.is_floating_point() or size is not None else number
     count = len(images)
     if size is None:

@@ -27,21 +27,20 @@ def parameters(dtype: torch.dtype = torch.float64, size: int = 2, steps: Any = 3
     each = {
         name: value * (0.8 + 0.4 * torch.rand(size, generator=generator, dtype=dtype)) for name, value in base.items()
     }
-    return {**each, "smooth_steps": steps, "noise_std": torch.linspace(0.0, 0.1, size, dtype=dtype), "max_radius": 3.6}
+    return {**each, "smooth_steps": steps, "noise": torch.linspace(0.0, 0.1, size, dtype=dtype)}
 
 
 def noisy_images(dtype: torch.dtype = torch.float64, size: int = 2, height: int = 9, width: int = 7) -> Tensor:
     return torch.rand(size, 3, height, width, dtype=dtype, generator=torch.Generator().manual_seed(0))
 
 
-def dense_oracle(
-    x: Tensor, positions: Tensor, p: dict[str, Any], laplacian: str, reach: float, max_radius: float, steps: int
-) -> Tensor:
+def dense_oracle(x: Tensor, positions: Tensor, p: dict[str, Any], laplacian: str, reach: float, steps: int) -> Tensor:
     """S' x / S' 1 with S' = (I − τL)^k S formed literally, one graph."""
-    distance = ((x[:, None] - x[None]) ** 2).sum(2) - 2 * p["noise_std"] ** 2 * x.shape[1]
+    distance = ((x[:, None] - x[None]) ** 2).sum(2) - 2 * p["noise"] ** 2 * x.shape[1]
     distance = distance.clamp_min(0).fill_diagonal_(0)
     length = (positions[:, None] - positions[None]).norm(dim=2)
-    similar, joined = ((length > 0) & (length <= limit) for limit in (reach, max(reach, max_radius)))
+    joined = length > 0  # within the radius: the cut-off is 0 beyond
+    similar = joined & (length <= reach)
     similarity = torch.exp(-distance / (2 * p["sigma"] ** 2)) * similar + torch.eye(len(x))
     cutoff = torch.where(length < p["radius"], 0.5 * (1 + torch.cos(torch.pi * length / p["radius"])), 0.0)
     weight = torch.exp(-(length**2) / (2 * p["sigma_s"] ** 2) - distance / (2 * p["sigma_f"] ** 2)) * cutoff * joined
@@ -68,8 +67,8 @@ def test_patches_equal_the_literal_formula(laplacian: Any, implementation: Any, 
     restored = diffusion(images, **p)
     grid = PatchGrid(9, 7, 4, 3)
     for index, image in enumerate(images):
-        own = {name: p[name][index] for name in (*NAMES, "noise_std")}
-        patches = dense_oracle(grid.extract(image[None])[0], grid.centers, own, laplacian, reach, 3.6, 3)
+        own = {name: p[name][index] for name in (*NAMES, "noise")}
+        patches = dense_oracle(grid.extract(image[None])[0], grid.centers, own, laplacian, reach, 3)
         torch.testing.assert_close(restored[index], grid.average(patches[None])[0], rtol=0, atol=1e-12)
 
 
@@ -89,8 +88,8 @@ def test_point_sets_diffuse_with_and_without_an_edge_index(laplacian: Any) -> No
     restored = diffusion(Batch.from_data_list(sets), **p)
     expected = []
     for index, data in enumerate(sets):
-        own = {name: p[name][index] for name in (*NAMES, "noise_std")}
-        expected.append(dense_oracle(data.x, data.pos, own, laplacian, 1.5, 3.6, 3))
+        own = {name: p[name][index] for name in (*NAMES, "noise")}
+        expected.append(dense_oracle(data.x, data.pos, own, laplacian, 1.5, 3))
         data.edge_index = radius_graph(data.pos, 3.6)
     torch.testing.assert_close(restored, torch.cat(expected), rtol=0, atol=1e-12)
     torch.testing.assert_close(diffusion(Batch.from_data_list(sets), **p), restored)
@@ -206,7 +205,7 @@ def test_image_operator_equals_a_pixel_by_pixel_loop() -> None:
     for _ in range(2):
         x = (1 - tau) * x + tau * averaged(edge, 1e-3, x)
     p = {"sigma": sigma, "tau": tau, "radius": radius, "sigma_s": sigma_s, "sigma_f": sigma_f}
-    restored = GraphDiffusion(3, reach=reach)(y[None], **p, smooth_steps=2, noise_std=noise)
+    restored = GraphDiffusion(3, reach=reach)(y[None], **p, smooth_steps=2, noise=noise)
     torch.testing.assert_close(restored[0], x, rtol=0, atol=1e-7)  # the loop's cosine is float32
 
 
@@ -219,7 +218,7 @@ def test_image_operator_equals_a_pixel_by_pixel_loop() -> None:
 def test_gradients_in_every_continuous_parameter_the_image_and_the_features(diffusion: GraphDiffusion) -> None:
     images = noisy_images(size=1, height=5, width=4).requires_grad_()
     features = torch.rand(1, 2, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(5)).requires_grad_()
-    p = {**parameters(size=1), "noise_std": 0.0, "smooth_steps": 2, "max_radius": 2.3}
+    p = {**parameters(size=1), "noise": 0.0, "smooth_steps": 2}
     leaves = [p[name].clone().requires_grad_() for name in NAMES]
 
     def restore(images: Tensor, guide: Tensor, *values: Tensor) -> Tensor:
@@ -256,13 +255,13 @@ def test_features_cannot_absorb_sigma() -> None:
 def test_constants_stay_and_values_keep_their_range(
     height: int, width: int, reach: float, steps: int, flat: bool
 ) -> None:
-    p = {**parameters(steps=steps), "max_radius": reach}
+    p = parameters(steps=steps)
     images = (
         torch.full((2, 3, height, width), 0.4, dtype=torch.float64)
         if flat
         else noisy_images(torch.float64, 2, height, width)
     )
-    for diffusion in (GraphDiffusion(3), GraphDiffusion(3, 2, "patches")):
+    for diffusion in (GraphDiffusion(3, reach=reach), GraphDiffusion(3, 2, "patches", reach=reach)):
         restored = diffusion(images, **p)
         if flat:
             torch.testing.assert_close(restored, images)
@@ -301,7 +300,7 @@ def test_isolated_nodes_keep_their_value_and_give_finite_gradients() -> None:
     x = torch.rand(4, 2, dtype=torch.float64)
     positions = torch.tensor([[0.0, 0.0], [1.0, 0.0], [50.0, 0.0], [90.0, 0.0]], dtype=torch.float64)
     sigma_f = torch.tensor([0.5], dtype=torch.float64, requires_grad=True)
-    p = {**parameters(size=1), "sigma_f": sigma_f, "noise_std": 0.0}
+    p = {**parameters(size=1), "sigma_f": sigma_f, "noise": 0.0}
     for laplacian in LAPLACIANS[:2]:
         restored = GraphDiffusion(1, 1, "patches", laplacian)(Data(x=x, pos=positions), **p)
         torch.testing.assert_close(restored[2:], x[2:])
@@ -314,15 +313,15 @@ def test_debiased_distance_revives_the_graph_under_noise() -> None:
     clean = torch.full((1, 3, 16, 16), 0.5)
     noisy = clean + 0.1 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
     p = {"sigma": 0.3, "tau": 0.1, "radius": 3.0, "sigma_s": 3.0, "sigma_f": 0.3, "smooth_steps": 2}
-    told, untold = (GraphDiffusion(3)(noisy, **p, noise_std=level) for level in (0.1, 0.0))
-    assert (told - clean).square().mean() < 0.5 * (untold - clean).square().mean()
+    debiased, biased = (GraphDiffusion(3)(noisy, **p, noise=level) for level in (0.1, 0.0))
+    assert (debiased - clean).square().mean() < 0.5 * (biased - clean).square().mean()
 
 
 @pytest.mark.usefixtures("graph_backend")
 @pytest.mark.parametrize("diffusion", [GraphDiffusion(3), GraphDiffusion(4, 3, "patches", reach=3.6)])
 def test_smoothness_is_the_mean_similarity_over_the_edges(diffusion: GraphDiffusion) -> None:
     images, sigma = noisy_images(), torch.tensor([0.7, 2.0], dtype=torch.float64)
-    smoothness = diffusion.smoothness(images, sigma)
+    smoothness = diffusion.smoothness(images, sigma=sigma)
     if diffusion.signal == "patches":
         grid = PatchGrid(9, 7, 4, 3)
         patches = grid.extract(images)
@@ -334,7 +333,7 @@ def test_smoothness_is_the_mean_similarity_over_the_edges(diffusion: GraphDiffus
     else:
         density = 1.0
     torch.testing.assert_close(smoothness.score, 0.7 * smoothness.similarity + 0.3 * density)
-    flat = diffusion.smoothness(torch.ones_like(images), sigma)
+    flat = diffusion.smoothness(torch.ones_like(images), sigma=sigma)
     torch.testing.assert_close(flat.similarity, torch.ones(2, dtype=torch.float64))
 
 
@@ -394,7 +393,7 @@ def test_half_precision_and_autocast_compute_in_float32() -> None:
 
 @pytest.mark.usefixtures("graph_backend")
 def test_cached_geometry_of_a_validation_serves_training() -> None:
-    images, p = torch.rand(1, 3, 13, 19), {**parameters(torch.float32, 1), "max_radius": 2.9}
+    images, p = torch.rand(1, 3, 13, 19), parameters(torch.float32, 1)
     for diffusion in (GraphDiffusion(3), GraphDiffusion(5, 4, "patches")):
         with torch.inference_mode():
             diffusion(images, **p)
@@ -411,7 +410,7 @@ def test_mean_edge_weight_is_that_of_the_reference(signal: str, patch_size: int,
     images = torch.rand(2, 2, 9, 11, generator=generator, dtype=torch.float64)
     sigma, noise = torch.tensor([0.5, 0.9]).double(), torch.tensor([0.05, 0.2]).double()
     diffusion = GraphDiffusion(patch_size, stride, signal=signal)  # type: ignore[arg-type]
-    found = diffusion.mean_edge_weight(images, sigma, noise, 4.0)
+    found = diffusion.diagnostics(images, sigma_f=sigma, noise=noise, radius=4.0)["edge_weight"]
     weights: list[torch.Tensor] = []
     half = patch_size // 2
     grid = PatchGrid(9, 11, patch_size, stride)
@@ -445,12 +444,12 @@ def test_mean_edge_weight_is_that_of_the_reference(signal: str, patch_size: int,
 @pytest.mark.parametrize(("tau", "steps"), [(0.5, 3), (0.99, 10), (0.9, 1000), (1.0, 2)])
 def test_isolated_patches_keep_their_value(tau: float, steps: int, laplacian: Any, dtype: torch.dtype) -> None:
     """However little is left of them: no edge is as short as the radius, so the steps move nothing."""
-    diffusion = GraphDiffusion(5, 4, "patches", laplacian)
+    diffusion = GraphDiffusion(5, 4, "patches", laplacian, reach=4.5)
     restored = []
     for count in (0, steps):
         images, sigma = noisy_images(dtype, height=13, width=13).requires_grad_(), torch.tensor(1.0, dtype=dtype)
         arguments = {"sigma": sigma.requires_grad_(), "tau": tau, "radius": 3.0, "sigma_s": 2.0, "sigma_f": 1.0}
-        result = diffusion(images, **arguments, smooth_steps=count, noise_std=0.1, max_radius=4.5)
+        result = diffusion(images, **arguments, smooth_steps=count, noise=0.1)
         restored.append([result, *torch.autograd.grad((result * result.detach().cos()).sum(), (images, sigma))])
     for untouched, smoothed in zip(*restored, strict=True):
         torch.testing.assert_close(smoothed, untouched, rtol=1e-5, atol=1e-6)
@@ -463,7 +462,7 @@ def test_gradient_of_a_step_of_exactly_one(laplacian: Any) -> None:
     gradients = []
     for implementation in ("message_passing", "auto"):
         tau = torch.ones(2, dtype=torch.float64, requires_grad=True)
-        arguments = {**parameters(), "tau": tau, "sigma_f": 2.0, "max_radius": 4.5, "radius": 4.4}
+        arguments = {**parameters(), "tau": tau, "sigma_f": 2.0, "radius": 4.4}
         restored = GraphDiffusion(4, 3, "patches", laplacian, implementation)(noisy_images(), **arguments)
         gradients.append(torch.autograd.grad((restored * restored.detach().cos()).sum(), tau)[0])
     assert gradients[0].abs().min() > 1e-3

@@ -38,13 +38,12 @@ def results(
     base = (spread, 0.15, 0.9 * reach, 0.7 * reach, 1.1 * spread)
     leaves = [(value * (0.8 + 0.4 * random(batch))).requires_grad_() for value in base]
     noise = torch.linspace(0.01, 0.1, batch).to(dtype).requires_grad_()
-    diffusion = GraphDiffusion(*geometry, "patches", laplacian, implementation)
+    diffusion = GraphDiffusion(*geometry, "patches", laplacian, implementation, reach=reach)
     restored = diffusion(
         images,
         **dict(zip(NAMES, leaves, strict=True)),
         smooth_steps=steps,
-        noise_std=noise,
-        max_radius=reach,
+        noise=noise,
         guide=guide if features else None,
     )
     inputs = (images, guide, noise, *leaves)
@@ -78,10 +77,10 @@ def test_numbers_serve_as_parameters() -> None:
     images = random(3, 3, 20, 17)
     each = {name: torch.full((3,), value) for name, value in NUMBERS.items() if name != "smooth_steps"}
     diffusion = GraphDiffusion(6, 4, "patches")
-    expected = diffusion(images, **each, smooth_steps=torch.full((3,), 3), noise_std=torch.full((3,), 0.1))
-    assert torch.equal(diffusion(images, **NUMBERS, noise_std=0.1), expected)
+    expected = diffusion(images, **each, smooth_steps=torch.full((3,), 3), noise=torch.full((3,), 0.1))
+    assert torch.equal(diffusion(images, **NUMBERS, noise=0.1), expected)
     one = {name: torch.tensor([value]) for name, value in NUMBERS.items()}
-    assert torch.equal(diffusion(images, **one, noise_std=torch.tensor([0.1])), expected)
+    assert torch.equal(diffusion(images, **one, noise=torch.tensor([0.1])), expected)
 
 
 def test_an_image_alone_and_in_a_batch() -> None:

@@ -8,7 +8,7 @@ import torch
 from lightning_modules.graph import GraphDiffusion
 from lightning_modules.graph.tiles import in_tiles
 
-PARAMETERS = {"tau": 0.2, "radius": 2.5, "sigma_s": 2.0, "noise_std": 0.05, "max_radius": 2.3}
+PARAMETERS = {"tau": 0.2, "radius": 2.5, "sigma_s": 2.0, "noise": 0.05}
 
 
 @pytest.mark.parametrize("geometry", [(3, 1, "image"), (5, 1, "image"), (4, 3, "patches"), (3, 2, "patches")])

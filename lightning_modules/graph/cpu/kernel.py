@@ -119,7 +119,7 @@ class CompiledDiffusion(torch.autograd.Function):
 
 
 class CompiledSimilaritySum(torch.autograd.Function):
-    """Sum of the similarities of all pairs, `[B]`: images, similarity, bias, geometry."""
+    """`image_operator.mean_similarity`, but for the number of edges; passes no gradient to the bias."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, similarity: Tensor, bias: Tensor, geometry: StencilGeometry) -> Tensor:
