@@ -100,7 +100,7 @@ class BayesianRule(Rule):
         self.exploration = exploration
 
     def initial_state(self, table: ParameterTable) -> RuleState:
-        """The filters of the global set and of each row, the pooling variances and the number of steps."""
+        """Filters of the global set and of each row, pooling variances, steps; see `Rule.initial_state`."""
         rows = len(table.row_names) + 1
         return {
             **initial_state(table, self.trust_radius),

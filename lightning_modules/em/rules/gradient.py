@@ -56,7 +56,7 @@ class GradientRule(Rule):
         self.pseudo_count = pseudo_count
 
     def initial_state(self, table: ParameterTable) -> RuleState:
-        """Moments of the global set and of each row, and how many steps and images each has seen."""
+        """Moments, steps and images of the global set and of each row; see `Rule.initial_state`."""
         shape = (len(table.row_names) + 1, len(table.shared))
         zeros = torch.zeros(shape, dtype=torch.float64, device=table.shared.device)
         moments = {"first_moment": zeros, "second_moment": zeros.clone()}

@@ -66,7 +66,7 @@ class NewtonRule(Rule):
         self.pseudo_count = pseudo_count
 
     def initial_state(self, table: ParameterTable) -> RuleState:
-        """The filters of the global set and of each row, and their trust radii."""
+        """The filters of the global set and of each row, and their trust radii; see `Rule.initial_state`."""
         return initial_state(table, self.trust_radius)
 
     def m_step(
