@@ -148,4 +148,4 @@ def test_validation_by_the_risk_needs_no_clean_image() -> None:
     module = make(noise_std=0.1).eval()
     report = Report(module)
     module.validation_step(batch(clean), 0)
-    assert {"val/loss", "val/psnr", "val/gain"} <= set(report.values)
+    assert {"val/loss", "val/psnr", "val/psnr_gain"} <= set(report.values)
