@@ -1,4 +1,4 @@
-"""What a run must be for the M-step to be right in it."""
+"""Requirements of a run for its M-step to be right."""
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
