@@ -14,9 +14,11 @@ _NUM_SHARES = 9
 _MIN_PATCHES = 32
 # Standard errors within which two means agree.
 _AGREEMENT = 2.0
-# A patch is left out with more of its pixels at black or white, or of its neighbors exactly equal. In gray 8-bit images
-# neighbors are often equal under little noise, in all of three channels hardly ever.
-_MAX_CLIPPED = 0.3
+# A patch is left out with more of its pixels at black or white; with fewer than a tenth of the patches then left, as
+# in drawings on white paper, only with more than the second share.
+_MAX_CLIPPED, _MAX_CLIPPED_BUT_FEW, _ENOUGH = 0.35, 0.65, 0.1
+# The same with more of its neighbors exactly equal. In gray 8-bit images they often are under little noise, in all of
+# three channels hardly ever.
 _MAX_EQUAL_GRAY, _MAX_EQUAL = 0.7, 0.22
 # White noise is as strong in low frequencies as in high ones: with a larger ratio of the variances it is texture.
 _MAX_WHITE_RATIO = 1.25
@@ -64,26 +66,34 @@ def estimate_noise_std(images: Tensor) -> Tensor:
     size = min(_PATCH_SIZE, height, width)
     patches, kept, overlap = _distinct_patches(pixels, size)
     clipped = ((patches == 0) | (patches == 1)).to(pixels.dtype).mean(-1)
-    kept = kept & (clipped.amax(1) <= _MAX_CLIPPED) & ~_flat(patches, size)
+    kept = kept & (clipped.mean(1) <= _MAX_CLIPPED_BUT_FEW) & ~_flat(patches, size)
+    mildly = kept & (clipped.mean(1) <= _MAX_CLIPPED)
+    kept = torch.where(mildly.sum(1, keepdim=True) >= _ENOUGH * kept.sum(1, keepdim=True), mildly, kept)
     scaled = patches * 255
     rounded = ((scaled - scaled.round()).abs() < 1e-3).all(-1).all(1).logical_or(~kept).all(1)
 
     colors, frequencies, bands, num_frequencies = _constants(size, pixels.device, pixels.dtype)
-    patches = patches * _clipped_std(clipped).reciprocal()[..., None]
+    unclipped = _clipped_variance(clipped).mean(1)
     num_channels = images.shape[1]
     if num_channels == 3:
         patches = torch.einsum("kc,bcnd->bknd", colors, patches)
     energies = (patches @ frequencies).square() @ bands  # [B, C, N, 1 + F]: the low frequencies, the high ones F times
 
     by_channels = energies.mean(1)
-    order = by_channels[..., 0].masked_fill(~kept, torch.inf).argsort(dim=1, stable=True)
+    # by the root: the share of a single patch is uncertain, and dividing by all of it would choose by that error
+    order = (by_channels[..., 0] / unclipped.sqrt()).masked_fill(~kept, torch.inf).argsort(dim=1, stable=True)
     num_kept = kept.sum(1, keepdim=True)
     shares = 2.0 ** -torch.arange(_NUM_SHARES, device=pixels.device)
     counts = (num_kept * shares).long().clamp_min(_MIN_PATCHES).minimum(num_kept).clamp_min(1)
 
-    def means(values: Tensor) -> Tensor:
+    def cumulative(values: Tensor) -> Tensor:
         flattest = (values * kept[..., None]).gather(1, order[..., None].expand_as(values)).cumsum(1)
-        return flattest.gather(1, (counts - 1)[..., None].expand(-1, -1, values.shape[2])) / counts[..., None]
+        return flattest.gather(1, (counts - 1)[..., None].expand(-1, -1, values.shape[2]))
+
+    num_unclipped = cumulative(unclipped[..., None]).clamp_min(1e-12)
+
+    def means(values: Tensor) -> Tensor:
+        return cumulative(values) / num_unclipped
 
     def agreed(averages: Tensor, num_values: Tensor) -> tuple[Tensor, Tensor]:
         """Variance of the noise from averages at all shares, and whether its patches hold no more than white noise."""
@@ -155,13 +165,13 @@ def _flat(patches: Tensor, size: int) -> Tensor:
     return equal > (_MAX_EQUAL_GRAY if patches.shape[1] == 1 else _MAX_EQUAL)
 
 
-def _clipped_std(share: Tensor) -> Tensor:
-    """Standard deviation of `max(z, -a)`, `z` standard normal, where `P(z < -a)` is the share that was clipped."""
-    share = share.clamp(1e-6, 0.5)
+def _clipped_variance(share: Tensor) -> Tensor:
+    """Variance of `max(z, -a)`, `z` standard normal, where `P(z < -a)` is the share that was clipped."""
+    share = share.clamp(1e-6, 1 - 1e-6)
     a = -torch.special.ndtri(share)
     density = (-a.square() / 2).exp() / math.sqrt(2 * math.pi)
     mean = density - a * share
-    return (1 - share - a * density + a.square() * share - mean.square()).sqrt()
+    return (1 - share - a * density + a.square() * share - mean.square()).clamp_min(1e-6)
 
 
 @lru_cache(maxsize=8)  # copied to a device once: a copy in every step would wait for it
