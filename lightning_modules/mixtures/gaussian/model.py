@@ -184,7 +184,7 @@ class GaussianMixtureModel(MixtureModel[MixtureParameters]):
         weights, means = (self._initial[name].to(self.offset.device) for name in ("weights", "means"))
         self._allocate(means.shape[1])
         covariances = self._initial_covariances()
-        within = {
+        within = {  # type: ignore[no-untyped-call]
             "full": lambda: weights @ covariances.diagonal(dim1=-2, dim2=-1),
             "tied": covariances.diagonal,
             "diag": lambda: weights @ covariances,
