@@ -27,7 +27,13 @@ from lightning_modules.mixtures.standardizer import Standardizer
 
 
 class GaussianMixtureModel(MixtureModel[MixtureParameters]):
-    """The state of a Gaussian mixture; arguments as `lightning_modules.GaussianMixture` has them."""
+    """The state of a Gaussian mixture; arguments as `lightning_modules.GaussianMixture` has them.
+
+    Shape:
+        - weights_init: `[K]`
+        - means_init: `[K, D]`
+        - precisions_init: that of the covariance type, `[K, D, D]` for `full`
+    """
 
     chunks_itself = True
     #: [S, K]
