@@ -3,6 +3,7 @@
 from lightning_modules.networks.clip_embedding import ClipEmbedding
 from lightning_modules.networks.conv_autoencoder import ConvAutoencoder
 from lightning_modules.networks.full_resolution_resnet import FullResolutionResNet
+from lightning_modules.networks.gated_unet import GatedUNet
 from lightning_modules.networks.patch_prior import PatchPrior
 from lightning_modules.networks.perceptual_loss import PerceptualLoss
 from lightning_modules.networks.residual_denoiser import ResidualDenoiser
@@ -12,6 +13,7 @@ __all__ = [
     "ClipEmbedding",
     "ConvAutoencoder",
     "FullResolutionResNet",
+    "GatedUNet",
     "PatchPrior",
     "PerceptualLoss",
     "ResidualDenoiser",
