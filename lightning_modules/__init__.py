@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lightning_modules.em import EStep, ParameterTable
     from lightning_modules.generated_image_detector import GeneratedImageDetector
     from lightning_modules.graph import GraphDiffusion
+    from lightning_modules.graph_denoiser import GraphDenoiser
     from lightning_modules.mixtures.gaussian.estimator import GaussianMixtureEstimator
     from lightning_modules.mixtures.gaussian.module import GaussianMixture
     from lightning_modules.mixtures.kmeans.estimator import KMeansEstimator
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from lightning_modules.networks import (
         ConvAutoencoder,
         FullResolutionResNet,
+        GatedUNet,
         PatchPrior,
         PerceptualLoss,
         ResidualDenoiser,
@@ -34,9 +36,11 @@ _HOME = {
     "ConvAutoencoder": "networks",
     "EStep": "em",
     "FullResolutionResNet": "networks",
+    "GatedUNet": "networks",
     "GaussianMixture": "mixtures",
     "GaussianMixtureEstimator": "mixtures",
     "GeneratedImageDetector": "generated_image_detector",
+    "GraphDenoiser": "graph_denoiser",
     "GraphDiffusion": "graph",
     "GraphDiffusionReconstruction": "reconstruction",
     "KMeans": "mixtures",
@@ -61,9 +65,11 @@ __all__ = [
     "ConvAutoencoder",
     "EStep",
     "FullResolutionResNet",
+    "GatedUNet",
     "GaussianMixture",
     "GaussianMixtureEstimator",
     "GeneratedImageDetector",
+    "GraphDenoiser",
     "GraphDiffusion",
     "GraphDiffusionReconstruction",
     "KMeans",
