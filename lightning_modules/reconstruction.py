@@ -11,7 +11,7 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from lightning_modules.em import Assignment, EStep, GlobalAssignment, ParameterTable
-from lightning_modules.em.objectives import probe_step, squared_error, stein_risk
+from lightning_modules.em.objectives import log_squared_error, probe_step, squared_error, stein_risk
 from lightning_modules.graph import GraphDiffusion
 from lightning_modules.imaging import (
     SPLIT_STREAMS,
@@ -62,6 +62,8 @@ class Reconstruction(L.LightningModule):
         objective: What the restoration learns from: `"supervised"` by the clean images, `"sure"` by the noisy ones
             only, through Stein's unbiased risk estimate at the level known or estimated. It costs a second restoration
             a step, and moves the parameters and the network alike; freeze the one that is to stay.
+        loss: What is supervised: `"mse"`, the squared error, or `"log_mse"`, its logarithm for each image (on a scale
+            of `data_range` 1), so that every noise level of a range counts alike.
         perceptual_weight: Factor of the perceptual loss.
         smoothness_weight: α, the weight of the smoothness bonus in the loss proxy. It moves the table only. 0.1
             belongs to losses of order 0.5; beside a squared error of 0.002 it drowns everything.
@@ -93,6 +95,7 @@ class Reconstruction(L.LightningModule):
         noise_levels: list[float] | None = None,
         estimate_noise: bool = False,
         objective: Literal["supervised", "sure"] = "supervised",
+        loss: Literal["mse", "log_mse"] = "mse",
         data_range: float = 1.0,
         perceptual_weight: float = 1.0,
         smoothness_weight: float = 0.0,
@@ -103,7 +106,7 @@ class Reconstruction(L.LightningModule):
         super().__init__()
         levels = noise_std if isinstance(noise_std, tuple | list) else (noise_std, noise_std)
         _check_arguments(levels, noise_levels, data_range, perceptual_weight, smoothness_weight)
-        _check_objective(objective, perceptual, add_noise, max(noise_levels or levels))
+        _check_objective(objective, loss, perceptual, add_noise, max(noise_levels or levels))
         injected = ("operator", "diffusion", "em_parameters", "backbone", "assignment", "perceptual", "optimizer")
         self.save_hyperparameters(ignore=[*injected, "lr_scheduler"])
         if "_instantiator" in self.hparams:
@@ -125,6 +128,7 @@ class Reconstruction(L.LightningModule):
         self.register_buffer("noise_levels", choices, persistent=False)
         self.estimate_noise = estimate_noise
         self.objective = objective
+        self.loss = loss
         self.data_range = data_range
         self.perceptual_weight = perceptual_weight
         self.smoothness_weight = smoothness_weight
@@ -346,7 +350,10 @@ class Reconstruction(L.LightningModule):
         return stein_risk(noisy, restored, perturbed, probe, level) * self.data_range**2
 
     def _losses(self, restored: Tensor, clean: Tensor) -> tuple[Tensor, Tensor | None]:
-        reconstruction = squared_error(restored, clean) * self.data_range**2
+        if self.loss == "log_mse":
+            reconstruction = log_squared_error(restored, clean)
+        else:
+            reconstruction = squared_error(restored, clean) * self.data_range**2
         if self.perceptual is None:
             return reconstruction, None
         return reconstruction, self.perceptual_weight * self.perceptual(restored, clean)
@@ -428,9 +435,15 @@ def _check_arguments(
         raise ValueError(f"data_range must be positive, got {data_range}")
 
 
-def _check_objective(objective: str, perceptual: nn.Module | None, add_noise: bool, largest_level: float) -> None:
+def _check_objective(
+    objective: str, loss: str, perceptual: nn.Module | None, add_noise: bool, largest_level: float
+) -> None:
     if objective not in ("supervised", "sure"):
         raise ValueError(f"objective must be 'supervised' or 'sure', got {objective!r}")
+    if loss not in ("mse", "log_mse"):
+        raise ValueError(f"loss must be 'mse' or 'log_mse', got {loss!r}")
+    if objective == "sure" and loss != "mse":
+        raise ValueError("objective='sure' estimates the squared error, which may be negative: leave loss at 'mse'")
     if objective == "supervised":
         if not add_noise:
             raise ValueError(

@@ -69,6 +69,15 @@ def test_training_step_is_the_e_step_of_each_image() -> None:
     assert not gradient[3].any()
 
 
+def test_the_logarithm_of_the_error_is_that_of_each_image() -> None:
+    batch = make_batch(weight=[1.0, 1.0, 1.0, 0.0])
+    plain, logarithm = make(), make(loss="log_mse", data_range=2.0)
+    error = plain.train().training_step(batch, 0)["em"].reconstruction
+    output = logarithm.train().training_step(batch, 0)
+    torch.testing.assert_close(output["em"].reconstruction, (error + 1e-6).log())
+    torch.testing.assert_close(output["loss"], ((error + 1e-6).log() * batch["weight"]).mean())
+
+
 def test_smoothness_bonus_moves_the_table_and_not_the_network() -> None:
     gradients = []
     for alpha in (0.0, 0.5):

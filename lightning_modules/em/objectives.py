@@ -8,6 +8,8 @@ from torch import Tensor
 _PROBE_LENGTH = 0.01
 # An image of one colour has an estimated noise of 0; a step of 0 has no quotient.
 _LEAST_STEP = 1e-4
+# What the squared error of an image without any is counted as by its logarithm: 60 dB.
+_LEAST_ERROR = 1e-6
 
 
 def squared_error(restored: Tensor, clean: Tensor) -> Tensor:
@@ -18,6 +20,16 @@ def squared_error(restored: Tensor, clean: Tensor) -> Tensor:
         - output: `[B]`
     """
     return (restored - clean).square().mean((1, 2, 3))
+
+
+def log_squared_error(restored: Tensor, clean: Tensor) -> Tensor:
+    """Logarithm of each image's mean squared error, by which images of little and of much noise count alike.
+
+    Shape:
+        - restored, clean: `[B, C, H, W]`
+        - output: `[B]`
+    """
+    return (squared_error(restored, clean) + _LEAST_ERROR).log()
 
 
 def probe_step(noise_std: Tensor) -> Tensor:
@@ -57,4 +69,4 @@ def stein_risk(noisy: Tensor, restored: Tensor, perturbed: Tensor, probe: Tensor
     return squared_error(restored, noisy) - variance + 2 * variance * divergence
 
 
-__all__ = ["probe_step", "squared_error", "stein_risk"]
+__all__ = ["log_squared_error", "probe_step", "squared_error", "stein_risk"]

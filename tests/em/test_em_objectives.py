@@ -112,6 +112,10 @@ def test_what_the_risk_cannot_do_without() -> None:
         make(perceptual=nn.Identity())
     with pytest.raises(ValueError, match="objective must be 'supervised' or 'sure', got 'stein'"):
         GraphDiffusionReconstruction(GraphDiffusion(), ParameterTable(), objective="stein")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"may be negative: leave loss at 'mse'"):
+        make(loss="log_mse")
+    with pytest.raises(ValueError, match="loss must be 'mse' or 'log_mse', got 'l1'"):
+        GraphDiffusionReconstruction(GraphDiffusion(), ParameterTable(), loss="l1")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"noise_levels must be numbers ≥ 0, at least one, got \[\]"):
         make(noise_levels=[])
 
