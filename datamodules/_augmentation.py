@@ -5,7 +5,9 @@ from torch import Tensor
 
 from lightning_modules.imaging import mirror, mix
 
-_STREAM = 0x5EED_F11B  # sets these bits apart from those that others derive from the same key
+# Set these bits apart from those that others derive from the same key.
+_STREAM = 0x5EED_F11B
+_TURN_STREAM = 0x7A2B_94D1
 
 
 def flip_and_shift(images: Tensor, key: Tensor, max_shift: int = 0) -> Tensor:
@@ -31,3 +33,15 @@ def flip_and_shift(images: Tensor, key: Tensor, max_shift: int = 0) -> Tensor:
         source = mirror(torch.arange(size, device=key.device) + shift[:, None], size)
         images = images.gather(axis, source.unflatten(1, (1, -1, 1) if axis == 2 else (1, 1, -1)).expand_as(images))
     return images
+
+
+def turn(images: Tensor, key: Tensor) -> Tensor:
+    """Turns each image by none, one, two or three quarters.
+
+    Shape:
+        - images: `[B, C, S, S]`, any type
+        - key: `[B]`, int64
+        - output: as `images`
+    """
+    chosen = torch.arange(len(images), device=key.device) + len(images) * (mix(key + _TURN_STREAM) & 3)
+    return torch.cat([images.rot90(quarters, (-2, -1)) for quarters in range(4)]).index_select(0, chosen)

@@ -1,17 +1,34 @@
 """A folder of the user's own images."""
 
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from datamodules._augmentation import turn
 from datamodules._sampler import SampleBatch
 from datamodules.image_data_module import BatchDataset, ImageDataModule, Split
-from lightning_modules.imaging import ImageBatch, check_noise_std, cut_crop, find_images, mix, permutation, read_image
+from lightning_modules.imaging import (
+    ImageBatch,
+    check_noise_std,
+    cut_crop,
+    find_images,
+    mix,
+    permutation,
+    read_image,
+)
 
-_PLACE_STREAM = 0xC209_9ED5  # sets the place of a crop apart from what else is derived from its key
+# Set the place of a crop, and that of one that is scaled, apart from what else is derived from its key.
+_PLACE_STREAM = 0xC209_9ED5
+_SCALE_STREAM = 0x51AC_E0F7
+_BITS = 0x7FFF_FFFF
+# What images are scaled down by: each smooths in its own way, and none is to be learned.
+_FILTERS = (Image.Resampling.BICUBIC, Image.Resampling.BOX)
 
 
 class ImageFolderDataModule(ImageDataModule):
@@ -34,7 +51,11 @@ class ImageFolderDataModule(ImageDataModule):
             `--seed_everything`.
         noise_std: Standard deviation of the noise that the images in the folder have, on a scale where white is 1,
             where it is known; handed on in `predict`.
-        augment: Mirror training crops left to right at random.
+        augment: Mirror training crops left to right, and turn them by quarters, at random.
+        rescale: Smallest and largest factor, 1 at most, by which the image is scaled down before a crop is taken, drawn
+            for each crop: photographs at their own size are smooth, and carry the traces of JPEG. None leaves them.
+        cache: Decode the images to train and validate on once and keep them in memory, 3 bytes a pixel.
+        crops_per_image: Training crops of each image in an epoch.
 
     Example:
         >>> import tempfile
@@ -57,10 +78,16 @@ class ImageFolderDataModule(ImageDataModule):
         seed: int | None = None,
         noise_std: float | None = None,
         augment: bool = True,
+        rescale: tuple[float, float] | None = None,
+        cache: bool = False,
+        crops_per_image: int = 1,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, augment)
-        if crop_size < 1:
-            raise ValueError(f"crop_size must be at least 1, got {crop_size}")
+        for name, value in (("crop_size", crop_size), ("crops_per_image", crops_per_image)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if rescale is not None and not 0 < rescale[0] <= rescale[1] <= 1:
+            raise ValueError(f"rescale must be two factors with 0 < lower ≤ upper ≤ 1, got {rescale}")
         if not 0 <= val_fraction <= 1:
             raise ValueError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
         if noise_std is not None:
@@ -69,6 +96,16 @@ class ImageFolderDataModule(ImageDataModule):
         self.crop_size = crop_size
         self.val_fraction = val_fraction
         self.noise_std = noise_std
+        self.rescale = rescale
+        self.cache = cache
+        self.crops_per_image = crops_per_image
+
+    def on_after_batch_transfer(self, batch: ImageBatch, dataloader_idx: int) -> ImageBatch:
+        """Converts and augments; see `ImageDataModule.on_after_batch_transfer`."""
+        converted = super().on_after_batch_transfer(batch, dataloader_idx)
+        if batch.get("augment", False):
+            converted["image"] = turn(converted["image"], batch["key"])
+        return converted
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Returns the validation batches; no loader at all where no image is held out."""
@@ -93,7 +130,8 @@ class ImageFolderDataModule(ImageDataModule):
                 f"val_fraction={self.val_fraction} of the {len(paths)} images in {root} leaves none to {purpose}. Give "
                 f"{change} one, or add images"
             )
-        return _Crops(chosen, self.crop_size)
+        cache = self.cache and split != "test"  # it is passed over once
+        return _Crops(chosen, self.crop_size, self.rescale, cache, self.crops_per_image if train else 1)
 
     def _held_out(self, length: int) -> Tensor:
         count = round(self.val_fraction * length)
@@ -108,24 +146,61 @@ class ImageFolderDataModule(ImageDataModule):
 
 
 class _Crops(BatchDataset):
-    """One crop of each image, at a place drawn from the sample's key."""
+    """Crops of each image, each at a place, and of the image at a scale, drawn from the sample's key."""
 
-    def __init__(self, paths: list[Path], size: int) -> None:
+    def __init__(
+        self, paths: list[Path], size: int, rescale: tuple[float, float] | None, cache: bool, crops_per_image: int
+    ) -> None:
         self.paths = paths
         self.size = size
+        self.rescale = rescale
+        self.crops_per_image = crops_per_image
+        # Decoded before worker processes start, which then share the memory.
+        self.images = [read_image(path) for path in paths] if cache else None
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.paths) * self.crops_per_image
 
     def __getitem__(self, samples: SampleBatch) -> ImageBatch:
-        places = zip(samples.index.tolist(), mix(samples.key + _PLACE_STREAM).tolist(), strict=True)
-        return samples.batch(torch.stack([self._crop(read_image(self.paths[i]), place) for i, place in places]))
+        draws = (samples.index % len(self.paths), *(mix(samples.key + each) for each in (_PLACE_STREAM, _SCALE_STREAM)))
+        return samples.batch(
+            torch.stack([self._crop(*each) for each in zip(*(d.tolist() for d in draws), strict=True)])
+        )
 
-    def _crop(self, image: Tensor, place: int) -> Tensor:
+    def _crop(self, index: int, place: int, scale: int) -> Tensor:
+        image = read_image(self.paths[index]) if self.images is None else self.images[index]
+        down, right = place & _BITS, place >> 32 & _BITS
         height, width = image.shape[1:]
-        top = (place & 0x7FFFFFFF) % max(height - self.size + 1, 1)
-        left = (place >> 32 & 0x7FFFFFFF) % max(width - self.size + 1, 1)
+        if self.rescale is not None:
+            lower, upper = self.rescale
+            factor = lower + (upper - lower) * (scale & _BITS) / _BITS
+            factor = max(factor, self.size / min(height, width))  # an image that is small is scaled down less
+            if factor < 1:
+                side = self.size / factor
+                corner = ((height - side) * down / _BITS, (width - side) * right / _BITS)
+                return _scaled(image, corner, side, self.size, _FILTERS[scale >> 32 & 1])
+        top, left = down % max(height - self.size + 1, 1), right % max(width - self.size + 1, 1)
         return cut_crop(image, top, left, self.size)
+
+
+def _scaled(image: Tensor, corner: tuple[float, float], side: float, size: int, resampling: Image.Resampling) -> Tensor:
+    """A square of the image scaled down to `size` pixels, as it would be cut out of the whole image scaled down.
+
+    Shape:
+        - image: `[3, H, W]`, uint8
+        - output: `[3, size, size]`, uint8
+    """
+    margin = math.ceil(2 * side / size) + 1  # as far as the wider filter reaches
+    spans, box = [], []
+    for start, length in zip(corner, image.shape[1:], strict=True):
+        first, last = max(int(start) - margin, 0), min(math.ceil(start + side) + margin, length)
+        spans.append(slice(first, last))
+        box.append((start - first, min(start - first + side, last - first)))
+    window = Image.fromarray(image[:, spans[0], spans[1]].permute(1, 2, 0).contiguous().numpy())
+    (top, bottom), (left, right) = box
+    return torch.from_numpy(np.array(window.resize((size, size), resampling, (left, top, right, bottom)))).permute(
+        2, 0, 1
+    )
 
 
 class _WholeImages(BatchDataset):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from datamodules._augmentation import flip_and_shift
+from datamodules._augmentation import flip_and_shift, turn
 from lightning_modules.imaging import draw, stream
 
 
@@ -46,3 +46,13 @@ def test_every_shift_occurs_and_equals_padding_and_cropping(images, keys):
     assert {places[0] for places in seen.values()} == {
         (t, left, f) for t in range(5) for left in range(5) for f in (False, True)
     }
+
+
+def test_every_turn_occurs_as_often(keys):
+    images = torch.arange(9).view(1, 1, 3, 3).expand(400, -1, -1, -1)
+    turned = turn(images, keys)
+    counts = [sum(torch.equal(image, images[0].rot90(k, (1, 2))) for image in turned) for k in range(4)]
+    assert sum(counts) == 400
+    assert min(counts) > 75
+    order = torch.randperm(400)
+    assert torch.equal(turn(images, keys[order]), turned[order]), "each by its own key"

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from datamodules import ImageFolderDataModule
+from datamodules.image_folder import _scaled
 from lightning_modules.imaging import find_images
 
 
@@ -96,6 +97,76 @@ class TestCrops:
         data = ImageFolderDataModule(str(tmp_path), crop_size=5, val_fraction=1)
         crop = next(iter(data.test_dataloader()))["image"][0, 0]
         assert crop.tolist() == [[1, 2, 3, 3, 2]] * 5
+
+    @pytest.mark.parametrize("resampling", [Image.Resampling.BICUBIC, Image.Resampling.BOX])
+    @pytest.mark.parametrize("corner", [(0, 0), (12, 40), (120 - 48, 156 - 48)], ids=str)
+    def test_a_scaled_crop_is_cut_out_of_the_scaled_image(self, resampling, corner):
+        pixels = np.random.default_rng(0).integers(0, 256, (120, 156, 3), dtype=np.uint8)
+        whole = np.asarray(Image.fromarray(pixels).resize((52, 40), resampling))  # by a third
+        crop = _scaled(torch.from_numpy(pixels).permute(2, 0, 1), corner, 48.0, 16, resampling)
+        top, left = corner[0] // 3, corner[1] // 3
+        if corner[1] % 3 == 0:
+            assert np.array_equal(crop.permute(1, 2, 0), whole[top : top + 16, left : left + 16])
+        else:  # between the pixels of that image
+            assert not np.array_equal(crop.permute(1, 2, 0), whole[top : top + 16, left : left + 16])
+
+    def test_the_factors_fill_their_range_and_the_crops_the_image(self, tmp_path):
+        ramp = np.broadcast_to(np.arange(240, dtype=np.uint8), (240, 240))
+        Image.fromarray(ramp).save(tmp_path / "a.png")
+        options = {"crop_size": 16, "val_fraction": 0, "augment": False, "crops_per_image": 200, "batch_size": 200}
+        data = ImageFolderDataModule(str(tmp_path), rescale=(0.25, 0.5), **options)
+        crops = next(iter(data.train_dataloader()))["image"][:, 0].double()
+        factors = 11 / (crops[:, 0, 13] - crops[:, 0, 2])
+        assert 0.245 < factors.min() < 0.26
+        assert 0.48 < factors.max() < 0.51
+        assert crops.min() < 5
+        assert crops.max() > 234
+
+    def test_the_scale_is_drawn_between_the_factors_and_by_key(self, folder):
+        def crops(epoch: int, **options) -> torch.Tensor:
+            data = ImageFolderDataModule(
+                str(folder), crop_size=8, val_fraction=0, batch_size=21, crops_per_image=3, augment=False, **options
+            )
+            loader = data.train_dataloader()
+            loader.sampler.set_epoch(epoch)
+            (batch,) = loader
+            return batch["image"][batch["index"].argsort()]
+
+        assert len(crops(0)) == 21
+        assert len(crops(0).flatten(1).unique(dim=0)) == 21, "each at a place of its own"
+        assert not torch.equal(crops(0, rescale=(0.5, 0.9)), crops(0))
+        assert torch.equal(crops(0, rescale=(0.5, 0.9)), crops(0, rescale=(0.5, 0.9), cache=True))
+        assert not torch.equal(crops(0, rescale=(0.5, 0.9)), crops(1, rescale=(0.5, 0.9)))
+
+    def test_small_images_are_scaled_down_less_and_tiny_ones_mirrored(self, tmp_path):
+        Image.fromarray(np.full((9, 40), 7, np.uint8)).save(tmp_path / "a.png")
+        for size in (8, 16):
+            data = ImageFolderDataModule(str(tmp_path), crop_size=size, val_fraction=0, rescale=(0.2, 0.3))
+            crop = next(iter(data.train_dataloader()))["image"]
+            assert crop.shape == (1, 3, size, size)
+            assert (crop == 7).all()
+
+    def test_training_crops_are_turned_and_evaluation_crops_are_not(self, folder):
+        data = ImageFolderDataModule(str(folder), crop_size=8, val_fraction=0.5, batch_size=40, crops_per_image=10)
+        for loader, moves in ((data.train_dataloader(), True), (data.val_dataloader(), False)):
+            batch = next(iter(loader))
+            image = data.on_after_batch_transfer(batch, 0)["image"] * 255
+            moved = (image.round() != batch["image"]).flatten(1).any(1)
+            assert moved.any() == moves
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"rescale": (0.0, 0.5)}, "rescale must be two factors"),
+            ({"rescale": (0.6, 0.5)}, "rescale must be two factors"),
+            ({"rescale": (0.5, 1.5)}, "rescale must be two factors"),
+            ({"crops_per_image": 0}, "crops_per_image must be at least 1"),
+        ],
+        ids=str,
+    )
+    def test_impossible_scales(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            ImageFolderDataModule("nowhere", **options)
 
     def test_the_split_is_disjoint_and_drawn_by_seed(self, folder):
         def paths(seed: int, split: str) -> set:
