@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_modules.graph import GraphDiffusion
 from lightning_modules.networks.gated_unet import GatedUNet
@@ -34,10 +35,10 @@ _BANK: dict[str, list[float]] = {
     "sigma_s": [1.5, 1.5, 1.5],
     "sigma_f": [1.2, 0.5, 2.2],
 }
-_BOUNDS = {"sigma": (0.05, 8.0), "tau": (0.01, 0.9), "sigma_s": (0.3, 20.0), "sigma_f": (0.05, 8.0)}
+_BOUNDS = {"sigma": (0.02, 10.0), "tau": (0.001, 0.9), "sigma_s": (0.1, 200.0), "sigma_f": (0.005, 10.0)}
 _UNITS = {"sigma": "noise", "tau": "", "sigma_s": "pixels", "sigma_f": "noise"}
-# Constants of the bank's diffusions: radius in pixels, and number of steps.
-_RADIUS, _STEPS = 3.0, 2
+# Constants of the bank's diffusions: side of the patches, radius in pixels, and number of steps.
+_PATCH_SIZE, _RADIUS, _STEPS = 3, 3.0, 2
 
 
 class GraphDenoiser(RestorationOperator):
@@ -90,9 +91,9 @@ class GraphDenoiser(RestorationOperator):
                 f"{ {name: len(values) for name, values in bank.items()} }"
             )
         self.channels = channels
-        self.bank = {name: tuple(float(value) for value in bank[name]) for name in _BANK}
+        self.bank: dict[str, tuple[float, ...]] = {name: tuple(float(value) for value in bank[name]) for name in _BANK}
         self.architecture = {"widths": tuple(widths), "depths": tuple(depths), "up_depths": tuple(up_depths)}
-        self.diffusion = GraphDiffusion(patch_size=3, widths="noise", tile_size=None)
+        self.diffusion = GraphDiffusion(patch_size=_PATCH_SIZE, widths="noise", tile_size=None)
         self.network = GatedUNet((1 + self.size) * channels, channels, **self.architecture)
         if trained is not None:
             own, theirs = ((d.channels, d.size, d.architecture) for d in (self, trained))
@@ -136,6 +137,11 @@ class GraphDenoiser(RestorationOperator):
         if guide is not None:
             raise ValueError("GraphDenoiser takes no guide: leave it out")
         level = noise_level(noise, noisy)
+        height, width = noisy.shape[-2:]
+        if min(height, width) < _PATCH_SIZE:  # narrower than a patch
+            padding = (0, max(_PATCH_SIZE - width, 0), 0, max(_PATCH_SIZE - height, 0))
+            noisy, level = (F.pad(p, padding, mode="replicate") if p.ndim == 4 else p for p in (noisy, level))
+            return self(noisy, noise=level, **parameters)[..., :height, :width]
         bank = {
             name: per_image(name, parameters.get(name, start), noisy, self.size) for name, start in self.bank.items()
         }
