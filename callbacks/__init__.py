@@ -8,6 +8,7 @@ from callbacks.em_report import EMReport
 from callbacks.image_grid import ImageGrid
 from callbacks.mixture_dashboard import MixtureDashboard
 from callbacks.prediction_writer import PredictionWriter
+from callbacks.pretrained_writer import PretrainedWriter
 from callbacks.restored_image_writer import RestoredImageWriter
 from lightning_modules.em.rules import BayesianRule, GradientRule, NewtonRule, Rule, SignRule
 
@@ -23,6 +24,7 @@ __all__ = [
     "MixtureDashboard",
     "NewtonRule",
     "PredictionWriter",
+    "PretrainedWriter",
     "RestoredImageWriter",
     "Rule",
     "SignRule",

@@ -51,6 +51,8 @@ def small(config: Path, fake_cifar: Callable[..., Path], fake_photographs: Calla
         return ["--data.patches_per_image=1", "--model.num_components=3"]
     if data == "datamodules.GeneratedImagesDataModule":
         return [f"--data.root={fake_photographs()}", "--data.crop_size=32", "--data.eval_crops=2"]
+    if data == "datamodules.ImageFolderDataModule":
+        return [f"--data.root={fake_photographs()}", "--data.crop_size=16", "--data.batch_size=2"]
     return FEW_CROPS
 
 
