@@ -76,7 +76,7 @@ def learn(name: str, start: dict[str, float], objective: Any, data: CIFAR10DataM
 def peers() -> dict[str, tuple[Callable[..., np.ndarray], list[dict[str, float]]]]:
     """Peers, and the settings among which the best is chosen."""
     weights = np.geomspace(0.02, 0.5, 24)
-    sigmas = itertools.product(np.geomspace(0.5, 6, 8), np.geomspace(0.03, 1.0, 12))
+    sigmas = itertools.product(np.geomspace(0.5, 40, 12), np.geomspace(0.02, 1.0, 16))
     return {
         "skimage denoise_tv_chambolle": (
             lambda image, weight: denoise_tv_chambolle(image, weight=weight, channel_axis=-1),
