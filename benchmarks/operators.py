@@ -28,6 +28,8 @@ from lightning_modules import BilateralFilter, ParameterTable, Reconstruction, T
 from lightning_modules.operators import RestorationOperator
 
 NOISE_STD = 25 / 255
+# Twice the default: the bounds are two to three orders of magnitude wide, and the risk is noisy at their ends.
+TRUST_RADIUS = 1.0
 OPERATORS: dict[str, RestorationOperator] = {"TotalVariation": TotalVariation(), "BilateralFilter": BilateralFilter()}
 
 
@@ -69,7 +71,7 @@ def learn(name: str, start: dict[str, float], objective: Any, data: CIFAR10DataM
     """A module that has learned the operator's parameters from a start."""
     table = ParameterTable(initial=dict(start))
     module = Reconstruction(OPERATORS[name], table, noise_std=NOISE_STD, objective=objective)
-    quiet_trainer(steps, EMParameterCallback(NewtonRule())).fit(module, data)
+    quiet_trainer(steps, EMParameterCallback(NewtonRule(trust_radius=TRUST_RADIUS))).fit(module, data)
     return module.eval()
 
 
