@@ -26,6 +26,8 @@ def test_imports_run_one_way() -> None:
     [
         ("lightning_modules/graph/weights.py", "import lightning"),
         ("lightning_modules/networks/conv_autoencoder.py", "from lightning_modules.em import EStep"),
+        ("lightning_modules/networks/gated_unet.py", "import lightning_modules.graph_denoiser"),
+        ("lightning_modules/graph_denoiser.py", "import lightning"),
         ("lightning_modules/em/e_step.py", "def late():\n    import callbacks"),
         ("lightning_modules/reconstruction.py", "import callbacks.em_parameter"),
         ("lightning_modules/reconstruction.py", "import lightning_modules.cli"),
