@@ -35,8 +35,8 @@ class ImageFolderDataModule(ImageDataModule):
     """Images of any size and format in a folder and the folders below it.
 
     `predict` takes whole images, one a batch, to be restored as they are. `fit`, `validate` and `test` take square
-    crops, to which the module adds its noise: one crop of each image in an epoch, at another place in each epoch of
-    training and always at the same place in evaluation. An image smaller than a crop is continued by its mirror
+    crops, to which the module adds its noise: in an epoch of training some of each image, at other places each time,
+    and in evaluation one of each, always at the same place. An image smaller than a crop is continued by its mirror
     image. Grey, palette, 16-bit, floating-point and CMYK images are converted to eight-bit RGB, transparent ones laid
     over white, and the orientation that a camera recorded is applied. There are no labels: every label is −1.
 

@@ -263,6 +263,10 @@ class TestTraining:
         ]
         assert weights[0] == weights[1]
         loaded = GraphDenoiser.from_pretrained(self.folder(whole) / "pretrained")
+        module = Reconstruction.load_from_checkpoint(self.folder(whole) / "checkpoints" / "last.ckpt").eval()
+        noisy = noisy_images((1, 3, 12, 14))
+        with torch.inference_mode():
+            torch.testing.assert_close(module(noisy, 0.1), loaded(noisy, noise=0.1), atol=1e-3, rtol=0)
         assert {
             name: list(values) for name, values in loaded.bank.items()
         } == whole.model.em_parameters.get_parameters()
