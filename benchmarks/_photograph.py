@@ -36,7 +36,7 @@ def learn(steps: int = 30) -> tuple[GraphDiffusion, dict[str, Any], float]:
     for radius, count in CANDIDATES:
         log_theta = torch.tensor(list(START.values())).log().requires_grad_()
         optimizer = torch.optim.Adam([log_theta], lr=0.1)
-        fixed = {"radius": float(radius), "smooth_steps": count, "noise_std": NOISE_STD}
+        fixed = {"radius": float(radius), "smooth_steps": count, "noise": NOISE_STD}
         for _ in range(steps):
             theta = dict(zip(START, log_theta.exp().unbind(), strict=True))
             loss = (diffusion(noisy, **theta, **fixed) - clean).square().mean()

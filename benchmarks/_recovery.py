@@ -11,7 +11,7 @@ from torch import Tensor
 
 from datamodules import CIFAR10DataModule
 from lightning_modules import GraphDiffusion
-from lightning_modules.graph import estimate_noise_std
+from lightning_modules.noise import estimate_noise_std
 
 NOISE_STD = 25 / 255
 BOUNDS = {"sigma": (0.1, 0.5), "tau": (0.05, 0.3), "sigma_s": (1.0, 20.0), "sigma_f": (0.1, 0.5)}

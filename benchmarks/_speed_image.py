@@ -26,14 +26,15 @@ BATCH = 256
 
 _LARGE = """
 import sys, time
-from lightning_modules.graph import GraphDiffusion, estimate_noise_std
+from lightning_modules.graph import GraphDiffusion
+from lightning_modules.noise import estimate_noise_std
 side = int(sys.argv[1])
 image = torch.rand(1, 3, side, side)
 with torch.inference_mode():
     begin = time.perf_counter()
     GraphDiffusion(patch_size=3)(
         image, sigma=0.213, tau=0.142, radius=3.0, sigma_s=1.5, sigma_f=0.309, smooth_steps=5,
-        noise_std=estimate_noise_std(image),
+        noise=estimate_noise_std(image),
     )
     print(time.perf_counter() - begin)
 """
@@ -63,7 +64,7 @@ def restore(images: Tensor, radius: float = 3.0, gradient: bool = False, **more:
     """Restored images; with `gradient`, of a loss with respect to each image's four parameters, as in training."""
     leaves = {name: torch.full((len(images),), value, requires_grad=gradient) for name, value in PARAMETERS.items()}
     with torch.set_grad_enabled(gradient):
-        restored = GraphDiffusion(3, **more)(images, **leaves, radius=radius, smooth_steps=STEPS, noise_std=NOISE_STD)
+        restored = GraphDiffusion(3, **more)(images, **leaves, radius=radius, smooth_steps=STEPS, noise=NOISE_STD)
     if gradient:
         restored.square().mean().backward()
     return restored
@@ -101,7 +102,7 @@ def _operator(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def eager() -> Any:
     """A context in which the operator runs in torch."""
-    return mock.patch.object(image_operator, "serves", return_value=False)
+    return mock.patch.object(image_operator, "is_supported", return_value=False)
 
 
 def _plain(images: Tensor, gradient: bool, operator: Callable[..., Tensor]) -> Tensor:

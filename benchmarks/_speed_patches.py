@@ -34,7 +34,8 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     peers = {"SciPy sparse, image by image": scipy}
     for name, gradient, passes, repeats in (("forward", False, 1, 21), ("forward + backward", True, 3, 9)):
         peers[reference] = (
-            median_ms(lambda gradient=gradient: restore(images, gradient=gradient, reference=True)) / BATCH
+            median_ms(lambda gradient=gradient: restore(images, gradient=gradient, implementation="message_passing"))
+            / BATCH
         )
         ours = median_ms(lambda gradient=gradient: restore(images, gradient=gradient), repeats, 3) / BATCH
         for peer, taken in peers.items():
@@ -43,14 +44,14 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         peers.clear()  # SciPy has no gradients
 
 
-def restore(images: Tensor, gradient: bool = False, reference: bool = False) -> Tensor:
+def restore(images: Tensor, gradient: bool = False, implementation: Any = "auto") -> Tensor:
     """Restored images; with `gradient`, of a loss with respect to each image's five parameters, as in training."""
     leaves: dict[str, Tensor | float] = dict(PARAMETERS)
     if gradient:
         leaves = {name: torch.full((len(images),), v, requires_grad=True) for name, v in PARAMETERS.items()}
     with torch.set_grad_enabled(gradient):
-        diffusion = GraphDiffusion(8, 5, "patches", reference=reference)
-        restored = diffusion(images, **leaves, smooth_steps=STEPS, noise_std=NOISE_STD, max_radius=RADIUS)
+        diffusion = GraphDiffusion(8, 5, "patches", implementation=implementation)
+        restored = diffusion(images, **leaves, smooth_steps=STEPS, noise=NOISE_STD)
     if gradient:
         restored.square().mean().backward()
     return restored

@@ -1,12 +1,12 @@
-"""What a detector should look at: residual, neighbour differences, colours; with and without compression in training.
+"""Inputs of a detector: residual, neighbour differences, colours; with and without compression in training.
 
     python benchmarks/detector_inputs.py --json detector_inputs.json
 
 Every run has the same network, the same number of crops and of steps, and the same images; three seeds of weights,
 crops and order. All are tested on the same crops under all conditions. The restoration of `residual` has the default
 parameters; those of `residual, learned` follow the detector's own loss. The data are confounded (the photographs show
-everything, the generated images show people): accuracies here compare inputs, they do not say how well a detector works
-elsewhere.
+everything, the generated images show people): accuracies here compare inputs; how well a detector works elsewhere is
+another question.
 """
 
 import logging
@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from callbacks import EMParameterCallback, GradientRule
 from datamodules import GeneratedImagesDataModule
-from lightning_modules import Colours, GeneratedImageDetector, NeighborDifferences, RestorationResidual
+from lightning_modules import GeneratedImageDetector, NeighborDifferences, RawPixels, RestorationResidual
 from lightning_modules.detection import DetectorInput
 
 Batch = dict[str, Any]
@@ -33,15 +33,15 @@ Batch = dict[str, Any]
 INPUTS: dict[str, Callable[[], list[DetectorInput]]] = {
     "residual": lambda: [RestorationResidual()],
     "neighbour differences": lambda: [NeighborDifferences()],
-    "colours": lambda: [Colours()],
-    "all": lambda: [RestorationResidual(), NeighborDifferences(), Colours()],
+    "colours": lambda: [RawPixels()],
+    "all": lambda: [RestorationResidual(), NeighborDifferences(), RawPixels()],
     "residual, learned": lambda: [RestorationResidual(learn=True)],
 }
 SCORES = ("accuracy", "auroc", "average_precision", "ece", "generative_accuracy")
 
 
 class Batches(Dataset[Batch]):
-    """Batches that are made once and serve every run."""
+    """Batches that are made once for all runs."""
 
     def __init__(self, batches: list[Batch]) -> None:
         self.batches = batches
@@ -54,7 +54,7 @@ class Batches(Dataset[Batch]):
         return {**batch, "image": batch["image"].float() / 255}
 
 
-def serve(batches: list[Batch], shuffle: bool = False) -> DataLoader[Batch]:
+def make_loader(batches: list[Batch], shuffle: bool = False) -> DataLoader[Batch]:
     return DataLoader(Batches(batches), batch_size=None, shuffle=shuffle)
 
 
@@ -99,10 +99,10 @@ def measure(name: str, training: list[Batch], tests: list[list[Batch]], seed: in
         callbacks=[*learner, EMAWeightAveraging(decay=0.98, use_buffers=True)],
     )
     # calibrated on the clean test crops: no score here but the calibration error depends on it
-    trainer.fit(detector, serve(training, shuffle=True), serve(tests[0]))
+    trainer.fit(detector, make_loader(training, shuffle=True), make_loader(tests[0]))
     found = {
         key: value
-        for part in trainer.test(detector, [serve(test) for test in tests], verbose=False)
+        for part in trainer.test(detector, [make_loader(test) for test in tests], verbose=False)
         for key, value in part.items()
     }
     result: dict[str, dict[str, float]] = {}
@@ -148,10 +148,10 @@ def main() -> None:
     print("\nMean accuracy over the seeds")
     for name in INPUTS:
         for compressed in (True, False):
-            rows = [r for r in records if r["input"] == name and r["compressed"] == compressed]
+            own = [r for r in records if r["input"] == name and r["compressed"] == compressed]
             means = {
-                condition: statistics.mean(r["accuracy"] for r in rows if r["condition"] == condition)
-                for condition in dict.fromkeys(r["condition"] for r in rows)
+                condition: statistics.mean(r["accuracy"] for r in own if r["condition"] == condition)
+                for condition in dict.fromkeys(r["condition"] for r in own)
             }
             line = "  ".join(f"{condition} {value:.3f}" for condition, value in means.items())
             print(f"{name:24s} {'jpeg' if compressed else 'no jpeg':8s} {line}")

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from datamodules import CIFAR10DataModule, PatchDataModule, PhotoCropsDataModule
 from lightning_modules import GaussianMixtureEstimator, KMeansEstimator
-from lightning_modules.mixtures.gaussian.em import MixtureParameters, expectation, maximisation
+from lightning_modules.mixtures.gaussian.em import MixtureParameters, e_step, m_step
 from lightning_modules.mixtures.standardizer import StreamMoments
 
 PROJECT = Path(__file__).parents[1]
@@ -56,7 +56,7 @@ def patches(rows: int, folder: Path) -> Tensor:
     count = len(images.train_dataloader().dataset)
     per_image = -(-rows // count) + 1
     data = PatchDataModule(
-        images=images, patch_size=4, patches_per_image=per_image, grey=False, remove_mean=False, shuffle=True
+        images=images, patch_size=4, patches_per_image=per_image, gray=False, remove_mean=False, shuffle=True
     )
     data.setup("fit")
     parts = [data.on_after_batch_transfer(batch, 0)["image"].flatten(1) for batch in data.train_dataloader()]
@@ -147,9 +147,9 @@ def seconds_of_products(x: Tensor, components: int) -> float:
         torch.full((components,), 1 / components, dtype=torch.float64),
         x[:components],
         torch.eye(x.shape[1], dtype=torch.float64).expand(components, -1, -1),
-    ).components(centred=False)
+    ).components(centered=False)
     assert theta.coefficients is not None
-    step = theta.rows_per_chunk
+    step = theta.samples_per_chunk
     code = theta.encode(x[:step]).clone()
     responsibilities = torch.rand(components, step, dtype=torch.float64)
     sums = torch.zeros_like(theta.coefficients)
@@ -191,11 +191,11 @@ def scaling(x: Tensor, components: int, sizes: list[int]) -> list[dict[str, floa
     """Time of one iteration and peak memory over streams of growing length, blocks of 10,000 rows drawn again and
     again.
     """
-    frame = StreamMoments.of(x).frame("feature")
+    standardizer = StreamMoments.of(x).standardizer("feature")
     theta = MixtureParameters(
         "full",
         torch.full((components,), 1 / components, dtype=torch.float64),
-        frame.enter(x[:components]),
+        standardizer.transform(x[:components]),
         torch.eye(x.shape[1], dtype=torch.float64).repeat(components, 1, 1),
     ).batched()
     block = 10_000
@@ -207,9 +207,12 @@ def scaling(x: Tensor, components: int, sizes: list[int]) -> list[dict[str, floa
             statistics = None
             for number in range(size // block):
                 first = number * block % (len(x) - block + 1)
-                statistics = expectation(prepared, frame.enter(x[first : first + block]), into=statistics)
+                part = e_step(prepared, standardizer.transform(x[first : first + block]))
+                if statistics is not None:
+                    part.add(statistics)
+                statistics = part
             assert statistics is not None
-            maximisation(statistics, torch.full_like(frame.scale, 1e-6), theta)
+            m_step(statistics, torch.full_like(standardizer.scale, 1e-6), theta)
 
         before = forget_peak()
         taken = median_seconds(one_pass)
@@ -248,7 +251,7 @@ def streaming_memory(rows: int, width: int = 64) -> dict[str, float]:
         array.flush()
         del array
         words = ["fit", "-c", str(PROJECT / "configs/gaussian_mixture.yaml")]
-        words += [f"--data.rows={path}", "--trainer.max_epochs=2", "--model.num_components=8"]
+        words += [f"--data.array={path}", "--trainer.max_epochs=2", "--model.num_components=8"]
         words += ["--trainer.logger=false", "--trainer.callbacks=null", "--trainer.enable_checkpointing=false"]
         words += ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
         begin = time.perf_counter()

@@ -1,9 +1,9 @@
 """Are the parameters of any operator found, from wherever they start, with clean images and without?
 
-CIFAR-10 images with noise of 25/255. Total variation and the bilateral filter learn their parameters in 50 batches of 16
-by `NewtonRule`, from every corner of bounds that are at least a hundredfold wide. The oracle searches the same bounds on
-the test images themselves, then refines the best point with exact gradients. Beside them scikit-image's functions of the
-same kind, whose strengths were searched on training images.
+CIFAR-10 images with noise of 25/255. Total variation and the bilateral filter learn their parameters in 50 batches of
+16 by `NewtonRule`, from every corner of bounds that are at least a hundredfold wide. The oracle searches the same
+bounds on the test images themselves, then refines the best point with exact gradients. Beside them scikit-image's
+functions of the same kind, whose strengths were searched on training images.
 
     python benchmarks/operators.py --json operators.json
 """

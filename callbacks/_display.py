@@ -1,4 +1,4 @@
-"""What the callbacks that show results share."""
+"""Parts that the callbacks that show results share."""
 
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,14 @@ def error_bars(trainer: Trainer) -> Tensor | None:
 def at_bound(value: float, bound: float) -> bool:
     """Tells whether a value has been stopped by a bound, but for the rounding in exp(log(bound))."""
     return abs(value - bound) <= 1e-6 * abs(bound)
+
+
+def stopped_at(table: "ParameterTable", name: str, value: float) -> str:
+    """Which bound of a learned parameter stops a value: `lower`, `upper`, or neither, the empty string."""
+    lower, upper = table.bounds[name]
+    if name not in table.learned or lower == upper:
+        return ""
+    return "lower" if at_bound(value, lower) else "upper" if at_bound(value, upper) else ""
 
 
 def tensorboard_loggers(trainer: Trainer) -> list[TensorBoardLogger]:

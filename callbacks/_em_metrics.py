@@ -1,19 +1,23 @@
-"""What an M-step logs: parameters, objective and error bars by name."""
+"""Metrics of an M-step: parameters, objective and error bars by name."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_modules.em import ParameterTable, SufficientStatistics
 
+# Entries of a bank that are logged each by itself; of more, the least, the middle and the largest.
+MAX_SCALARS = 16
 # Standard deviations either side of the mean that hold 90 % of a normal distribution.
 _NORMAL_90 = 1.6449
-_PARTS = ("reconstruction", "perceptual", "smoothness")
+_PARTS = ("reconstruction", "perceptual", "smoothness", "similarity")
 
 
 def em_metrics(
-    table: ParameterTable, statistics: SufficientStatistics, skipped_steps: int, deviation: Tensor | None
-) -> dict[str, float]:
-    """Returns the numbers to log after an optimiser step; what has no value is left out.
+    table: ParameterTable, statistics: SufficientStatistics, skipped_steps: Tensor, deviation: Tensor | None
+) -> dict[str, Tensor]:
+    """Returns the numbers to log after an optimizer step, on the device; what has no value is NaN.
 
     Args:
         table: The table after the step.
@@ -23,31 +27,39 @@ def em_metrics(
 
     Shape:
         - deviation: `[K + 1, P]`, row 0 for the global set
+        - output: scalars
     """
-    # One transfer for everything.
-    parts = torch.stack([statistics.mean(name) for name in ("proxy", *_PARTS)], dim=1)
-    rows = torch.cat([table.values(), parts, statistics.count[:, None]], dim=1).tolist()
-    metrics: dict[str, float] = {"em/skipped_steps": float(skipped_steps)}
-    names = [*table.names, "loss_proxy", *_PARTS]
-    metrics.update({f"em/{name}": value for name, value in zip(names, rows[0], strict=False)})
-    for row_name, values in zip(table.row_names, rows[1:], strict=True):
-        named = dict(zip(names, values, strict=False))
-        metrics.update({f"em/{name}/{row_name}": named[name] for name in table.per_row})
-        if values[-1] > 0:
-            metrics[f"em/loss_proxy/{row_name}"] = named["loss_proxy"]
+    metrics = {"em/skipped_steps": skipped_steps.double()}
+    metrics |= values_by_name(table, "em", table.values())
+    proxy = torch.where(statistics.count > 0, statistics.mean("proxy"), torch.nan)
+    metrics["em/loss_proxy"] = statistics.mean("proxy")[0]
+    metrics |= {f"em/{name}": statistics.mean(name)[0] for name in _PARTS}
+    metrics |= {f"em/loss_proxy/{row}": value for row, value in zip(table.row_names, proxy[1:], strict=True)}
     if deviation is not None:
-        metrics.update(_error_bars(table, deviation))
-    return {name: value for name, value in metrics.items() if value == value}
+        metrics |= values_by_name(table, "em/std", deviation)
+        for side, sign in (("lower", -1), ("upper", 1)):
+            edge = (table.shared + sign * _NORMAL_90 * deviation[:1]).clamp(table.lower, table.upper).exp()
+            metrics |= {f"{name}/{side}": value for name, value in values_by_name(table, "em/interval", edge).items()}
+    return metrics
 
 
-def _error_bars(table: ParameterTable, deviation: Tensor) -> dict[str, float]:
-    metrics: dict[str, float] = {}
-    for side, sign in (("lower", -1), ("upper", 1)):
-        edge = (table.shared + sign * _NORMAL_90 * deviation[0]).clamp(table.lower, table.upper).exp().tolist()
-        metrics.update({f"em/interval/{name}/{side}": value for name, value in zip(table.names, edge, strict=True)})
-    shared, *rows = deviation.tolist()
-    metrics.update({f"em/std/{name}": value for name, value in zip(table.names, shared, strict=True)})
-    for row_name, values in zip(table.row_names, rows, strict=True):
-        named = dict(zip(table.names, values, strict=True))
-        metrics.update({f"em/std/{name}/{row_name}": named[name] for name in table.per_row})
+def values_by_name(
+    table: ParameterTable, prefix: str, values: Tensor, names: Sequence[str] | None = None
+) -> dict[str, Tensor]:
+    """Values of the global set and, of what has them, the rows; of a long bank the least, the middle and the largest.
+
+    Shape:
+        - values: `[K + 1, P]`, or `[1, P]` for the global set only
+        - output: scalars
+    """
+    metrics: dict[str, Tensor] = {}
+    for name in table.names if names is None else names:
+        columns = table.columns(name)
+        labels, bank = table.column_names[columns], values[:, columns]
+        if len(labels) > MAX_SCALARS:
+            labels = tuple(f"{name}/{part}" for part in ("min", "median", "max"))
+            bank = torch.stack([bank.amin(1), bank.median(1).values, bank.amax(1)], dim=1)
+        rows = ["", *(f"/{row}" for row in table.row_names)] if name in table.per_row else [""]
+        for row, numbers in zip(rows, bank, strict=False):
+            metrics |= {f"{prefix}/{label}{row}": value for label, value in zip(labels, numbers, strict=True)}
     return metrics

@@ -1,20 +1,23 @@
-"""What the M-step does, on one page of TensorBoard."""
+"""Dashboard of the M-step: one page of TensorBoard."""
 
 import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from callbacks._display import at_bound, em_table, error_bars, require_positive, tensorboard_loggers
+from callbacks._display import em_table, error_bars, require_positive, stopped_at, tensorboard_loggers
+from callbacks._em_metrics import MAX_SCALARS, values_by_name
 
 if TYPE_CHECKING:
     from lightning_modules.em import ParameterTable
 
-_METRICS = ("val/psnr", "val/gain")
+_METRICS = ("val/psnr", "val/psnr_gain")
+_ARROWS = {"lower": "↓", "upper": "↑", "": ""}
 _LEAST_RANGE = math.log2(1.1)  # of the colours: rows that differ by less than a tenth stay pale
 
 
@@ -24,9 +27,10 @@ class EMDashboard(Callback):
     - *Custom scalars*: one chart for each learned parameter with the global value and every row; the loss proxy with
       its parts; the smoothness; the validation metric.
       Where the rule has error bars (`BayesianRule`), one more for each parameter with its band of 90 %.
-    - *Images*, `em/table`: rows by parameters, coloured by their ratio to the global value.
+    - *Images*, `em/table`: rows by parameters, coloured by their ratio to the global value; a long bank as a picture of
+      its own, `em/table/<name>`.
     - *HParams*, at the end: start values against final values and validation metric, to compare runs. Give the logger
-      `default_hp_metric: false`, or its placeholder stands in the way.
+      `default_hp_metric: false`, or its placeholder is in the way.
 
     Args:
         every_n_epochs: Draw the heat map after every n-th epoch, beginning with the first, and after the last.
@@ -78,9 +82,11 @@ class EMDashboard(Callback):
         if table is None or not loggers or not trainer.is_global_zero or trainer.global_step == self._drawn_at:
             return
         self._drawn_at = trainer.global_step
-        picture = render(heat_map(table))
-        for logger in loggers:
-            logger.experiment.add_image("em/table", picture, trainer.global_step, dataformats="HWC")
+        pictures = {"em/table": heat_map(table)}
+        pictures |= {f"em/table/{name}": bank_map(table, name) for name in table.names if _is_long(table, name)}
+        for tag, figure in pictures.items():
+            for logger in loggers:
+                logger.experiment.add_image(tag, render(figure), trainer.global_step, dataformats="HWC")
 
 
 def custom_scalars_layout(table: "ParameterTable", with_bars: bool = False) -> dict[str, dict[str, list[Any]]]:
@@ -91,21 +97,22 @@ def custom_scalars_layout(table: "ParameterTable", with_bars: bool = False) -> d
     Tags are regular expressions that match from the left: `$` keeps `em/sigma` from matching `em/sigma_s`.
     """
     parameters = {
-        name: ["Multiline", [f"em/{name}$", f"em/{name}/.+"] if name in table.per_row else [f"em/{name}$"]]
+        name: ["Multiline", [_pattern(table, name) + end for end in (["$", "/.+"] if name in table.per_row else ["$"])]]
         for name in table.learned
     }
     objective = {
         "loss proxy and its parts": ["Multiline", ["em/loss_proxy$", "em/reconstruction$", "em/perceptual$"]],
-        "smoothness": ["Multiline", ["em/smoothness$"]],
+        "smoothness": ["Multiline", ["em/smoothness$", "em/similarity$"]],
         "validation PSNR": ["Multiline", ["val/psnr$", "val/psnr_noisy$"]],
         "skipped steps": ["Multiline", ["em/skipped_steps$"]],
     }
     layout: dict[str, dict[str, list[Any]]] = {"learned parameters": parameters, "objective": objective}
     if with_bars:
-        moving = [name for name in table.learned if name not in table.integers]
+        moving = [name for name in table.learned if name not in table.integers and not _is_long(table, name)]
         layout["90 % intervals"] = {
-            name: ["Margin", [f"em/{name}", f"em/interval/{name}/lower", f"em/interval/{name}/upper"]]
+            label: ["Margin", [f"em/{label}", f"em/interval/{label}/lower", f"em/interval/{label}/upper"]]
             for name in moving
+            for label in table.column_names[table.columns(name)]
         }
     return layout
 
@@ -118,43 +125,65 @@ def hyperparameters(
     The final values have tags of their own: one more point of `em/…` would leave its curve with a step that its band
     lacks, and TensorBoard draws no band then.
     """
-    start, final = table.initial_parameters(), table.get_parameters()
+    first: list[float] = []
+    for value in table.initial_parameters().values():
+        first += value if isinstance(value, list) else [value]
     metrics = {name: float(callback_metrics[name]) for name in _METRICS if name in callback_metrics}
-    return (
-        {f"em_start/{name}": start[name] for name in table.learned},
-        metrics | {f"em_end/{name}": float(final[name]) for name in table.learned},
+    start, end = (
+        {tag: float(value) for tag, value in values_by_name(table, prefix, values, table.learned).items()}
+        for prefix, values in (("em_start", torch.tensor([first])), ("em_end", table.values()[:1]))
     )
+    return start, metrics | end
 
 
 def heat_map(table: "ParameterTable") -> Figure:
-    """Draws rows by parameters: numbers in natural units, colours by the ratio to the global value.
+    """Draws rows by parameters: numbers in natural units, colors by the ratio to the global value.
 
-    Parameters without rows show their one value at the top alone. An arrow marks a value that rests on a bound.
+    Parameters without rows have their one value at the top only; of a long bank there are the least, the middle and the
+    largest value. An arrow marks a value that rests on a bound.
     """
-    values = table.values().cpu().numpy()
-    has_rows = np.array([name in table.per_row for name in table.names])
-    ratio = np.log2(values / values[0])
-    ratio[1:, ~has_rows] = np.nan
     rows = ["global", *table.row_names]
+    columns: list[tuple[str, str, list[float]]] = []  # heading, parameter, values of the global set and the rows
+    for name in table.names:
+        named = values_by_name(table, "", table.values(), [name])
+        numbers = [float(value) for value in named.values()]
+        size = len(named) // (len(rows) if name in table.per_row else 1)
+        columns += [(label[1:], name, numbers[k::size]) for k, label in enumerate([*named][:size])]
+    values = np.array([[*numbers, *[np.nan] * (len(rows) - len(numbers))] for _, _, numbers in columns]).T
+    ratio = np.log2(values / values[0])
     limit = max(_LEAST_RANGE, float(np.nanmax(np.abs(ratio))))
     font_size = 9 if len(rows) <= 30 else 6
     line = 0.32 if len(rows) <= 30 else 0.16
 
-    figure = Figure(figsize=(2.2 + 1.05 * len(table.names), 1.1 + line * len(rows)), dpi=110, layout="constrained")
+    figure = Figure(figsize=(2.2 + 1.05 * len(columns), 1.1 + line * len(rows)), dpi=110, layout="constrained")
     axes = figure.add_subplot()
     picture = axes.imshow(ratio, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
     axes.set_facecolor("0.93")
-    axes.set_xticks(range(len(table.names)), [n if n in table.learned else f"{n}\n(fixed)" for n in table.names])
+    headings = [label if name in table.learned else f"{label}\n(fixed)" for label, name, _ in columns]
+    axes.set_xticks(range(len(columns)), headings)
     axes.set_yticks(range(len(rows)), rows)
     axes.tick_params(length=0, labelsize=font_size, top=True, labeltop=True, bottom=False, labelbottom=False)
     axes.axhline(0.5, color="0.3", linewidth=1.0)
-    for column, name in enumerate(table.names):
-        for row in range(len(rows) if has_rows[column] else 1):
+    for column, (_, name, numbers) in enumerate(columns):
+        for row, value in enumerate(numbers):
             dark = abs(ratio[row, column]) > 0.6 * limit
-            text = f"{values[row, column]:.3g}{_arrow(values[row, column], table.bounds[name])}"
+            text = f"{value:.3g}{_ARROWS[stopped_at(table, name, value)]}"
             axes.text(column, row, text, ha="center", va="center", fontsize=font_size, color="w" if dark else "k")
     bar = figure.colorbar(picture, ax=axes, fraction=0.04, pad=0.02, ticks=[-limit, 0, limit])
     bar.ax.set_yticklabels([f"×{2**-limit:.2f}", "global", f"×{2**limit:.2f}"], fontsize=font_size)
+    return figure
+
+
+def bank_map(table: "ParameterTable", name: str) -> Figure:
+    """Draws a bank of many values as a picture: its entries from left to right, the global set and the rows below."""
+    rows = ["global", *(table.row_names if name in table.per_row else ())]
+    figure = Figure(figsize=(8, 1.2 + 0.2 * len(rows)), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    values = table.values()[: len(rows), table.columns(name)].cpu().numpy()
+    picture = axes.imshow(values, cmap="viridis", aspect="auto", interpolation="nearest")
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xlabel(name)
+    figure.colorbar(picture, ax=axes, fraction=0.04, pad=0.02)
     return figure
 
 
@@ -169,9 +198,12 @@ def render(figure: Figure) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def _arrow(value: float, bounds: tuple[float, float]) -> str:
-    if bounds[0] == bounds[1]:
-        return ""
-    if at_bound(value, bounds[0]):
-        return "↓"
-    return "↑" if at_bound(value, bounds[1]) else ""
+def _is_long(table: "ParameterTable", name: str) -> bool:
+    return len(table.column_names[table.columns(name)]) > MAX_SCALARS
+
+
+def _pattern(table: "ParameterTable", name: str) -> str:
+    """Regular expression of a parameter's tags, without rows."""
+    is_bank = table.column_names[table.columns(name)] != (name,)
+    ends = "" if not is_bank else "/(min|median|max)" if _is_long(table, name) else r"\[[0-9]+\]"
+    return f"em/{name}{ends}"

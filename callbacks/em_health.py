@@ -1,4 +1,4 @@
-"""What can go wrong while parameters are learned, seen while it happens and said once, with the remedy."""
+"""Findings about a run while parameters are learned, each given once with its remedy."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -8,37 +8,35 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from callbacks._display import at_bound, em_table, require_positive, tensorboard_loggers
+from callbacks._display import em_table, require_positive, stopped_at, tensorboard_loggers
 
 if TYPE_CHECKING:
     from lightning_modules.em import EStep, ParameterTable
 
-# Mean similarity over the edges under which the patches of a graph have next to nothing in common.
-LEAST_SIMILARITY = 0.3
-# Mean edge weights outside which a graph joins nothing, or everything alike.
-DEAD_WEIGHT, COMPLETE_WEIGHT = 1e-3, 0.95
-# Correlation of successive proxies below which they alternate. Independent ones of a window of 40 reach −0.5 once in a
-# thousand times; two batches that share out an epoch have −0.5 by themselves.
-ALTERNATION = -0.7
-LEAST_BATCHES = 4
+# Correlation of proxies one period apart above which they oscillate. Of independent ones none of a window of 40 has it
+# once in ten thousand times.
+OSCILLATION = 0.7
+# Cycles that a window must hold before it is said to repeat.
+LEAST_CYCLES = 4
 # Images that a row would have in an equal share before it is said to get none.
 IMAGES_PER_ROW = 10
-# Relative movement over the last fifth of the run above which a parameter has not come to rest.
+# Relative movement over the last fifth of the run above which a parameter has not converged.
 STILL_MOVING = 0.1
 
 
 class EMHealth(Callback):
     """Reads the run while it runs, and names what it sees, once, with what to do about it.
 
-    It looks for parameters (the global ones, or those of the rows where a parameter has rows) that rest on a bound, a
-    loss proxy that alternates, a graph whose patches have nothing in common or whose edges are all dead or all alike, a
-    row that gets no images, and parameters that still move at the end. Findings go to the log, to TensorBoard's text
-    page under `em/health`, and below the closing table of `EMReport`. It reads the device only on steps that log
+    It looks for parameters that are stopped by a bound, in the global set or a row; a loss proxy that oscillates; a row
+    that gets no images; parameters that still move at the end; and whatever else the operator warns of
+    (`RestorationOperator.warnings`), from the means of its own diagnostics. Findings go to the log, to TensorBoard's
+    text page under `em/health`, and below the closing table of `EMReport`. It reads the device only on steps that log
     (`log_every_n_steps`).
 
     Args:
-        patience: Looks in a row that must see the same before it is said.
-        window: Optimiser steps over which the proxy is watched for alternation; each window is looked at once.
+        patience: Looks on end that must see the same before it is a finding.
+        window: Optimizer steps over which the proxy is watched for oscillation, of any period up to a quarter of it;
+            each window is looked at once.
 
     Raises:
         ValueError: If an argument is below its least value.
@@ -51,7 +49,7 @@ class EMHealth(Callback):
     def __init__(self, patience: int = 3, window: int = 40) -> None:
         require_positive(self, patience=patience)
         if window < 40:
-            raise ValueError(f"EMHealth: window must be at least 40 steps, or chance alternates too, got {window}")
+            raise ValueError(f"EMHealth: window must be at least 40 steps, or chance oscillates too, got {window}")
         self.patience = patience
         self.window = window
         self.findings: dict[str, str] = {}
@@ -60,12 +58,13 @@ class EMHealth(Callback):
         self._sums: Tensor | None = None
         self._rows: list[float] = []
         self._path: list[tuple[int, list[list[float]]]] = []
+        self._of_operator: set[str] = set()
         self._last_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins a new record."""
         self.findings, self._seen, self._path, self._proxies, self._rows = {}, {}, [], [], []
-        self._sums, self._last_step = None, trainer.global_step
+        self._sums, self._of_operator, self._last_step = None, set(), trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -80,15 +79,14 @@ class EMHealth(Callback):
         if trainer.global_step == self._last_step:
             return  # a micro-batch of an accumulation
         self._last_step = trainer.global_step
-        # A few batches that take turns alternate by their own contents.
-        if len(self._proxies) < self.window and trainer.num_training_batches >= LEAST_BATCHES:
+        if len(self._proxies) < self.window:
             self._proxies.append(_mean_proxy(step))
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every > 0 and trainer.global_step % every == 0:
             self._look(trainer, pl_module, table, batch)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Says what has not come to rest."""
+        """Names what still moves."""
         table = em_table(pl_module)
         if table is None:
             return
@@ -97,7 +95,7 @@ class EMHealth(Callback):
             changes = {row: change for (parameter, row), change in moving.items() if parameter == name}
             if changes:
                 largest = max(changes.values(), key=abs)
-                self._say(
+                self._warn(
                     trainer,
                     f"moving/{name}",
                     f"{_named(table, name, list(changes))} moved by {largest:+.0%} over the last fifth of the run: "
@@ -106,51 +104,58 @@ class EMHealth(Callback):
 
     def _look(self, trainer: Trainer, pl_module: LightningModule, table: "ParameterTable", batch: Any) -> None:
         assert self._sums is not None
-        weight = _edge_weight(pl_module, batch)
-        local = self._sums if weight is None else torch.cat([self._sums, weight])
-        total = trainer.strategy.reduce(local.clone(), reduce_op="sum").tolist()
+        diagnose = getattr(pl_module, "diagnose", None)
+        diagnostics: dict[str, Tensor] = diagnose(batch) if diagnose is not None else {}
+        local = torch.cat([self._sums, *map(_sum_and_count, diagnostics.values())])
+        total = trainer.strategy.reduce(local, reduce_op="sum").tolist()
         self._sums = torch.zeros_like(self._sums)
         values = table.values().tolist()
         self._path.append((trainer.global_step, values))
-        images, similarity, with_similarity, *rows = total[: 3 + len(table.row_names)]
+        num_rows = len(table.row_names)
+        images, *rows = total[: num_rows + 1]
+        keys, sums, counts = ["similarity", *diagnostics], total[num_rows + 1 :: 2], total[num_rows + 2 :: 2]
+        means = {key: value / n for key, value, n in zip(keys, sums, counts, strict=True) if n}
         self._look_at_bounds(trainer, table, values)
-        if len(self._proxies) == self.window:
-            correlation = alternation(torch.stack(self._proxies).tolist())
-            self._proxies.clear()
-            self._note(
-                trainer,
-                "alternation",
-                correlation < ALTERNATION,
-                f"the loss proxy alternates from step to step (correlation {correlation:.2f}): lower the rule's step "
-                "(lr of GradientRule, rates of SignRule, radius of the others) or the network's learning rate",
-            )
-        if with_similarity:
-            mean = similarity / with_similarity
-            self._note(
-                trainer,
-                "similarity",
-                mean < LEAST_SIMILARITY,
-                f"the mean similarity of neighbouring patches is {mean:.2g}, under {LEAST_SIMILARITY}: raise sigma or "
-                "its upper bound, and check that the noise level the diffusion is told is that of the images",
-            )
-        if weight is not None and total[-1]:
-            self._look_at_weight(trainer, total[-2] / total[-1])
+        self._look_at_proxies(trainer)
+        self._look_at_operator(trainer, pl_module, means)
         self._look_at_rows(trainer, table, [images, *rows])
 
     def _look_at_bounds(self, trainer: Trainer, table: "ParameterTable", values: list[list[float]]) -> None:
         for name in table.learned:
-            lower, upper = table.bounds[name]
-            for side, bound in (("lower", lower), ("upper", upper)):
-                column = table.names.index(name)
-                resting = [row for row in _watched(table, name) if at_bound(values[row][column], bound)]
-                rests = "rests" if len(resting) == 1 else "rest"
+            for side, bound in zip(("lower", "upper"), table.bounds[name], strict=True):
+                stopped = [
+                    row
+                    for row in _watched(table, name)
+                    if any(stopped_at(table, name, value) == side for value in values[row][table.columns(name)])
+                ]
+                rests = "rests" if len(stopped) == 1 else "rest"
                 self._note(
                     trainer,
                     f"bound/{name}/{side}",
-                    lower < upper and bool(resting),
-                    f"{_named(table, name, resting)} {rests} on its {side} bound {bound:g}: widen em_parameters.bounds "
+                    bool(stopped),
+                    f"{_named(table, name, stopped)} {rests} on its {side} bound {bound:g}: widen em_parameters.bounds "
                     "for it, unless it is meant to stop there",
                 )
+
+    def _look_at_proxies(self, trainer: Trainer) -> None:
+        if len(self._proxies) < self.window:
+            return
+        period, correlation = oscillation(torch.stack(self._proxies).tolist(), trainer.num_training_batches)
+        self._proxies.clear()
+        self._note(
+            trainer,
+            "oscillation",
+            correlation > OSCILLATION,
+            f"the loss proxy oscillates, every {period} steps (correlation {correlation:.2f}): lower the rule's step "
+            "(lr of GradientRule, rates of SignRule, trust_radius of the others) or the network's learning rate",
+        )
+
+    def _look_at_operator(self, trainer: Trainer, pl_module: LightningModule, means: dict[str, float]) -> None:
+        operator = getattr(pl_module, "operator", None)
+        found: dict[str, str] = operator.warnings(means) if operator is not None and means else {}
+        self._of_operator |= found.keys()
+        for key in sorted(self._of_operator):
+            self._note(trainer, key, key in found, found.get(key, ""))
 
     def _look_at_rows(self, trainer: Trainer, table: "ParameterTable", counts: list[float]) -> None:
         """Judge the rows once each of them could have had enough images."""
@@ -168,28 +173,12 @@ class EMHealth(Callback):
                 "them (labels, regimes)",
             )
 
-    def _look_at_weight(self, trainer: Trainer, weight: float) -> None:
-        self._note(
-            trainer,
-            "graph/dead",
-            weight < DEAD_WEIGHT,
-            f"the graph is dead: its mean edge weight is {weight:.2g}. Raise sigma_f, or tell the diffusion the noise "
-            "level of the images, whose part of the distances it then takes off",
-        )
-        self._note(
-            trainer,
-            "graph/complete",
-            weight > COMPLETE_WEIGHT,
-            f"the graph joins everything alike: its mean edge weight is {weight:.2f}. Lower sigma_f or the noise level "
-            "the diffusion is told",
-        )
-
     def _note(self, trainer: Trainer, key: str, seen: bool, message: str) -> None:
         self._seen[key] = self._seen.get(key, 0) + 1 if seen else 0
         if self._seen[key] >= self.patience:
-            self._say(trainer, key, message)
+            self._warn(trainer, key, message)
 
-    def _say(self, trainer: Trainer, key: str, message: str) -> None:
+    def _warn(self, trainer: Trainer, key: str, message: str) -> None:
         if key in self.findings:
             return
         self.findings[key] = message
@@ -201,26 +190,43 @@ class EMHealth(Callback):
 
 
 def _watched(table: "ParameterTable", name: str) -> list[int]:
-    """Rows of `table.values()` that restore images: 0 is the global set, which serves where a parameter has no rows."""
-    return list(range(1, len(table.row_names) + 1)) if name in table.per_row and table.row_names else [0]
+    """Rows of `table.values()` in which a parameter has a value of its own: 0 is the global set."""
+    return list(range(len(table.row_names) + 1)) if name in table.per_row else [0]
 
 
 def _named(table: "ParameterTable", name: str, rows: list[int]) -> str:
     """A parameter with the rows in question, for a sentence."""
-    labels = [table.row_names[row - 1] for row in rows if row > 0]
-    return f"{name} of {', '.join(labels)}" if labels else name
+    if name not in table.per_row:
+        return name
+    return f"{name} of {', '.join('the global set' if row == 0 else table.row_names[row - 1] for row in rows)}"
 
 
-def alternation(proxies: Sequence[float]) -> float:
-    """Correlation of successive values about their linear trend: −1 where they alternate, 0 where unrelated."""
+def oscillation(proxies: Sequence[float], num_batches: float = torch.inf) -> tuple[int, float]:
+    """The period of at least 2 steps by which values repeat best, and their correlation that far apart.
+
+    About their linear trend; 0 where no correlation comes back after it has been lower by a half. A period of which an
+    epoch does not hold two is left out: there the same batches come again.
+
+    Args:
+        proxies: The values, of one step each.
+        num_batches: Steps of an epoch.
+    """
     values = torch.tensor(proxies, dtype=torch.float64)
     time = torch.arange(len(values), dtype=torch.float64)
-    time = time - time.mean()
-    values = values - values.mean()
+    time, values = time - time.mean(), values - values.mean()
     spread = values @ values
     values = values - time * (time @ values) / (time @ time)
     power = values @ values
-    return float((values[1:] @ values[:-1]) / power) if power > 1e-12 * spread else 0.0
+    best = (0, 0.0)
+    if not power > 1e-12 * spread:
+        return best
+    lowest = torch.inf
+    for lag in range(1, int(min(len(values) / LEAST_CYCLES, num_batches / 2)) + 1):
+        correlation = float(values[lag:] @ values[:-lag] / power) * len(values) / (len(values) - lag)
+        if correlation > max(best[1] + 0.1, lowest + 0.5):  # a multiple of the period is no better
+            best = (lag, min(correlation, 1.0))
+        lowest = min(lowest, correlation)
+    return best
 
 
 def still_moving(
@@ -228,8 +234,8 @@ def still_moving(
 ) -> dict[tuple[str, int], float]:
     """Relative change over the last fifth of a run, by parameter and row, where it is more than a tenth.
 
-    The change is that of the means over the two halves of that fifth, doubled: a value that shakes about its place has
-    come to rest.
+    The change is that of the means over the two halves of that fifth, doubled: a value that shakes about its
+    place has converged.
 
     Args:
         table: The table whose values they are.
@@ -242,8 +248,9 @@ def still_moving(
     logs = torch.tensor(late, dtype=torch.float64).clamp_min(torch.finfo(torch.float64).tiny).log()
     half = len(late) // 2
     change = (2 * (logs[-half:].mean(0) - logs[:half].mean(0))).expm1().tolist()
-    found = {(n, row): change[row][table.names.index(n)] for n in table.learned for row in _watched(table, n)}
-    return {place: value for place, value in found.items() if abs(value) > STILL_MOVING}
+    places = [(name, row) for name in table.learned for row in _watched(table, name)]
+    found = {(name, row): max(change[row][table.columns(name)], key=abs) for name, row in places}
+    return {key: value for key, value in found.items() if abs(value) > STILL_MOVING}
 
 
 def _mean_proxy(step: "EStep") -> Tensor:
@@ -255,23 +262,15 @@ def _mean_proxy(step: "EStep") -> Tensor:
 
 
 def _sums(step: "EStep") -> Tensor:
-    """Images, similarity, images with a similarity, and images of each row; float64 `[3 + K]`."""
+    """Images, images of each row, similarity, and images with a similarity; float64 `[K + 3]`."""
     rows = step.responsibilities.double()
     used = rows.new_ones(len(rows)) if step.weight is None else (step.weight > 0).double()
     similarity = step.smoothness if step.similarity is None else step.similarity
-    known = torch.zeros_like(used) if similarity is None else used
-    value = known if similarity is None else torch.where(known > 0, similarity.double(), 0.0)
-    return torch.cat([torch.stack([used.sum(), value.sum(), known.sum()]), used @ rows])
+    known = rows.new_full((len(rows),), torch.nan) if similarity is None else similarity.double()
+    return torch.cat([used.sum()[None], used @ rows, _sum_and_count(torch.where(used > 0, known, torch.nan))])
 
 
-def _edge_weight(pl_module: LightningModule, batch: Any) -> Tensor | None:
-    """Sum and number of the mean edge weights of the batch's images, from modules that offer `mean_edge_weight`."""
-    measure = getattr(pl_module, "mean_edge_weight", None)
-    if measure is None:
-        return None
-    with torch.no_grad():
-        weight = measure(batch)
-    if weight is None:
-        return None
-    weight = weight.double()
-    return torch.stack([weight.sum(), weight.new_tensor(float(len(weight)))])
+def _sum_and_count(values: Tensor) -> Tensor:
+    """Sum and number of those that are not NaN, float64 `[2]`."""
+    known = ~values.isnan()
+    return torch.stack([torch.where(known, values.double(), 0.0).sum(), known.sum().double()])

@@ -1,4 +1,4 @@
-"""The M-step of expectation-maximisation, once for each optimiser step of the network."""
+"""M-step of a parameter table, once for each optimizer step of the network."""
 
 from collections import deque
 from typing import Any
@@ -14,15 +14,25 @@ from callbacks._em_requirements import check_module, check_trainer
 from lightning_modules.em import Assignment, EStep, ParameterTable, SufficientStatistics, TableValues
 from lightning_modules.em.rules import GradientRule, Rule, RuleState
 
+# Steps whose mean loss `get_status` gives.
+_RECENT = 5
+# M-steps after which a learned parameter that has had no gradient is said to have none.
+_PATIENCE = 10
+# Most that responsibilities may sum to above 1 by rounding, bfloat16's included.
+_ROUNDING = 0.02
+
 
 class EMParameterCallback(Callback):
     """Learns a module's `em_parameters` while the module's network trains.
 
     The module's `training_step` is the E-step: it asks its `ParameterTable` for the parameters of each image and
     returns `{"loss": ..., "em": EStep(...)}`, where the loss is the mean over the batch of each image's (weighted)
-    loss. This callback is the M-step: it adds the statistics of the micro-batches of an optimiser step, sums them over
+    loss. This callback is the M-step: it adds the statistics of the micro-batches of an optimizer step, sums them over
     the processes in one reduction, applies the rule, clamps, writes and logs. Every process computes the same numbers,
     so nothing is sent back. It does not wait for an accelerator on steps that do not log.
+
+    What it logs as `em/…` has the step of the module's own `train/…`, and can be monitored by name, as by
+    `EarlyStopping(monitor="em/loss_proxy")`: the value is that of the last step that logged or ended an epoch.
 
     Args:
         rule: The M-step proper; `GradientRule()` by default.
@@ -62,18 +72,20 @@ class EMParameterCallback(Callback):
         self._rule_state: RuleState = {}
         self._proxies: deque[Tensor] = deque(maxlen=self.history_size)
         self._states: deque[TableValues] = deque(maxlen=self.history_size)
-        # Skipped steps: in all, in a row, and the longest row; counted on the device.
+        # Skipped steps: in all, the present streak, and the longest; counted on the device.
         self._skipped = torch.zeros(3, dtype=torch.long)
-        self._warned = False
+        # Columns that have had a gradient, and the most that responsibilities were off; likewise.
+        self._has_gradient = self._excess = torch.zeros(0)
+        self._num_steps = 0
         self._statistics = SufficientStatistics(0, 0)
         self._last_step = 0
         self._scale: Tensor | None = None
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
 
     # For whoever prefers numbers to TensorBoard ------------------------------------------------------------------
 
-    def get_parameters(self, class_idx: int | None = None) -> dict[str, float]:
-        """Current parameters by name, of the global set or of a class.
+    def get_parameters(self, class_idx: int | None = None) -> dict[str, Any]:
+        """Current parameters by name, a list for a bank, of the global set or of a class.
 
         Args:
             class_idx: Row of the table; None for the global set.
@@ -85,9 +97,11 @@ class EMParameterCallback(Callback):
         return self._require_table().get_parameters(class_idx)
 
     def get_status(self) -> dict[str, str]:
-        """Current state as strings: `global_<parameter>` for each parameter, and `avg_loss`, the mean recent proxy."""
-        status = {f"global_{name}": f"{value:.6g}" for name, value in self.get_parameters().items()}
-        recent = [loss for loss in self.loss_history if loss == loss]  # NaN marks a skipped step
+        """Current state as strings: `global_<parameter>` of each, and `avg_loss`, mean proxy of the last 5 steps."""
+        table = self._require_table()
+        values = table.values()[0].tolist()
+        status = {f"global_{name}": f"{value:.6g}" for name, value in zip(table.column_names, values, strict=True)}
+        recent = [loss for loss in self.loss_history if loss == loss][-_RECENT:]  # NaN marks a skipped step
         status["avg_loss"] = f"{sum(recent) / len(recent):.6g}" if recent else "nan"
         return status
 
@@ -105,17 +119,33 @@ class EMParameterCallback(Callback):
     @property
     def loss_history(self) -> list[float]:
         """Loss proxy of the last steps, oldest first; NaN where the M-step was skipped."""
-        return [float(proxy) for proxy in self._proxies]
+        return self.class_loss_history(None)
 
     @property
-    def parameter_history(self) -> list[dict[str, float]]:
+    def parameter_history(self) -> list[dict[str, Any]]:
         """Global parameters after each of the last steps, oldest first."""
+        return self.class_parameter_history(None)
+
+    def class_loss_history(self, class_idx: int | None) -> list[float]:
+        """`loss_history` of a row; NaN as well where a step had no image of it.
+
+        Args:
+            class_idx: Row of the table; None for all images.
+
+        Raises:
+            ValueError: If there is no such row.
+        """
+        self.get_parameters(class_idx)  # knows the rows
+        return [float(proxies[0 if class_idx is None else class_idx + 1]) for proxies in self._proxies]
+
+    def class_parameter_history(self, class_idx: int | None) -> list[dict[str, Any]]:
+        """`parameter_history` of a row; see `class_loss_history`."""
         table = self._require_table()
-        return [table.describe(state) for state in self._states]
+        return [table.describe(state, class_idx) for state in self._states]
 
     @property
     def skipped_steps(self) -> int:
-        """Number of optimiser steps whose M-step was left out for a non-finite proxy or gradient."""
+        """Number of optimizer steps whose M-step was left out for a non-finite proxy or gradient."""
         return int(self._skipped[0])
 
     # Lightning's side --------------------------------------------------------------------------------------------
@@ -150,12 +180,14 @@ class EMParameterCallback(Callback):
                 )
             self._rule_state = initial
         self._skipped = self._skipped.to(device)
-        self._statistics = SufficientStatistics(len(table.row_names), len(table.names), device)
+        self._has_gradient = torch.zeros_like(table.shared, dtype=torch.bool)
+        self._excess, self._num_steps = torch.zeros((), device=device), 0
+        self._statistics = SufficientStatistics(len(table.row_names), len(table.shared), device)
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, torch.optim.LBFGS):
                 raise MisconfigurationException(
                     "EMParameterCallback does not work with LBFGS, which evaluates the loss several times for one "
-                    "step, so that an image would be counted more than once: choose another optimiser, such as Adam"
+                    "step, so that an image would be counted more than once: choose another optimizer, such as Adam"
                 )
         self._last_step = trainer.global_step
         table.rows_learn = self.update_rows
@@ -163,21 +195,21 @@ class EMParameterCallback(Callback):
         table.perturb(self.rule.sampled_values(table, self._rule_state))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the scale of this backward pass: the optimiser step that follows may change it."""
+        """Note the scale of this backward pass: the optimizer step that follows may change it."""
         self._scale = _loss_scale(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Add the batch's statistics; after an optimiser step, take the M-step."""
+        """Add the batch's statistics; after an optimizer step, take the M-step."""
         self._add(trainer, _e_step(outputs))
         if trainer.global_step == self._last_step:
             return  # a micro-batch of an accumulation
         self._last_step = trainer.global_step
         table = self._require_table()
-        # One sum over the processes, on every process, at every optimiser step.
+        # One sum over the processes, on every process, at every optimizer step.
         statistics = self._statistics.reduced(lambda flat: trainer.strategy.reduce(flat, reduce_op="sum"))
-        self._statistics = SufficientStatistics(len(table.row_names), len(table.names), table.shared.device)
+        self._statistics = SufficientStatistics(len(table.row_names), len(table.shared), table.shared.device)
         scale = _loss_scale(trainer, pl_module)
         rejected = scale < self._scale if scale is not None and self._scale is not None else None
         assignment = getattr(pl_module, "assignment", None)
@@ -185,22 +217,22 @@ class EMParameterCallback(Callback):
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         logs = every > 0 and trainer.global_step % every == 0
         if logs or table.shared.device.type == "cpu":
-            self._check_skipped()
-        if logs:
-            self._log(trainer, table, statistics)
-            if isinstance(assignment, Assignment):
-                self._log_assignment(trainer, assignment)
+            self._check_run(table)
+        if logs or trainer.is_last_batch:
+            self._log(trainer, pl_module, statistics, logs)
+        if logs and isinstance(assignment, Assignment):
+            self._log_assignment(trainer, assignment)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what has come up after the last step that logged: skipped steps, and what the assignment has to tell."""
+        """Warn of what has come up after the last step that logged: skipped steps, and what the assignment has seen."""
         self._require_table().perturb(None)
-        self._check_skipped()
+        self._check_run(self._require_table())
         assignment = getattr(pl_module, "assignment", None)
         if isinstance(assignment, Assignment):
             self._warn_of(assignment, ended=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the table with what was learned: an interrupted run has no end at which it stops straying."""
+        """Leave the table with what was learned: an interrupted run has no end at which perturbation stops."""
         if self._table is not None:
             self._table.perturb(None)
 
@@ -210,7 +242,7 @@ class EMParameterCallback(Callback):
             "rule": type(self.rule).__name__,
             "rule_state": {name: tensor.cpu() for name, tensor in self._rule_state.items()},
             "skipped": self._skipped.cpu(),
-            "proxies": [float(proxy) for proxy in self._proxies],
+            "proxies": torch.stack([*self._proxies]).cpu() if self._proxies else [],
             "states": [(state.shared.cpu(), state.offsets.cpu()) for state in self._states],
         }
 
@@ -223,12 +255,12 @@ class EMParameterCallback(Callback):
                 f"the checkpoint was written under {state_dict.get('rule')}, this run uses {type(self.rule).__name__}: "
                 "the parameters go on from where they were, the rule starts afresh"
             )
-        # The total goes on; a row of skipped steps that stopped a run must not stop the one that resumes it.
+        # The total goes on; a streak of skipped steps that stopped a run must not stop the one that resumes it.
         total = state_dict.get("skipped", self._skipped)[:1].cpu()
         self._skipped = torch.cat([total, torch.zeros(2, dtype=torch.long)])
         self._proxies.clear()
         self._states.clear()
-        self._proxies.extend(torch.tensor(proxy, dtype=torch.float64) for proxy in state_dict.get("proxies", []))
+        self._proxies.extend(torch.as_tensor(state_dict.get("proxies", []), dtype=torch.float64))
         self._states.extend(TableValues(*state) for state in state_dict.get("states", []))
 
     # Inside ------------------------------------------------------------------------------------------------------
@@ -240,8 +272,18 @@ class EMParameterCallback(Callback):
 
     @torch.no_grad()
     def _add(self, trainer: Trainer, step: EStep) -> None:
-        gradient = self._require_table().pop_gradient()
+        table = self._require_table()
+        step.check(len(table.row_names))
+        rows = step.responsibilities.double()
+        if rows.numel():
+            self._excess = torch.stack([self._excess.double(), (rows.sum(1) - 1).amax(), -rows.amin()]).amax()
+        gradient = table.pop_gradient()
         if gradient is not None:
+            if len(gradient) != len(rows):
+                raise ValueError(
+                    f"the table gave parameters to {len(gradient)} images, and EStep has statistics of {len(rows)}: "
+                    "return those of the images that the loss is the mean of"
+                )
             # The loss is the mean over the batch of weighted losses, divided by the number of accumulated batches and,
             # under mixed precision, scaled: undo all of it, and what remains is the gradient of each image's own loss.
             factor = torch.full_like(gradient[:, :1], len(gradient) * trainer.accumulate_grad_batches)
@@ -277,44 +319,71 @@ class EMParameterCallback(Callback):
         table.perturb(self.rule.sampled_values(table, self._rule_state))
         if assignment is not None and len(statistics.latent):
             assignment.m_step(statistics.latent, accepted)
-        total, row, longest = self._skipped.unbind()
-        row = torch.where(counted, row + 1, torch.where(accepted, 0, row))
-        self._skipped = torch.stack([total + counted, row, torch.maximum(longest, row)])
-        self._proxies.append(torch.where(accepted, statistics.mean("proxy")[0], torch.nan))
+        total, streak, longest = self._skipped.unbind()
+        streak = torch.where(counted, streak + 1, torch.where(accepted, 0, streak))
+        self._skipped = torch.stack([total + counted, streak, torch.maximum(longest, streak)])
+        self._has_gradient = self._has_gradient | (statistics.mean_square_gradient[0] != 0)
+        self._num_steps += 1
+        self._proxies.append(torch.where(accepted & (statistics.count > 0), statistics.mean("proxy"), torch.nan))
         self._states.append(TableValues(table.shared.clone(), table.offsets.clone()))
 
-    def _check_skipped(self) -> None:
+    def _check_run(self, table: ParameterTable) -> None:
+        if (excess := float(self._excess)) > _ROUNDING:
+            raise ValueError(
+                "responsibilities must be in [0, 1] and sum to 1 at most over the rows for each image, and were off by "
+                f"{excess:.3g}: normalize what `assignment` returns"
+            )
         total, _, longest = self._skipped.tolist()
         if longest >= self.max_skipped_steps:
             raise RuntimeError(
-                f"{longest} M-steps in a row had a non-finite loss proxy or gradient, so the run was stopped; the "
+                f"{longest} M-steps on end had a non-finite loss proxy or gradient, so the run was stopped; the "
                 "parameters are those of the last good step. Look at the loss (does it diverge: lower the learning "
                 "rate), at the data (NaN or infinite pixels), at the precision (try 32-true), and at bounds near zero"
             )
-        if total and not self._warned:
-            self._warned = True
-            rank_zero_warn(
+        if total:
+            self._warn(
                 "an M-step was skipped because its loss proxy or gradient was not finite; the parameters keep their "
                 "values. em/skipped_steps counts such steps from here on"
             )
+        if self.rule.needs_gradient and self._num_steps - total >= _PATIENCE:
+            got = self._has_gradient.tolist()
+            for name in table.learned:
+                if name not in table.integers and not any(got[table.columns(name)]):
+                    self._warn(
+                        f"{name} has had no gradient in {_PATIENCE} steps, so it is not learned: let the loss depend "
+                        "on what the table hands out, without detach or no_grad, or leave it out of its `learned`"
+                    )
 
-    def _log(self, trainer: Trainer, table: ParameterTable, statistics: SufficientStatistics) -> None:
+    def _log(self, trainer: Trainer, pl_module: LightningModule, statistics: SufficientStatistics, logs: bool) -> None:
+        table = self._require_table()
         deviation = self.rule.standard_deviation(table, self._rule_state)
-        metrics = em_metrics(table, statistics, self.skipped_steps, deviation)
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
+        metrics = em_metrics(table, statistics, self._skipped[0], deviation)
+        # For those who monitor: by Lightning, which the loggers would otherwise get stale values of a row from.
+        pl_module.log_dict(metrics, logger=False, on_step=True, on_epoch=False)
+        if logs:
+            numbers = torch.stack([*metrics.values()]).tolist()  # one transfer for everything
+            _log_to_loggers(
+                trainer, {k: number for k, number in zip(metrics, numbers, strict=True) if number == number}
+            )
 
     def _log_assignment(self, trainer: Trainer, assignment: Assignment) -> None:
-        numbers = assignment.diagnostics()
-        for logger in trainer.loggers:
-            logger.log_metrics({f"em/assignment/{name}": value for name, value in numbers.items()}, trainer.global_step)
+        _log_to_loggers(trainer, {f"em/assignment/{name}": value for name, value in assignment.diagnostics().items()})
         self._warn_of(assignment)
 
     def _warn_of(self, assignment: Assignment, ended: bool = False) -> None:
-        for notice in assignment.warnings(ended):
-            if notice not in self._said:
-                self._said.add(notice)
-                rank_zero_warn(f"{type(assignment).__name__}: {notice}")
+        for warning in assignment.warnings(ended):
+            self._warn(f"{type(assignment).__name__}: {warning}")
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            rank_zero_warn(message)
+
+
+def _log_to_loggers(trainer: Trainer, numbers: dict[str, float]) -> None:
+    for logger in trainer.loggers:
+        # Lightning's own count: what a step logs has the number of steps before it.
+        logger.log_metrics(numbers, step=trainer.global_step - 1)
 
 
 def _loss_scale(trainer: Trainer, pl_module: LightningModule) -> Tensor | None:

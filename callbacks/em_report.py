@@ -1,9 +1,10 @@
-"""What a run has learned: a table on the screen, and a file that starts the next run."""
+"""Report of what a run has learned: a table on the screen, and a file that starts the next run."""
 
 import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import yaml  # type: ignore[import-untyped]
@@ -14,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from callbacks._display import at_bound, em_table, error_bars, run_directory
+from callbacks._display import em_table, error_bars, run_directory, stopped_at
 from callbacks.em_health import EMHealth
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ class EMReport(Callback):
     """Prints every learned parameter at the end of `fit`, and writes them to `em_parameters.yaml` beside the logs.
 
     The file is a config: `lightning-em fit -c configs/demo.yaml -c logs/.../em_parameters.yaml` starts where this run
-    ended.
+    ended, with its bounds and what it learned. A parameter in units of the noise level is shown as such, and in its own
+    unit at the module's `reference_noise`.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -36,6 +38,7 @@ class EMReport(Callback):
 
     def __init__(self) -> None:
         self._directory: str | None = None
+        self._channels = 3
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Warns where there is nothing to report."""
@@ -46,6 +49,11 @@ class EMReport(Callback):
         """Asks for the directory, on every rank."""
         self._directory = run_directory(trainer)
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Notes the channels of the images, on which a unit may depend."""
+        if batch_idx == 0 and isinstance(batch, dict) and "image" in batch:
+            self._channels = batch["image"].shape[1]
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints and writes."""
         if not trainer.is_global_zero:
@@ -54,7 +62,8 @@ class EMReport(Callback):
         table = em_table(pl_module)
         exported = None
         if table is not None:
-            console.print(parameter_report(table, error_bars(trainer)))
+            level, factors = units_of_noise(pl_module, table, self._channels)
+            console.print(parameter_report(table, error_bars(trainer), level, factors))
             if self._directory is not None:
                 exported = Path(self._directory) / FILE_NAME
                 exported.parent.mkdir(parents=True, exist_ok=True)
@@ -66,46 +75,73 @@ class EMReport(Callback):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def parameter_report(table: "ParameterTable", deviation: Tensor | None = None) -> Table:
+def units_of_noise(
+    pl_module: LightningModule, table: "ParameterTable", channels: int
+) -> tuple[float | None, dict[str, float]]:
+    """Returns the noise level by which reports show parameters in units of noise, and their factors at that level."""
+    level, operator = getattr(pl_module, "reference_noise", None), getattr(pl_module, "operator", None)
+    if not level or operator is None:
+        return None, {}
+    names = [name for name in table.learned if table.units[name] == "noise"]
+    return level, {name: level * operator.unit_factor(name, channels) for name in names}
+
+
+def parameter_report(
+    table: "ParameterTable",
+    deviation: Tensor | None = None,
+    level: float | None = None,
+    factors: Mapping[str, float] | None = None,
+) -> Table:
     """Builds the table of the learned parameters, one column each: bounds, start, now, and the rows.
 
-    `*` marks a value that rests on a bound. Where the rule knows the standard deviations, in log units `[K + 1, P]`,
-    each value is followed by ± one of them in its own unit.
+    `*` marks a value that rests on a bound. Where the rule knows the standard deviations, in log units, each value is
+    followed by ± one of them in its own unit. Of a bank there are the least, the middle and the largest value.
+
+    Args:
+        table: The parameters.
+        deviation: Standard deviations, where the rule knows them.
+        level: Noise level at which parameters in units of noise are shown as well.
+        factors: Their values in units of their own over those in units of noise, at that level.
+
+    Shape:
+        - deviation: `[K + 1, P]`
     """
     report = Table(title="Learned parameters", caption=_caption(table), caption_justify="left")
     bars = None if deviation is None else deviation.tolist()
     report.add_column("", no_wrap=True)
     for name in table.learned:
-        report.add_column(escape(name), justify="right")
-    start, now = table.initial_parameters(), table.get_parameters()
+        report.add_column(_heading(table, name), justify="right")
+    start, now, values = table.initial_parameters(), table.get_parameters(), table.values().tolist()
     for side, label in enumerate(("lower bound", "upper bound")):
         report.add_row(label, *(f"{table.bounds[name][side]:.4g}" for name in table.learned), style="dim")
-    report.add_row("start", *(f"{start[name]:.4g}" for name in table.learned))
-    report.add_row("now", *(_cell(table, name, now[name], bars, 0) for name in table.learned), style="bold")
+    report.add_row("start", *(_text(start[name]) for name in table.learned))
+    report.add_row("now", *(_cell(table, name, values[0], bars, 0) for name in table.learned), style="bold")
+    if factors:
+        absolute = (_text(_scaled(now[name], factors[name])) if name in factors else "" for name in table.learned)
+        report.add_row(f"at noise {level:.3g}", *absolute)
     if any(name in table.per_row for name in table.learned):
         report.add_section()
-        for row, label in enumerate(table.row_names):
-            values = table.get_parameters(row)
+        for row, label in enumerate(table.row_names, start=1):
             cells = (
-                _cell(table, name, values[name], bars, row + 1) if name in table.per_row else ""
-                for name in table.learned
+                _cell(table, name, values[row], bars, row) if name in table.per_row else "" for name in table.learned
             )
             report.add_row(f"  {escape(label)}", *cells)
     return report
 
 
 def overlay(pl_module: LightningModule, table: "ParameterTable") -> dict[str, Any]:
-    """Returns the learned parameters as a config that goes on top of the one of this run."""
-    initial_rows = {
-        label: {name: _inside(table, name, table.get_parameters(row)[name]) for name in table.per_row}
-        for row, label in enumerate(table.row_names)
-        if table.per_row
-    }
+    """Returns the parameters, their bounds and what learns as a config that goes on top of the one of this run."""
     init_args: dict[str, Any] = {
-        "initial": {name: _inside(table, name, value) for name, value in table.get_parameters().items()}
+        "initial": {name: _inside(table, name, value) for name, value in table.get_parameters().items()},
+        "bounds": {name: list(bounds) for name, bounds in table.bounds.items()},
+        "learned": list(table.learned),
+        "per_row": list(table.per_row),
     }
-    if initial_rows:
-        init_args["initial_rows"] = initial_rows
+    if table.per_row and table.row_names:
+        init_args["initial_rows"] = {
+            label: {name: _inside(table, name, table.get_parameters(row)[name]) for name in table.per_row}
+            for row, label in enumerate(table.row_names)
+        }
     em_parameters = {"class_path": class_path(type(table)), "init_args": init_args}
     return {"model": {"class_path": class_path(type(pl_module)), "init_args": {"em_parameters": em_parameters}}}
 
@@ -117,7 +153,7 @@ def summary(
     lines = []
     if "val/psnr" in metrics and "val/psnr_noisy" in metrics:
         before, after = float(metrics["val/psnr_noisy"]), float(metrics["val/psnr"])
-        gain = float(metrics.get("val/gain", after - before))
+        gain = float(metrics.get("val/psnr_gain", after - before))
         lines.append(f"validation PSNR: {before:.2f} dB before restoration, {after:.2f} dB after: {gain:+.2f} dB")
     if exported is not None:
         lines.append(f"parameters: {exported} (the next run starts from them with -c CONFIG -c {exported})")
@@ -146,21 +182,40 @@ def class_path(cls: type) -> str:
 
 def _caption(table: "ParameterTable") -> str:
     now = table.get_parameters()
-    fixed = ", ".join(f"{name} {now[name]:.4g}" for name in table.names if name not in table.learned)
+    fixed = ", ".join(f"{name} {_text(now[name])}" for name in table.names if name not in table.learned)
     return escape("* rests on a bound" + (f"; fixed: {fixed}" if fixed else ""))
 
 
-def _cell(table: "ParameterTable", name: str, value: float, bars: list[list[float]] | None, row: int) -> str:
-    on_bound = any(at_bound(value, bound) for bound in table.bounds[name])
-    cell = f"{value:.4g}*" if on_bound else f"{value:.4g}"
-    deviation = math.nan if bars is None else bars[row][table.names.index(name)]
+def _heading(table: "ParameterTable", name: str) -> str:
+    value, unit = table.get_parameters()[name], table.units[name]
+    size = f" ({len(value)})" if isinstance(value, list) else ""
+    return escape(f"{name}{size}" + (f"\n{'× noise' if unit == 'noise' else unit}" if unit else ""))
+
+
+def _text(value: float | list[float]) -> str:
+    if not isinstance(value, list):
+        return f"{value:.4g}"
+    return " … ".join(f"{part:.3g}" for part in (min(value), median(value), max(value)))
+
+
+def _cell(table: "ParameterTable", name: str, values: list[float], bars: list[list[float]] | None, row: int) -> str:
+    own = values[table.columns(name)]
+    is_bank = isinstance(table.get_parameters()[name], list)
+    cell = _text(own if is_bank else own[0]) + ("*" if any(stopped_at(table, name, value) for value in own) else "")
+    deviation = math.nan if bars is None or is_bank else bars[row][table.columns(name)][0]
     # One digit that counts, and no exponent: ±20, not ±2e+01.
-    return cell if math.isnan(deviation) else f"{cell} ±{float(f'{value * deviation:.1g}'):g}"
+    return cell if math.isnan(deviation) else f"{cell} ±{float(f'{own[0] * deviation:.1g}'):g}"
 
 
-def _inside(table: "ParameterTable", name: str, value: float) -> float:
+def _scaled(value: float | list[float], factor: float) -> float | list[float]:
+    return [factor * part for part in value] if isinstance(value, list) else factor * value
+
+
+def _inside(table: "ParameterTable", name: str, value: float | list[float]) -> float | list[float]:
     """Undoes the last digit's rounding in exp(log(bound)), which the next run would refuse."""
     lower, upper = table.bounds[name]
+    if isinstance(value, list):
+        return [min(max(part, lower), upper) for part in value]
     return value if isinstance(value, int) else min(max(value, lower), upper)
 
 

@@ -1,18 +1,24 @@
 """Data: every module yields batches of one form, the same on any number of processes."""
 
+from datamodules._sampler import SampleBatch
 from datamodules.cifar10 import CIFAR10DataModule
 from datamodules.generated_images import GeneratedImagesDataModule
+from datamodules.image_data_module import BatchDataset, ImageDataModule, TensorImages
 from datamodules.image_folder import ImageFolderDataModule
 from datamodules.patches import PatchDataModule
 from datamodules.photo_crops import PhotoCropsDataModule
 from lightning_modules.imaging import decode_image, read_image
 
 __all__ = [
+    "BatchDataset",
     "CIFAR10DataModule",
     "GeneratedImagesDataModule",
+    "ImageDataModule",
     "ImageFolderDataModule",
     "PatchDataModule",
     "PhotoCropsDataModule",
+    "SampleBatch",
+    "TensorImages",
     "decode_image",
     "read_image",
 ]

@@ -2,29 +2,56 @@
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
-from lightning_modules.imaging import draw, permutation, stream
+from lightning_modules.imaging import ImageBatch, draw, key_stream, permutation
 
-Draw = tuple[Tensor, Tensor, Tensor]
-_ORDER, _KEYS = 0, 1  # two streams of each (seed, epoch)
+_ORDER = 0  # the stream of an epoch's order; the others are those of its keys
+
+
+class SampleBatch(NamedTuple):
+    """The samples of a batch: what a sampler asks a `BatchDataset` for.
+
+    Args:
+        index: Their positions in the data set.
+        weight: Their weights; see `EpochBatches`.
+        key: What all that is random about them is drawn from.
+
+    Shape:
+        - index: `[B]`, int64
+        - weight: `[B]`, float32
+        - key: `[B]`, int64
+    """
+
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index
+    weight: Tensor
+    key: Tensor
+
+    def batch(self, image: Tensor, label: Tensor | None = None) -> ImageBatch:
+        """Returns the batch of these images, with labels of −1 by default.
+
+        Shape:
+            - image: `[B, ...]`
+            - label: `[B]`, int64
+        """
+        label = torch.full_like(self.index, -1) if label is None else label
+        return {"image": image, "label": label, "index": self.index, "weight": self.weight, "key": self.key}
 
 
 class EpochBatches(DistributedSampler[Any]):
-    r"""Yields one rank's batches of an epoch as ``(index, weight, key)``, for ``DataLoader(batch_size=None)``.
+    """Yields one rank's batches of an epoch as `SampleBatch`, for `DataLoader(batch_size=None)`.
 
-    A subclass of ``DistributedSampler``, so that Lightning leaves it in place and tells it the epoch. Rank :math:`r` of
-    :math:`W` takes the samples :math:`r, r + W, \dots` of one common order: together the ranks see at each step what a
-    single process with :math:`W` times the batch size would see. An uneven epoch is padded with repeats of weight 0.
+    A subclass of `DistributedSampler`, so that Lightning leaves it in place and gives it the epoch. Rank r of W takes
+    the samples r, r + W, … of one common order: together the ranks see at each step what a single process with W times
+    the batch size would see. An uneven epoch is padded with repeats of weight 0.
 
-    The weight of a valid sample in a batch of :math:`b` is :math:`b W A / v`, where :math:`A` is the number of batches
-    that Lightning accumulates and :math:`v` the number of valid samples in that optimiser step over all ranks.
-    Lightning divides by :math:`A`, the mean over the batch by :math:`b`, the mean over the ranks by :math:`W`: what
-    remains is the exact mean over the valid samples.
+    The weight of a valid sample in a batch of b is b·W·A / v, where A is the number of batches that Lightning
+    accumulates and v the number of valid samples in that optimizer step over all ranks. Lightning divides by A, the
+    mean over the batch by b, the mean over the ranks by W: what remains is the exact mean over the valid samples.
 
     Args:
         length: Number of samples in the data set.
@@ -57,31 +84,31 @@ class EpochBatches(DistributedSampler[Any]):
     def __len__(self) -> int:
         return math.ceil(self.num_samples / self.batch_size)
 
-    def __iter__(self) -> Iterator[Draw]:
+    def __iter__(self) -> Iterator[SampleBatch]:
         # a generator: nothing is fixed before the first batch is asked for
         order = permutation(self.length, self.seed, self.epoch, _ORDER) if self.shuffle else torch.arange(self.length)
-        keys = stream(self.seed, self.epoch, _KEYS)
+        keys = key_stream(self.seed, self.epoch)
         accumulate, cut = self.accumulation() if self.accumulation else (1, math.inf)
         last_batch = int(min(len(self), cut))
         for batch in range(self.first_batch, len(self)):
-            begin, end = self._rows(batch, batch + 1)
+            begin, end = self._span(batch, batch + 1)
             position = torch.arange(begin, end) * self.num_replicas + self.rank
             index = order[position % self.length]
             group = batch // accumulate * accumulate
-            group_begin, group_end = self._rows(group, max(min(group + accumulate, last_batch), batch + 1))
+            group_begin, group_end = self._span(group, max(min(group + accumulate, last_batch), batch + 1))
             valid = min(self.length, group_end * self.num_replicas) - group_begin * self.num_replicas
             weight = (position < self.length) * ((end - begin) * self.num_replicas * accumulate / valid)
-            yield index, weight.float(), draw(keys, index)
+            yield SampleBatch(index, weight.float(), draw(keys, index))
 
-    def _rows(self, first: int, last: int) -> tuple[int, int]:
-        """Returns the rows that the batches from ``first`` up to ``last`` cover; a row is one sample for each rank."""
+    def _span(self, first: int, last: int) -> tuple[int, int]:
+        """Returns which of a rank's samples the batches from `first` up to `last` cover."""
         return first * self.batch_size, min(last * self.batch_size, self.num_samples)
 
 
 class FixedBatches(EpochBatches, SequentialSampler):  # type: ignore[misc]
-    """The same batches with the same keys in every epoch: evaluation, and training with ``overfit_batches``.
+    """The same batches with the same keys in every epoch: evaluation, and training with `overfit_batches`.
 
-    Also a ``SequentialSampler``, by which Lightning knows that ``overfit_batches`` has nothing to replace here.
+    Also a `SequentialSampler`, by which Lightning knows that `overfit_batches` has nothing to replace here.
     """
 
     def set_epoch(self, epoch: int) -> None:
@@ -89,7 +116,7 @@ class FixedBatches(EpochBatches, SequentialSampler):  # type: ignore[misc]
 
 
 class EpochLoader(DataLoader[Any]):
-    """A ``DataLoader`` over :class:`EpochBatches` that starts late and resumes in the middle of an epoch.
+    """A `DataLoader` over `EpochBatches` that starts late and resumes in the middle of an epoch.
 
     On resuming, Lightning makes the iterator before it tells the sampler the epoch, and worker processes fetch at
     once: they would fetch epoch 0. This loader begins with the first batch that is asked for. Its state is what lets

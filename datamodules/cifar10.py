@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity, download_url, extract_archive
 
-from datamodules.image_data_module import Batch, ImageDataModule, Split, TensorImages
+from datamodules.image_data_module import BatchDataset, ImageDataModule, Split, TensorImages
 from lightning_modules.imaging import permutation
 
 _CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -35,21 +34,21 @@ _READ_ERRORS = (
 class CIFAR10DataModule(ImageDataModule):
     """CIFAR-10: 32×32 colour images of ten classes, split by seed, all in memory.
 
-    The training batches are split into training and validation; ``test`` and ``predict`` serve the test batch. Partial
-    copies load as well: the official file names count, not the number of rows.
+    The training batches are split into training and validation; `test` and `predict` take the test batch. Partial
+    copies load as well: the official file names count, not the number of images.
 
     Args:
-        root: Folder that contains ``cifar-10-batches-py``.
-        download: Fetch the data set into ``root`` if it is not there.
+        root: Folder that contains `cifar-10-batches-py`.
+        download: Fetch the data set into `root` if it is not there.
         batch_size: Images per batch on each device.
         num_workers: Worker processes of each loader; 0 is fast, since nothing is decoded after the start.
         val_size: Images held out of the training batches for validation, as a count or as a fraction.
-        seed: Seed of the split, the order, the augmentation and the noise keys.
+        seed: Seed of the split, the order, the augmentation and the noise keys; by default that of `--seed_everything`.
         verify_checksum: Insist on the official checksum of every file. Worth setting for files from an unknown source:
             they are pickles, which can run code.
         augment: Mirror training images left to right at random.
         max_shift: Move training images by up to this many pixels at random.
-        url: Address of another copy of the official archive ``cifar-10-python.tar.gz``.
+        url: Address of another copy of the official archive `cifar-10-python.tar.gz`.
         prepare_data_per_node: Download on every node; set to false where the nodes share a file system.
 
     Example:
@@ -65,7 +64,7 @@ class CIFAR10DataModule(ImageDataModule):
         batch_size: int = 128,
         num_workers: int = 0,
         val_size: int | float = 5000,
-        seed: int = 0,
+        seed: int | None = None,
         verify_checksum: bool = False,
         augment: bool = True,
         max_shift: int = 0,
@@ -90,17 +89,22 @@ class CIFAR10DataModule(ImageDataModule):
     def prepare_data(self) -> None:
         """Downloads the data set where that was asked for and it is not there yet."""
         if self.download:
-            _download(Path(self.root), self.url or CIFAR10.url, self.verify_checksum)
+            _download(Path(self.root).expanduser(), self.url or CIFAR10.url, self.verify_checksum)
 
-    def _load(self, split: Split) -> Dataset[Batch]:
-        images, labels = _read(Path(self.root), split in ("train", "val"), self.verify_checksum)
+    def load_split(self, split: Split) -> BatchDataset:
+        """Reads the training batches, split in two, or the test batch.
+
+        Args:
+            split: `train`, `val`, `test` or `predict`.
+        """
+        images, labels = _read(Path(self.root).expanduser(), split in ("train", "val"), self.verify_checksum)
         if split == "test":
             return TensorImages(images, labels)
         if split == "predict":
             names = [f"{i:05d}_{_CLASS_NAMES[label]}.png" for i, label in enumerate(labels.tolist())]
             return TensorImages(images, labels, names)
         train, val = self._split(len(images))
-        self._data.setdefault("train", TensorImages(images[train], labels[train], augment=self.augment))
+        self._data.setdefault("train", TensorImages(images[train], labels[train]))
         self._data.setdefault("val", TensorImages(images[val], labels[val]))
         return self._data[split]
 
@@ -180,13 +184,13 @@ def _what_is_wrong_with_batch(path: Path) -> str | None:
             entry: dict[str, Any] = pickle.load(file, encoding="latin1")
         pixels, labels = np.asarray(entry["data"]), np.asarray(entry["labels"])
     except _READ_ERRORS as error:
-        return f"is truncated or is no CIFAR-10 batch ({type(error).__name__}: {error})"
+        return f"is truncated or not a CIFAR-10 batch ({type(error).__name__}: {error})"
     if pixels.dtype != np.uint8:
         unusual = pixels[~np.isfinite(pixels)] if pixels.dtype.kind == "f" else pixels[:0]
         found = f"holds the pixel value {unusual.flat[0]}" if unusual.size else f"holds pixels of type {pixels.dtype}"
         return f"{found}; CIFAR-10 has whole numbers from 0 to 255 (uint8)"
     if pixels.ndim != 2 or pixels.shape[1] != 3 * 32 * 32 or len(pixels) != len(labels):
-        return f"has {len(labels)} labels and pixels of shape {pixels.shape}; expected one row of 3072 for each label"
+        return f"has {len(labels)} labels and pixels of shape {pixels.shape}; expected 3072 for each label"
     if labels.size and not 0 <= labels.min() <= labels.max() < len(_CLASS_NAMES):
         return f"has labels from {labels.min()} to {labels.max()}; expected 0 to 9"
     return None

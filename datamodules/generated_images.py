@@ -5,12 +5,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from datamodules._degradation import Degradation, degrade
 from datamodules._detector_crops import FixedCrops, RandomCrop, RandomDegradation, View
-from datamodules._sampler import Draw, FixedBatches
-from datamodules.image_data_module import Batch, ImageDataModule, Split
+from datamodules._sampler import FixedBatches, SampleBatch
+from datamodules.image_data_module import BatchDataset, ImageDataModule, Split
 from datamodules.labels import (
     LabelledFiles,
     find_labelled,
@@ -19,7 +19,7 @@ from datamodules.labels import (
     require_classes,
     require_files,
 )
-from lightning_modules.imaging import read_image
+from lightning_modules.imaging import ImageBatch, read_image
 
 _CONDITIONS = ("clean", "jpeg 95", "jpeg 75", "jpeg 50", "rescale 0.75", "rescale 0.5", "blur 1")
 
@@ -27,7 +27,7 @@ _CONDITIONS = ("clean", "jpeg 95", "jpeg 75", "jpeg 50", "rescale 0.75", "rescal
 class GeneratedImagesDataModule(ImageDataModule):
     """Photographs and generated images of any size and format, as crops at their native resolution.
 
-    `root` is a folder `{train,val,test}/{photographic,generated}`, a folder with the two class folders alone, or a
+    `root` is a folder `{train,val,test}/{photographic,generated}`, a folder with only the two class folders, or a
     table (`.csv`) with the columns `path` (relative to the table), `label` (a class name, or 0 and 1) and, if wanted,
     `split` (train, val or test). Without a validation part a stratified part of the training images is held out by
     seed; without a test part the validation part is tested on. To `predict`, `root` may also be any folder, a table
@@ -51,7 +51,7 @@ class GeneratedImagesDataModule(ImageDataModule):
         eval_crops: Crops of each image in evaluation, always at the same places.
         conditions: Degradations to test under, in turn: `clean`, `jpeg 75`, `rescale 0.5`, `blur 1`.
         val_fraction: Part of the training images held out where there is no validation part.
-        seed: Seed of the split, the order, the crops and the degradations.
+        seed: Seed of the split, the order, the crops and the degradations; by default that of `--seed_everything`.
         augment: Mirror training crops left to right at random.
         rescale_probability: Probability that a training image is rescaled.
         rescale: Smallest and largest factor.
@@ -84,7 +84,7 @@ class GeneratedImagesDataModule(ImageDataModule):
         eval_crops: int = 4,
         conditions: list[str] | None = None,
         val_fraction: float = 0.1,
-        seed: int = 0,
+        seed: int | None = None,
         augment: bool = True,
         rescale_probability: float = 0.3,
         rescale: tuple[float, float] = (0.5, 1.0),
@@ -135,6 +135,11 @@ class GeneratedImagesDataModule(ImageDataModule):
             for condition in self.conditions
         ]
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on with the seed of the checkpoint, and with the files that it held out."""
+        self._files.clear()
+        super().load_state_dict(state_dict)
+
     def files(self, split: Split) -> LabelledFiles:
         """Returns the files of a split: their `paths`, `names` and `labels`, in the order of the batches' `index`.
 
@@ -153,7 +158,7 @@ class GeneratedImagesDataModule(ImageDataModule):
             condition: `clean`, or a degradation.
 
         Shape:
-            - result: [3, H, W], uint8.
+            - output: `[3, H, W]`, uint8
         """
         return degrade(read_image(path), Degradation.parse(condition))
 
@@ -168,7 +173,7 @@ class GeneratedImagesDataModule(ImageDataModule):
         return min(Degradation.parse(condition).size(height, width)) < self.crop_size
 
     def _find(self, split: Split) -> LabelledFiles:
-        root = Path(self.root)
+        root = Path(self.root).expanduser()
         if split == "predict":
             files = find_unlabelled(root)
         else:
@@ -183,47 +188,40 @@ class GeneratedImagesDataModule(ImageDataModule):
             require_classes(files, root, self.class_names)
         return files
 
-    def _load(self, split: Split) -> Dataset[Batch]:
+    def load_split(self, split: Split) -> BatchDataset:
+        """Finds the images of a split, and decodes them where they are cached.
+
+        Args:
+            split: `train`, `val`, `test` or `predict`.
+        """
         files = self.files(split)
         cache = self.cache and split in ("train", "val")  # the others are passed over once
         if split == "train":
-            return _Crops(files, RandomCrop(self.crop_size, self._random_degradation), "random", self.augment, cache)
-        return _Crops(files, self._fixed_crops("clean"), "clean", cache=cache)
+            return _Crops(files, RandomCrop(self.crop_size, self._random_degradation), "random", cache)
+        return _Crops(files, self._fixed_crops("clean"), "clean", cache)
 
     def _fixed_crops(self, condition: str) -> FixedCrops:
         return FixedCrops(self.crop_size, self.eval_crops, Degradation.parse(condition))
 
 
-class _Crops(Dataset[Batch]):
+class _Crops(BatchDataset):
     """What is seen of each image of a batch."""
 
-    def __init__(
-        self, files: LabelledFiles, view: View, condition: str, augment: bool = False, cache: bool = False
-    ) -> None:
+    def __init__(self, files: LabelledFiles, view: View, condition: str, cache: bool = False) -> None:
         self.files = files
         self.view = view
         self.condition = condition
-        self.augment = augment
         # Decoded before worker processes start, which then share the memory.
         self.images = [read_image(path) for path in files.paths] if cache else None
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, item: Draw) -> Batch:
-        index, weight, key = item
-        chosen = index.tolist()
-        crops = [self.view(self._image(i), number) for i, number in zip(chosen, key.tolist(), strict=True)]
-        return {
-            "image": torch.stack(crops),
-            "label": self.files.labels.index_select(0, index),
-            "index": index,
-            "weight": weight,
-            "key": key,
-            "name": [self.files.names[i] for i in chosen],
-            "condition": self.condition,
-            "augment": self.augment,
-        }
+    def __getitem__(self, samples: SampleBatch) -> ImageBatch:
+        chosen = samples.index.tolist()
+        crops = [self.view(self._image(i), number) for i, number in zip(chosen, samples.key.tolist(), strict=True)]
+        batch = samples.batch(torch.stack(crops), self.files.labels.index_select(0, samples.index))
+        return {**batch, "name": [self.files.names[i] for i in chosen], "condition": self.condition}
 
     def _image(self, index: int) -> Tensor:
         return read_image(self.files.paths[index]) if self.images is None else self.images[index]

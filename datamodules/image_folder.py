@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from datamodules._sampler import Draw
-from datamodules.image_data_module import Batch, ImageDataModule, Split
-from lightning_modules.imaging import cut_crop, find_images, mix, permutation, read_image
+from datamodules._sampler import SampleBatch
+from datamodules.image_data_module import BatchDataset, ImageDataModule, Split
+from lightning_modules.imaging import ImageBatch, check_noise_std, cut_crop, find_images, mix, permutation, read_image
 
 _PLACE_STREAM = 0xC209_9ED5  # sets the place of a crop apart from what else is derived from its key
 
@@ -17,22 +17,23 @@ _PLACE_STREAM = 0xC209_9ED5  # sets the place of a crop apart from what else is 
 class ImageFolderDataModule(ImageDataModule):
     """Images of any size and format in a folder and the folders below it.
 
-    ``predict`` serves whole images, one a batch, to be restored as they are. ``fit``, ``validate`` and ``test`` serve
-    square crops, to which the module adds its noise: one crop of each image in an epoch, at another place in each epoch
-    of training and always at the same place in evaluation. An image smaller than a crop is continued by its mirror
+    `predict` takes whole images, one a batch, to be restored as they are. `fit`, `validate` and `test` take square
+    crops, to which the module adds its noise: one crop of each image in an epoch, at another place in each epoch of
+    training and always at the same place in evaluation. An image smaller than a crop is continued by its mirror
     image. Grey, palette, 16-bit, floating-point and CMYK images are converted to eight-bit RGB, transparent ones laid
     over white, and the orientation that a camera recorded is applied. There are no labels: every label is −1.
 
     Args:
         root: Folder with the images.
         crop_size: Side of a crop, in pixels.
-        batch_size: Crops per batch on each device; ``predict`` takes one image at a time.
+        batch_size: Crops per batch on each device; `predict` takes one image at a time.
         num_workers: Worker processes of each loader, which decode the files.
         val_fraction: Part of the images, chosen by seed, that is kept for validation and test. 1 keeps all of them, for
             a folder that is there to be tested on; 0 trains on all of them, without validation.
-        seed: Seed of the split, the crops, the order, the augmentation and the noise keys.
+        seed: Seed of the split, the crops, the order, the augmentation and the noise keys; by default that of
+            `--seed_everything`.
         noise_std: Standard deviation of the noise that the images in the folder have, on a scale where white is 1,
-            where it is known; handed on in ``predict``.
+            where it is known; handed on in `predict`.
         augment: Mirror training crops left to right at random.
 
     Example:
@@ -53,7 +54,7 @@ class ImageFolderDataModule(ImageDataModule):
         batch_size: int = 16,
         num_workers: int = 0,
         val_fraction: float = 0.1,
-        seed: int = 0,
+        seed: int | None = None,
         noise_std: float | None = None,
         augment: bool = True,
     ) -> None:
@@ -62,26 +63,24 @@ class ImageFolderDataModule(ImageDataModule):
             raise ValueError(f"crop_size must be at least 1, got {crop_size}")
         if not 0 <= val_fraction <= 1:
             raise ValueError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
-        if noise_std is not None and not 0 <= noise_std <= 1:
-            raise ValueError(
-                f"noise_std must lie between 0 and 1, where white is 1, got {noise_std}; 25 of 255 is {25 / 255:.4f}"
-            )
+        if noise_std is not None:
+            check_noise_std(noise_std)
         self.root = root
         self.crop_size = crop_size
         self.val_fraction = val_fraction
         self.noise_std = noise_std
 
-    @property
-    def class_names(self) -> list[str]:
-        """Empty: the images have no labels."""
-        return []
-
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Returns the validation batches; no loader at all where no image is held out."""
-        return super().val_dataloader() if len(self._dataset("val")) else []  # type: ignore[arg-type]
+        return super().val_dataloader() if len(self._dataset("val")) else []
 
-    def _load(self, split: Split) -> Dataset[Batch]:
-        root = Path(self.root)
+    def load_split(self, split: Split) -> BatchDataset:
+        """Finds the images of a split.
+
+        Args:
+            split: `train`, `val`, `test` or `predict`.
+        """
+        root = Path(self.root).expanduser()
         paths = find_images(root)
         if split == "predict":
             return _WholeImages(paths, [path.relative_to(root).as_posix() for path in paths], self.noise_std)
@@ -94,7 +93,7 @@ class ImageFolderDataModule(ImageDataModule):
                 f"val_fraction={self.val_fraction} of the {len(paths)} images in {root} leaves none to {purpose}. Give "
                 f"{change} one, or add images"
             )
-        return _Crops(chosen, self.crop_size, augment=self.augment and train)
+        return _Crops(chosen, self.crop_size)
 
     def _held_out(self, length: int) -> Tensor:
         count = round(self.val_fraction * length)
@@ -108,29 +107,19 @@ class ImageFolderDataModule(ImageDataModule):
         return 1 if split == "predict" else self.batch_size
 
 
-class _Crops(Dataset[Batch]):
+class _Crops(BatchDataset):
     """One crop of each image, at a place drawn from the sample's key."""
 
-    def __init__(self, paths: list[Path], size: int, augment: bool) -> None:
+    def __init__(self, paths: list[Path], size: int) -> None:
         self.paths = paths
         self.size = size
-        self.augment = augment
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, item: Draw) -> Batch:
-        index, weight, key = item
-        places = mix(key + _PLACE_STREAM).tolist()
-        crops = [self._crop(read_image(self.paths[i]), place) for i, place in zip(index.tolist(), places, strict=True)]
-        return {
-            "image": torch.stack(crops),
-            "label": torch.full_like(index, -1),
-            "index": index,
-            "weight": weight,
-            "key": key,
-            "augment": self.augment,
-        }
+    def __getitem__(self, samples: SampleBatch) -> ImageBatch:
+        places = zip(samples.index.tolist(), mix(samples.key + _PLACE_STREAM).tolist(), strict=True)
+        return samples.batch(torch.stack([self._crop(read_image(self.paths[i]), place) for i, place in places]))
 
     def _crop(self, image: Tensor, place: int) -> Tensor:
         height, width = image.shape[1:]
@@ -139,8 +128,8 @@ class _Crops(Dataset[Batch]):
         return cut_crop(image, top, left, self.size)
 
 
-class _WholeImages(Dataset[Batch]):
-    """The images as they are, one a batch; without a key, because no noise is to be added."""
+class _WholeImages(BatchDataset):
+    """The images as they are, one a batch, to which no noise is to be added."""
 
     def __init__(self, paths: list[Path], names: list[str], noise_std: float | None) -> None:
         self.paths = paths
@@ -150,16 +139,11 @@ class _WholeImages(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, item: Draw) -> Batch:
-        index, weight, _ = item
-        chosen = index.tolist()
-        batch: Batch = {
-            "image": torch.stack([read_image(self.paths[i]) for i in chosen]),
-            "label": torch.full_like(index, -1),
-            "index": index,
-            "weight": weight,
-            "name": [self.names[i] for i in chosen],
-        }
+    def __getitem__(self, samples: SampleBatch) -> ImageBatch:
+        chosen = samples.index.tolist()
+        batch = samples.batch(torch.stack([read_image(self.paths[i]) for i in chosen]))
+        batch["clean"] = False
+        batch["name"] = [self.names[i] for i in chosen]
         if self.noise_std is not None:
-            batch["noise_std"] = torch.full(index.shape, self.noise_std)
+            batch["noise_std"] = torch.full(samples.index.shape, self.noise_std)
         return batch

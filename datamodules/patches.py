@@ -1,5 +1,6 @@
-"""Small patches of images, or the rows of a file, for what learns from their distribution."""
+"""Small patches of images, or the samples of a file, for what learns from their distribution."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -8,43 +9,45 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from datamodules._sampler import Draw, EpochBatches, EpochLoader
-from datamodules.image_data_module import Batch, ImageDataModule, Split
+from datamodules._sampler import EpochBatches, EpochLoader, SampleBatch
+from datamodules.image_data_module import BatchDataset, ImageDataModule, Split
 from datamodules.image_folder import ImageFolderDataModule
 from datamodules.photo_crops import PhotoCropsDataModule
-from lightning_modules.imaging import draw, find_images, mix, read_image, stream
+from lightning_modules.imaging import ImageBatch, check_noise_std, draw, find_images, mix, read_image, stream
 
 _PATCHES, _VALIDATION = 101, 102  # streams apart from those of the loaders
-# A batch whose rows lie within this many times its own length is read in one piece.
+# A batch whose samples are within this many times its own length is read in one piece.
 _SPAN = 4
 
 
 class PatchDataModule(ImageDataModule):
-    """Patches at random places of many images, or the rows of a `.npy` file, streamed in batches.
+    """Patches at random places of many images, or the samples of a `.npy` file, streamed in batches.
 
     One source is given: `root`, a folder of images; `images`, another DataModule, whose training images are used; or
-    `rows`, a file with an array [N, D], which is read batch by batch and may be larger than the memory. Where none is,
+    `array`, a file with an array [N, D], which is read batch by batch and may be larger than the memory. Where none is,
     the images are crops of the photographs that come with the installation.
 
-    `predict` serves whole images: those of `predict_root`, else those of `root`.
+    `predict` takes whole images: those of `predict_root`, else those of `root`.
 
     Args:
         root: Folder with images.
         images: DataModule with images.
-        rows: File with an array of rows, made by `numpy.save`.
+        array: File with an array [N, D] of N samples, made by `numpy.save`.
         patch_size: Side of a patch, in pixels.
         patches_per_image: Patches drawn from each image. An image has the same ones in every epoch.
-        grey: Turn colours into grey.
+        gray: Turn colors into gray.
         remove_mean: Subtract each patch's mean.
         batch_size: Patches per batch on each device.
         num_workers: Worker processes of each loader.
-        val_fraction: Part of the images (of the rows) kept for validation.
+        val_fraction: Part of the images (of the samples) kept for validation.
         shuffle: Draw the order anew in each epoch. Exact EM does not need it; stepwise EM does.
-        seed: Seed of the places, the split and the order.
+        seed: Seed of the places, the split and the order; by default that of `--seed_everything`.
         predict_root: Folder with the images to restore.
         noise_std: Standard deviation of the noise of the images to restore, where white is 1.
+        rows: The former name of `array`.
+        grey: The former name of `gray`.
 
     Example:
         >>> from datamodules import PhotoCropsDataModule
@@ -58,23 +61,31 @@ class PatchDataModule(ImageDataModule):
         self,
         root: str | None = None,
         images: L.LightningDataModule | None = None,
-        rows: str | None = None,
+        array: str | None = None,
         patch_size: int = 8,
         patches_per_image: int = 1000,
-        grey: bool = True,
+        gray: bool = True,
         remove_mean: bool = True,
         batch_size: int = 16384,
         num_workers: int = 0,
         val_fraction: float = 0.0,
         shuffle: bool = False,
-        seed: int = 0,
+        seed: int | None = None,
         predict_root: str | None = None,
         noise_std: float | None = None,
+        rows: str | None = None,
+        grey: bool | None = None,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed, augment=False)
-        given = [name for name, source in (("root", root), ("images", images), ("rows", rows)) if source is not None]
+        super().__init__(batch_size, num_workers, seed)
+        if rows is not None:
+            array = rows
+            warnings.warn("PatchDataModule: rows is now array", FutureWarning, stacklevel=2)
+        if grey is not None:
+            gray = grey
+            warnings.warn("PatchDataModule: grey is now gray", FutureWarning, stacklevel=2)
+        given = [name for name, source in (("root", root), ("images", images), ("array", array)) if source is not None]
         if len(given) > 1:
-            raise ValueError(f"give one of root, images and rows, got {given}")
+            raise ValueError(f"give one of root, images and array, got {given}")
         if not given:
             images = PhotoCropsDataModule(augment=False)
         for name, value in (("patch_size", patch_size), ("patches_per_image", patches_per_image)):
@@ -82,20 +93,13 @@ class PatchDataModule(ImageDataModule):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not 0 <= val_fraction < 1:
             raise ValueError(f"val_fraction must be at least 0 and below 1, got {val_fraction}")
-        self.root, self.images, self.rows = root, images, rows
-        self.patch_size, self.patches_per_image, self.grey, self.remove_mean = (
-            patch_size,
-            patches_per_image,
-            grey,
-            remove_mean,
-        )
+        if noise_std is not None:
+            check_noise_std(noise_std)
+        self.root, self.images, self.array = root, images, array
+        self.patch_size, self.patches_per_image = patch_size, patches_per_image
+        self.gray, self.remove_mean = gray, remove_mean
         self.val_fraction, self.shuffle = val_fraction, shuffle
         self.predict_root, self.noise_std = predict_root, noise_std
-
-    @property
-    def class_names(self) -> list[str]:
-        """Empty: patches have no labels."""
-        return []
 
     def prepare_data(self) -> None:
         """Lets the other DataModule prepare its data."""
@@ -108,9 +112,9 @@ class PatchDataModule(ImageDataModule):
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Returns the validation batches; no loader at all where nothing is held out."""
-        return super().val_dataloader() if len(self._dataset("val")) else []  # type: ignore[arg-type]
+        return super().val_dataloader() if len(self._dataset("val")) else []
 
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+    def on_after_batch_transfer(self, batch: ImageBatch, dataloader_idx: int) -> ImageBatch:
         """Converts patches to float in [0, 1] and removes their means, on the device.
 
         Args:
@@ -120,27 +124,32 @@ class PatchDataModule(ImageDataModule):
         whole = "name" in batch
         batch = super().on_after_batch_transfer(batch, dataloader_idx)
         image = batch["image"]
-        if whole and self.grey and image.shape[1] == 3 and bool((image == image[:, :1]).all()):
-            batch["image"] = image[:, :1]  # a grey file, decoded to three equal channels
-        if not whole and self.remove_mean and self.rows is None:
+        if whole and self.gray and image.shape[1] == 3 and bool((image == image[:, :1]).all()):
+            batch["image"] = image[:, :1]  # a gray file, decoded to three equal channels
+        if not whole and self.remove_mean and self.array is None:
             batch["image"] = image - image.mean(dim=(1, 2, 3), keepdim=True)
         return batch
 
     def _batch_size(self, split: Split) -> int:
         return 1 if split == "predict" else self.batch_size
 
-    def _load(self, split: Split) -> Dataset[Batch]:
+    def load_split(self, split: Split) -> BatchDataset:
+        """Draws the patches of a split; to `predict`, finds whole images.
+
+        Args:
+            split: `train`, `val` or `predict`.
+        """
         if split == "predict":
             folder = self.predict_root or self.root
             if folder is None:
                 raise ValueError("predict needs a folder of images: give predict_root")
-            return ImageFolderDataModule(folder, noise_std=self.noise_std)._load("predict")
-        if self.rows is not None:
-            return _FileRows(Path(self.rows), self.val_fraction, split == "train")
+            return ImageFolderDataModule(folder, noise_std=self.noise_std).load_split("predict")
+        if self.array is not None:
+            return _FileSamples(Path(self.array).expanduser(), self.val_fraction, split == "train")
         return _Patches(self._draw_patches(split == "train"))
 
     def _draw_patches(self, train: bool) -> Tensor:
-        """Patches ``[N, C, p, p]``, uint8, of the images on one side of the split."""
+        """Patches `[N, C, p, p]`, uint8, of the images on one side of the split."""
         source = self._folder_images() if self.root is not None else self._module_images()
         kept = [image for number, image in enumerate(source) if self._held_out(number) != train]
         if not kept:
@@ -159,18 +168,20 @@ class PatchDataModule(ImageDataModule):
         return share < self.val_fraction
 
     def _folder_images(self) -> Any:
-        for path in find_images(Path(str(self.root))):
-            yield self._as_grey(read_image(path))
+        for path in find_images(Path(str(self.root)).expanduser()):
+            yield self._as_gray(read_image(path))
 
     def _module_images(self) -> Any:
         assert self.images is not None
+        if isinstance(self.images, ImageDataModule):
+            self.images.load_state_dict(self.state_dict())  # one seed, unless the images have their own
         self.images.setup("fit")
         for batch in self.images.train_dataloader():
             images = self.images.on_after_batch_transfer(batch, 0)["image"]
-            yield from self._as_grey((images * 255).round().to(torch.uint8))
+            yield from self._as_gray((images * 255).round().to(torch.uint8))
 
-    def _as_grey(self, image: Tensor) -> Tensor:
-        if not self.grey or image.shape[-3] == 1:
+    def _as_gray(self, image: Tensor) -> Tensor:
+        if not self.gray or image.shape[-3] == 1:
             return image
         luma = image.new_tensor([0.299, 0.587, 0.114], dtype=torch.float32)
         return torch.einsum("c,...chw->...hw", luma, image.float()).round().to(torch.uint8).unsqueeze(-3)
@@ -187,7 +198,7 @@ class PatchDataModule(ImageDataModule):
         return image[:, rows[:, :, None], columns[:, None, :]].transpose(0, 1)
 
 
-class _Patches(Dataset[Batch]):
+class _Patches(BatchDataset):
     """Patches in memory, uint8."""
 
     def __init__(self, patches: Tensor) -> None:
@@ -196,16 +207,16 @@ class _Patches(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.patches)
 
-    def __getitem__(self, item: Draw) -> Batch:
-        return _batch(self.patches.index_select(0, item[0]), item)
+    def __getitem__(self, samples: SampleBatch) -> ImageBatch:
+        return samples.batch(self.patches.index_select(0, samples.index))
 
 
-class _FileRows(Dataset[Batch]):
-    """Rows of a `.npy` file, read when they are asked for: pages that are mapped would count as memory."""
+class _FileSamples(BatchDataset):
+    """Samples of a `.npy` file, read when they are asked for: pages that are mapped would count as memory."""
 
     def __init__(self, path: Path, val_fraction: float, train: bool) -> None:
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is not a file. rows must be an array of rows [N, D], made by numpy.save")
+            raise FileNotFoundError(f"{path} is not a file: array must be one with an array [N, D], made by numpy.save")
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         if array.ndim != 2 or array.dtype.kind not in "fiu" or not array.flags.c_contiguous:
             raise ValueError(f"{path} must hold numbers [N, D] in C order, got {array.dtype} {array.shape}")
@@ -216,28 +227,21 @@ class _FileRows(Dataset[Batch]):
         self.first: int = 0 if train else kept
         self.length: int = kept if train else count - kept
         if train and not self.length:
-            raise ValueError(f"{path} holds no rows to learn from: {count} rows, val_fraction={val_fraction}")
+            raise ValueError(f"{path} holds no samples to learn from: {count} samples, val_fraction={val_fraction}")
 
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, item: Draw) -> Batch:
-        index = item[0]
+    def __getitem__(self, samples: SampleBatch) -> ImageBatch:
+        index = samples.index
         low, high = int(index.min()), int(index.max()) + 1
         if high - low <= _SPAN * len(index):
-            rows = self._read(low, high - low)[(index - low).numpy()]
+            found = self._read(low, high - low)[(index - low).numpy()]
         else:
             order, inverse = np.unique(index.numpy(), return_inverse=True)
-            rows = np.concatenate([self._read(int(row), 1) for row in order])[inverse]
-        rows = rows if rows.dtype.kind == "f" else rows.astype(np.float32)
-        return _batch(torch.from_numpy(rows), item)
+            found = np.concatenate([self._read(int(first), 1) for first in order])[inverse]
+        return samples.batch(torch.from_numpy(found if found.dtype.kind == "f" else found.astype(np.float32)))
 
     def _read(self, first: int, count: int) -> NDArray[Any]:
         start = self.offset + (self.first + first) * self.width * self.dtype.itemsize
-        rows = np.fromfile(self.path, self.dtype, count * self.width, offset=start)
-        return rows.reshape(count, self.width)
-
-
-def _batch(image: Tensor, item: Draw) -> Batch:
-    index, weight, key = item
-    return {"image": image, "label": torch.full_like(index, -1), "index": index, "weight": weight, "key": key}
+        return np.fromfile(self.path, self.dtype, count * self.width, offset=start).reshape(count, self.width)

@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from datamodules.image_data_module import Batch, ImageDataModule, Split, TensorImages
+from datamodules.image_data_module import BatchDataset, ImageDataModule, Split, TensorImages
 from lightning_modules.imaging import permutation
 
 # name -> package and file; only files inside the wheels: skimage.data would fetch others from the internet
@@ -44,7 +43,7 @@ class PhotoCropsDataModule(ImageDataModule):
         num_workers: Worker processes of each loader; 0 is fast, since nothing is decoded after the start.
         train_crops: Number of training crops, spread evenly over the photographs.
         val_crops: Number of validation crops, and of test crops, which are others from the same region.
-        seed: Seed of the crops, the order, the augmentation and the noise keys.
+        seed: Seed of the crops, the order, the augmentation and the noise keys; by default that of `--seed_everything`.
         val_fraction: Part of each photograph that is kept for validation and test.
         augment: Mirror training images left to right at random.
 
@@ -62,7 +61,7 @@ class PhotoCropsDataModule(ImageDataModule):
         num_workers: int = 0,
         train_crops: int = 2000,
         val_crops: int = 250,
-        seed: int = 0,
+        seed: int | None = None,
         val_fraction: float = 0.25,
         augment: bool = True,
     ) -> None:
@@ -82,10 +81,14 @@ class PhotoCropsDataModule(ImageDataModule):
         """The names of the photographs."""
         return list(_PHOTOGRAPHS)
 
-    def _load(self, split: Split) -> Dataset[Batch]:
+    def load_split(self, split: Split) -> BatchDataset:
+        """Cuts the crops of a split; `test` and `predict` are the same.
+
+        Args:
+            split: `train`, `val`, `test` or `predict`.
+        """
         if split == "train":
-            images, labels = self._crops(held_out=False, count=self.train_crops)
-            return TensorImages(images, labels, augment=self.augment)
+            return TensorImages(*self._crops(held_out=False, count=self.train_crops))
         images, labels = self._crops(held_out=True, count=2 * self.val_crops)
         if split == "val":
             return TensorImages(images[: self.val_crops], labels[: self.val_crops])
@@ -96,7 +99,7 @@ class PhotoCropsDataModule(ImageDataModule):
         return TensorImages(images, labels, names)
 
     def _crops(self, held_out: bool, count: int) -> tuple[Tensor, Tensor]:
-        """Cuts ``count`` different crops out of one part of the photographs, which take turns."""
+        """Cuts `count` different crops out of one part of the photographs, which take turns."""
         size = self.crop_size
         labels = torch.arange(count) % len(_PHOTOGRAPHS)
         images = torch.empty(count, 3, size, size, dtype=torch.uint8)
@@ -128,7 +131,7 @@ def _read_photograph(name: str) -> Tensor:
     """Reads and reduces a photograph.
 
     Shape:
-        - result: [3, H, W], uint8.
+        - output: `[3, H, W]`, uint8
     """
     package, file = _PHOTOGRAPHS[name]
     spec = find_spec(package)  # finds the folder without importing the package

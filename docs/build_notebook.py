@@ -1,4 +1,4 @@
-"""Turns docs/detector_report.py into docs/detector_report.ipynb and executes it.
+"""Builds docs/detector_report.ipynb from docs/detector_report.py and executes it.
 
 lightning-em fit -c configs/detector.yaml --data.root DATA
 lightning-em test -c configs/detector.yaml --data.root DATA --ckpt_path logs/detector/version_0/checkpoints/last.ckpt
@@ -43,7 +43,7 @@ def machine_paths(notebook: Any) -> list[str]:
 
 
 def report_folder(run: Path) -> Path:
-    """The run itself where it holds a report, or else the newest run beside it that does."""
+    """The run itself where it has a report, or else the newest run beside it that does."""
     tables = [run / TABLE] if (run / TABLE).is_file() else list(run.parent.glob(f"*/{TABLE}"))
     if not tables:
         raise SystemExit(f"no {TABLE} in {run} or beside it: run `lightning-em test` first, or name a folder by --test")
@@ -62,7 +62,7 @@ def main() -> None:
     test = options.test or report_folder(options.run)
     for name, path in (("RUN", options.run), ("TEST", test), ("DATA", options.data)):
         os.environ[f"DETECTOR_{name}"] = str(path.resolve())
-    os.environ["PYTHONWARNINGS"] = "ignore"  # what libraries owe to each other is no part of a report
+    os.environ["PYTHONWARNINGS"] = "ignore"  # what libraries owe to each other is not part of a report
     notebook = nbformat.v4.new_notebook(
         metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     )

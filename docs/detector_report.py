@@ -71,19 +71,19 @@ crop_count, crop_size = detector.crops.tolist()
 # ## In short
 
 # %%
-shortcuts = {
+probes = {
     name: clean[f"{name}_accuracy"] for name in ("file", "thumbnail", "semantic") if clean[f"{name}_accuracy"] != ""
 }
-best_shortcut = max(shortcuts, key=shortcuts.get)
+best_probe = max(probes, key=probes.get)
 worst = min(overall, key=lambda name: min(overall[name]["accuracy"], overall[name]["accuracy_at_threshold"]))
 display(
     Markdown(
         f"""
-From the residual of a restoration alone, {clean["n"]} images that it was not trained on are told apart with an accuracy
+From the residual of a restoration, {clean["n"]} images that it was not trained on are told apart with an accuracy
 of **{clean["accuracy"]:.3f}** (AUROC {clean["auroc"]:.4f}, calibration error {clean["ece"]:.3f}). The hardest condition
 is *{worst}*: {overall[worst]["accuracy"]:.3f}, and {overall[worst]["accuracy_at_threshold"]:.3f} at its own threshold.
 
-The strongest shortcut, *{best_shortcut}*, reaches **{shortcuts[best_shortcut]:.3f}** on the same images without seeing
+The strongest shortcut probe, *{best_probe}*, reaches **{probes[best_probe]:.3f}** on the same images without seeing
 how neighbouring pixels relate. These data can be told apart without a generator's traces, so **nothing here proves that
 the detector would do as well on other data**: the figures say that the pipeline works, and what it survives. At equal
 short budgets other inputs did better than the residual (see *Experiments*).
@@ -186,10 +186,10 @@ table(
 # ### How confounded the data are
 #
 # The photographs show everything, the generated images show people; the photographs had been JPEG files before, the
-# generated images had not, though both were then encoded alike. Three **shortcuts**, linear classifiers trained on
-# the training images, measure what that is worth: `file` sees format, size and bytes a pixel; `thumbnail` mean colour
-# and 8×8 pixels; `semantic` what an ImageNet network recognises in the image reduced to 256 pixels. None of them can
-# see a trace in neighbouring pixels.
+# generated images had not, though both were then encoded alike. Three **shortcut probes**, linear classifiers trained
+# on the training images, measure what that is worth: `file` sees format, size and bytes a pixel; `thumbnail` mean
+# colour and 8×8 pixels; `semantic` what an ImageNet network recognises in the image reduced to 256 pixels. None of them
+# can see a trace in neighbouring pixels.
 
 # %%
 table(
@@ -206,12 +206,12 @@ table(
         }
     ]
 )
-missing = {"file", "thumbnail", "semantic"} - set(shortcuts)
+missing = {"file", "thumbnail", "semantic"} - set(probes)
 if missing:
     print(f"not run: {', '.join(sorted(missing))}")
 
 # %% [markdown]
-# A shortcut near 1 means that the label can be read off the scene, the frame or the file. A high score of *any*
+# A probe near 1 means that the label can be read off the scene, the frame or the file. A high score of *any*
 # classifier on these images, this one included, is then no evidence of having found a generator's traces. What speaks
 # for traces is indirect: the detector sees residuals, in which much of the scene is gone, and crops, in which the
 # frame is.
@@ -229,12 +229,12 @@ if missing:
 # \mathbb R^F$ see statistics of neighbourhoods, not the arrangement of a scene. A linear layer gives the logit $z =
 # w^\top f + b$.
 #
-# **Pooling.** An image is $V$ crops at places that depend on its size alone, and $z = \frac1V\sum_v z_v$. A crop's
+# **Pooling.** An image is $V$ crops at places that depend only on its size, and $z = \frac1V\sum_v z_v$. A crop's
 # logit is a log-likelihood ratio; those of independent parts add up, and the mean is that sum on a scale which does
 # not depend on $V$.
 #
 # **Training.** Binary cross-entropy on one random crop an image and epoch, after a random rescaling, blur and JPEG
-# encoding, drawn alike for both classes, so that no compression or size stands for the label. The weights are
+# encoding, drawn alike for both classes, so that no compression or size gives the label away. The weights are
 # averaged.
 #
 # **Calibration.** $p = \sigma(z/T)$, with the temperature $T$ that minimises the negative log-likelihood of the
@@ -243,9 +243,9 @@ if missing:
 #
 # **Generative head.** The features, standardised and reduced to their leading principal components $u$, get one
 # Gaussian mixture a class by EM. $\log p(u\mid 1) - \log p(u\mid 0)$ classifies, and
-# $$\text{novelty}(x) = q - \max_c \log p(u\mid c)$$
-# is above 0 where neither class explains the image: $q$ is the log-likelihood that 99 % of the validation images
-# exceed.
+# $$\text{ood\_score}(x) = q - \max_c \log p(u\mid c)$$
+# is above 0 where the image is unlike those of either class: $q$ is the log-likelihood that 99 % of the validation
+# images exceed.
 
 # %%
 restoration = detector.em_parameters.get_parameters()
@@ -253,13 +253,13 @@ print("restoration: ", ", ".join(f"{name} {value:.3g}" for name, value in restor
 print(
     f"network: {sum(p.numel() for p in detector.backbone.parameters()):,} weights, {detector.head.in_features} features"
 )
-print(f"an image is judged by {crop_count} crops of {crop_size}×{crop_size} pixels")
+print(f"an image is predicted by {crop_count} crops of {crop_size}×{crop_size} pixels")
 print(f"temperature {float(detector.calibration.temperature):.3f}, threshold {detector.threshold:.3f}")
 
 # %% [markdown]
 # Does the residual carry anything? Its spectrum, averaged over the middle crops of the test images, as a ratio to the
 # mean of both classes. What differs at high frequencies is what the network can use; how much of that is the
-# generator and how much the photographs' first JPEG encoding, this picture cannot tell.
+# generator and how much the photographs' first JPEG encoding, this picture cannot show.
 
 
 # %%
@@ -291,7 +291,7 @@ plt.show()
 # %% [markdown]
 # ## Results
 #
-# What `lightning-em test` wrote, the whole validation part under every condition, the shortcuts beside it. A
+# What `lightning-em test` wrote, the whole validation part under every condition, the shortcut probes beside it. A
 # condition is applied to both classes. *own*: accuracy at the threshold found in validation; *best*: at the threshold
 # that would have been best under that very condition, a bound that no fixed threshold is sure to reach.
 
@@ -354,14 +354,14 @@ table(
 # %% [markdown]
 # ### ROC and calibration
 #
-# Judged once more here, from the checkpoint, without the command line: the first test that the report and this
+# Evaluated once more here, from the checkpoint, without the command line: the first test that the report and this
 # notebook mean the same detector.
 
 
 # %%
 @torch.no_grad()
 def look(condition: str, count: int = crop_count, size: int = crop_size) -> dict[str, torch.Tensor]:
-    """What the detector makes of the test images: a logit for each crop, a probability and a novelty for each image."""
+    """Outputs for the test images: a logit for each crop, a probability and an ood_score for each image."""
     test = GeneratedImagesDataModule(str(DATA), crop_size=size, eval_crops=count, conditions=[condition])
     (loader,) = test.test_dataloader()
     logits, features = [], []
@@ -375,16 +375,16 @@ def look(condition: str, count: int = crop_count, size: int = crop_size) -> dict
         "crops": logit,
         "logit": logit.mean(1),
         "probability": detector.calibration(logit.mean(1)),
-        "novelty": detector.densities.novelty(torch.cat(features)),
+        "ood_score": detector.densities.ood_score(torch.cat(features)),
     }
 
 
 seen = {condition: look(condition) for condition in ("clean", worst)}
 for condition, found in seen.items():
     again = float(((found["probability"] > 0.5) == (labels == 1)).float().mean())
-    told = overall[condition]["accuracy"]
-    assert abs(again - told) < 0.011, f"{condition}: {again} here, {told} in the report: is it of this checkpoint?"
-    print(f"{condition}: accuracy {again:.3f} here, {told:.3f} in the report")
+    known = overall[condition]["accuracy"]
+    assert abs(again - known) < 0.011, f"{condition}: {again} here, {known} in the report: is it of this checkpoint?"
+    print(f"{condition}: accuracy {again:.3f} here, {known:.3f} in the report")
 
 # %%
 figure, (roc, calibration, counts) = plt.subplots(1, 3, figsize=(11, 3.4))
@@ -408,7 +408,7 @@ plt.show()
 # %% [markdown]
 # ## Robustness
 #
-# Accuracy under each condition, beside the shortcuts that see the same degraded images. A shortcut hardly cares how
+# Accuracy under each condition, beside the probes that see the same degraded images. A probe hardly cares how
 # an image is encoded; a detector of traces must.
 
 # %%
@@ -460,20 +460,20 @@ table(
 #
 # ### Number and side of the crops, in evaluation
 #
-# The trained network takes crops of any side; each row is judged by the same weights, temperature and threshold.
+# The trained network takes crops of any side; each line is evaluated by the same weights, temperature and threshold.
 
 
 # %%
-def judged(logit: torch.Tensor) -> dict[str, float]:
+def evaluated(logit: torch.Tensor) -> dict[str, float]:
     right = (logit > 0) == (labels == 1)
     return {"accuracy": float(right.float().mean()), "AUROC": float(roc_auc_score(labels, logit))}
 
 
 rows = [
-    {"crops": v, "side": crop_size, **judged(seen["clean"]["crops"][:, :v].mean(1))}
+    {"crops": v, "side": crop_size, **evaluated(seen["clean"]["crops"][:, :v].mean(1))}
     for v in sorted({1, 2, 4, crop_count})
 ]
-rows += [{"crops": 4, "side": side, **judged(look("clean", 4, side)["logit"])} for side in (48, 64, 128)]
+rows += [{"crops": 4, "side": side, **evaluated(look("clean", 4, side)["logit"])} for side in (48, 64, 128)]
 table(rows)
 
 # %% [markdown]
@@ -585,7 +585,7 @@ table(
 # %% [markdown]
 # ## Failure analysis
 #
-# The worst mistakes on clean images, the farthest from their label first, at the threshold found in validation: the
+# The top losses on clean images, the farthest from their label first, at the threshold found in validation: the
 # middle of each image above its residual, stretched by the same factor as everywhere above.
 
 # %%
@@ -593,9 +593,9 @@ probability = seen["clean"]["probability"].double()
 wrong = ((probability > detector.threshold) != (labels == 1)).nonzero()[:, 0]
 order = wrong[(probability[wrong] - labels[wrong]).abs().argsort(descending=True, stable=True)].tolist()
 if order:
-    worst_places = order[:8]
-    titles = [f"{CLASSES[labels[place]]}\nsaid {probability[place]:.2f}" for place in worst_places]
-    in_pairs([crops(place, size=192)[0] for place in worst_places], titles)
+    top_losses = order[:8]
+    titles = [f"{CLASSES[labels[place]]}\nsaid {probability[place]:.2f}" for place in top_losses]
+    in_pairs([crops(place, size=192)[0] for place in top_losses], titles)
     plt.show()
 table(
     [
@@ -604,7 +604,7 @@ table(
             "label": CLASSES[labels[place]],
             "probability": float(probability[place]),
             "residual, 1/255": 255 * float(detector.residual(crops(place)).square().mean().sqrt()),
-            "novelty": float(seen["clean"]["novelty"][place]),
+            "ood_score": float(seen["clean"]["ood_score"][place]),
         }
         for place in order[:8]
     ]
@@ -643,18 +643,18 @@ print(f"from clean to {worst}, the mean logit moves by", ", ".join(f"{by:+.2f} (
 # %% [markdown]
 # ## Out of distribution
 #
-# Novelty asks whether *either* class explains an image. Beside the test images: pictures that are neither, and
-# photographs from elsewhere. The probability of an image with a novelty well above 0 means nothing, however certain
-# it looks. White noise, a flat plane and the drawing look alike to the detector: in plane and drawing there is nothing
-# to take away, in the noise no patch resembles its neighbours enough for the restoration to take anything, and an empty
-# residual is far from both classes.
+# The out-of-distribution score asks whether an image is like those of *either* class. Beside the test images:
+# pictures that are neither, and photographs from elsewhere. The probability of an image with a score well above 0 means
+# nothing, however certain it looks. White noise, a flat plane and the drawing look alike to the detector: in plane and
+# drawing there is nothing to take away, in the noise no patch resembles its neighbours enough for the restoration to
+# take anything, and an empty residual is far from both classes.
 
 
 # %%
 @torch.no_grad()
 def one(image: np.ndarray) -> dict:
     _, features = detector(fixed_crops(to_pixels(image), crop_size, crop_count)[None])
-    return {"novelty": float(detector.densities.novelty(features)), "probability": detector.predict_image(image)}
+    return {"ood_score": float(detector.densities.ood_score(features)), "probability": detector.predict_image(image)}
 
 
 random = np.random.default_rng(0)
@@ -672,35 +672,40 @@ strangers = {
     "photograph, cat": skimage.data.chelsea(),
 }
 found = {name: one(image) for name, image in strangers.items()}
-table([{"image": name, **row, "novel": "yes" if row["novelty"] > 0 else "no"} for name, row in found.items()])
+table(
+    [
+        {"image": name, **row, "out of distribution": "yes" if row["ood_score"] > 0 else "no"}
+        for name, row in found.items()
+    ]
+)
 for condition, row in seen.items():
-    print(f"test images, {condition}: {float((row['novelty'] > 0).float().mean()):.3f} novel")
+    print(f"test images, {condition}: {float((row['ood_score'] > 0).float().mean()):.3f} out of distribution")
 
 # %%
 figure, axes = plt.subplots(figsize=(8, 2.8))
 edges = np.linspace(-15, 40, 56)
 for label, name in enumerate(CLASSES):
     axes.hist(
-        seen["clean"]["novelty"][labels == label].clamp(-15, 40), edges, color=COLORS[name], alpha=0.6, label=name
+        seen["clean"]["ood_score"][labels == label].clamp(-15, 40), edges, color=COLORS[name], alpha=0.6, label=name
     )
-axes.hist(seen[worst]["novelty"].clamp(-15, 40), edges, histtype="step", color="black", label=f"all, {worst}")
+axes.hist(seen[worst]["ood_score"].clamp(-15, 40), edges, histtype="step", color="black", label=f"all, {worst}")
 for row in found.values():
-    axes.axvline(min(row["novelty"], 40), color="0.4", linewidth=0.8, linestyle=":")
+    axes.axvline(min(row["ood_score"], 40), color="0.4", linewidth=0.8, linestyle=":")
 axes.axvline(0, color="C2", linewidth=1)
-axes.set(xlabel="novelty (dotted: the images of the table; 40 and more at the right edge)", ylabel="images")
+axes.set(xlabel="ood_score (dotted: the images of the table; 40 and more at the right edge)", ylabel="images")
 axes.legend()
 plt.show()
 
 # %% [markdown]
 # ## Limits
 #
-# - **Content.** The two classes show different things. Where a shortcut above reaches 1, so could a detector that has
+# - **Content.** The two classes show different things. Where a probe above reaches 1, so could a detector that has
 #   learned nothing about generators. A fair test needs both classes of one content: generated from the captions of
 #   the photographs.
 # - **History.** The photographs were JPEG files twice, the generated images once. The common last encoding and the
 #   random ones in training cover that up; they do not undo it.
 # - **Small images** are continued by their mirror image (counted under *Data*): a cue where one class has more of them.
-# - **One generator.** Stable Diffusion 1.4 alone. Nothing here says anything about another one, or another version.
+# - **One generator.** Only Stable Diffusion 1.4. Nothing here says anything about another one, or another version.
 # - **Few images.** With 200 images, one mistake is half a point, and the 95 % interval of an accuracy of 0.97 reaches
 #   from 0.94 to 0.99. Differences of a point between settings are noise.
 # - **One set of images for three things**: choosing settings, fitting temperature and threshold, and the scores.
@@ -717,7 +722,7 @@ plt.show()
 # python docs/build_notebook.py --run logs/detector/version_0 --data DATA
 # ```
 #
-# `DATA` holds `train/` and `val/`, each with `photographic/` and `generated/`. For the shortcut `semantic`, set
+# `DATA` has `train/` and `val/`, each with `photographic/` and `generated/`. For the probe `semantic`, set
 # `semantic_weights` of `DetectorReport` in the configuration to a `state_dict` of torchvision's `squeezenet1_0`. The
 # test writes a folder of its own beside the run; the last command finds it, or takes it by `--test`.
 

@@ -7,8 +7,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lightning_modules.em import MixtureParameters, evidence_lower_bound, log_likelihood, posterior
-from lightning_modules.mixtures.gaussian.em import expectation, maximisation
+from lightning_modules.mixtures import MixtureParameters, evidence_lower_bound, log_likelihood, posterior
+from lightning_modules.mixtures.gaussian.em import e_step, m_step
 from lightning_modules.mixtures.gaussian.model import GaussianMixtureModel
 from lightning_modules.mixtures.gaussian.model_selection import choose_num_components
 from lightning_modules.mixtures.kmeans.model import KMeansModel
@@ -68,8 +68,8 @@ def responsibilities_move() -> Figure:
             axes.scatter(x[:, 0], x[:, 1], c=q.clamp(0, 1).numpy(), s=6)
             axes.plot(theta.means[0, :, 0], theta.means[0, :, 1], "kx")
             axes.set_title(f"iteration {iteration}")
-        statistics = expectation(theta.components(), x)
-        theta = maximisation(statistics, torch.full((2,), 1e-6, dtype=torch.float64), theta)
+        statistics = e_step(theta.components(), x)
+        theta = m_step(statistics, torch.full((2,), 1e-6, dtype=torch.float64), theta)
     return figure
 
 

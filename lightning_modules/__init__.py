@@ -6,8 +6,10 @@ Names are loaded when they are first used, so that `import lightning_modules.gra
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lightning_modules._renamed import renamed
+
 if TYPE_CHECKING:
-    from lightning_modules.detection import Colours, NeighborDifferences, RestorationResidual
+    from lightning_modules.detection import NeighborDifferences, RawPixels, RestorationResidual
     from lightning_modules.em import EStep, ParameterTable
     from lightning_modules.generated_image_detector import GeneratedImageDetector
     from lightning_modules.graph import GraphDiffusion
@@ -27,29 +29,28 @@ if TYPE_CHECKING:
     from lightning_modules.reconstruction import GraphDiffusionReconstruction
 
 _HOME = {
-    "Colours": "detection",
     "ConvAutoencoder": "networks",
     "EStep": "em",
     "FullResolutionResNet": "networks",
-    "GaussianMixture": "mixtures.gaussian.module",
-    "GaussianMixtureEstimator": "mixtures.gaussian.estimator",
+    "GaussianMixture": "mixtures",
+    "GaussianMixtureEstimator": "mixtures",
     "GeneratedImageDetector": "generated_image_detector",
     "GraphDiffusion": "graph",
     "GraphDiffusionReconstruction": "reconstruction",
-    "KMeans": "mixtures.kmeans.module",
-    "KMeansEstimator": "mixtures.kmeans.estimator",
+    "KMeans": "mixtures",
+    "KMeansEstimator": "mixtures",
     "NeighborDifferences": "detection",
     "ParameterTable": "em",
     "PatchMixture": "patch_mixture",
     "PatchPrior": "networks",
     "PerceptualLoss": "networks",
+    "RawPixels": "detection",
     "ResidualDenoiser": "networks",
     "RestorationResidual": "detection",
     "TraceNetwork": "networks",
 }
 
 __all__ = [
-    "Colours",
     "ConvAutoencoder",
     "EStep",
     "FullResolutionResNet",
@@ -65,15 +66,19 @@ __all__ = [
     "PatchMixture",
     "PatchPrior",
     "PerceptualLoss",
+    "RawPixels",
     "ResidualDenoiser",
     "RestorationResidual",
     "TraceNetwork",
 ]
 
 
+_renamed = renamed(__name__, {"Colours": "lightning_modules.RawPixels"})
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return _renamed(name)
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
 
 

@@ -1,4 +1,4 @@
-"""A detector of generated images, by the traces that a restoration leaves behind."""
+"""Detector of generated images, by the traces that a restoration leaves behind."""
 
 from typing import Any, Literal
 
@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_modules.detection import (
+    BufferedPredictions,
     Calibration,
     ClassDensities,
     DetectorInput,
     DetectorInputs,
-    Evaluated,
-    Predictions,
+    PredictionBuffer,
     RestorationResidual,
-    cross_judge,
+    cross_fit,
+    evaluate,
     fixed_crops,
-    judge,
     scores,
     to_pixels,
 )
@@ -37,27 +37,26 @@ _CROPS_AT_ONCE = 32
 
 
 class GeneratedImageDetector(L.LightningModule):
-    r"""Tells generated images from photographs by crops at native resolution.
+    r"""Distinguishes generated images from photographs by crops at native resolution.
 
-    The views of a crop (by default what a restoration takes away from it) go through a network, whose features a linear
-    layer turns into a logit. The logit of an image is the mean over its crops: a crop's logit is a log-likelihood
-    ratio, ratios of independent parts of one image add up, and the mean is that sum on a scale which does not depend on
-    how many crops there are. A maximum would let the oddest crop decide, a mean of probabilities forgets how sure each
-    is.
+    The inputs of a crop (by default what a restoration takes away from it) go through a network, whose features a
+    linear layer turns into a logit. The logit of an image is the mean over its crops: a crop's logit is a
+    log-likelihood ratio, ratios of independent parts of one image add up, and the mean is that sum on a scale which
+    does not depend on how many crops there are. A maximum would let the oddest crop decide, a mean of probabilities
+    forgets how sure each is.
 
     At the end of every validation in a fit, temperature, threshold and one Gaussian mixture a class (on the features)
     are fitted to the validation images: images of the training set would not do, for the network has seen them. What
     is logged under `val/` as `ece`, `accuracy_at_threshold` and `generative_accuracy` is cross-fitted, each half of the
-    images judged by a fit to the other, and is NaN where a half has too few. `test/` uses what the checkpoint holds.
+    images evaluated by a fit to the other, and is NaN where a half has too few. `test/` uses the fit in the checkpoint.
 
     Args:
-        inputs: Views that the network sees, side by side; the restoration's residual by default.
-        backbone: Network from the views to features `[B, F]`; a small one for CPUs by default.
+        inputs: What the network sees of a crop, side by side; the restoration's residual by default.
+        backbone: Network from the inputs to features `[B, F]`; a small one for CPUs by default.
         label_smoothing: Part of a label's probability that goes to the other class in the loss.
         num_directions: Principal components of the features on which the class densities live.
-        num_components: Gaussians in the density of each class.
-        explained: Share of the validation images that count as explained; the others are novel.
-        optimizer: Makes the optimiser.
+        inlier_quantile: Share of the validation images that count as in distribution.
+        optimizer: Makes the optimizer.
         lr_scheduler: Makes the learning-rate schedule; None for a constant rate.
         lr_interval: Whether the schedule counts steps or epochs.
 
@@ -79,8 +78,7 @@ class GeneratedImageDetector(L.LightningModule):
         backbone: nn.Module | None = None,
         label_smoothing: float = 0.0,
         num_directions: int = 8,
-        num_components: int = 1,
-        explained: float = 0.99,
+        inlier_quantile: float = 0.99,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["step", "epoch"] = "epoch",
@@ -94,23 +92,25 @@ class GeneratedImageDetector(L.LightningModule):
             # `load_from_checkpoint` can build the whole module from the checkpoint alone.
             self.save_hyperparameters()
         self.inputs = DetectorInputs([RestorationResidual()] if inputs is None else inputs)
-        if (learning := sum(view.learn for view in self._restorations)) > 1:
+        if (learning := sum(residual.learn for residual in self._restorations)) > 1:
             raise ValueError(f"one restoration can learn its parameters, got {learning} inputs with learn=True")
         probe = _probe(self.inputs, "inputs", torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
         self.backbone = TraceNetwork(probe.shape[1]) if backbone is None else backbone
         features = _probe(self.backbone, "the backbone", probe)
         if features.ndim != 2:
-            raise ValueError(f"the backbone must map views [B, C, H, W] to features [B, F], got {list(features.shape)}")
+            raise ValueError(
+                f"the backbone must map inputs [B, C, H, W] to features [B, F], got {list(features.shape)}"
+            )
         self.head = nn.Linear(features.shape[1], 1)
         self.calibration = Calibration()
-        self.densities = ClassDensities(features.shape[1], num_directions, num_components, explained)
+        self.densities = ClassDensities(features.shape[1], num_directions, inlier_quantile=inlier_quantile)
         self.register_buffer("crops", torch.tensor([9, 96]))
         self.label_smoothing = label_smoothing
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
-        self._seen = Predictions()
-        self._seen_by_condition: dict[str, Predictions] = {}
+        self._seen = PredictionBuffer()
+        self._seen_by_condition: dict[str, PredictionBuffer] = {}
         self._shape = tuple(self.crops.tolist())
         self._fitted: dict[str, Tensor] = {}
         self._has_parameters = False
@@ -138,34 +138,34 @@ class GeneratedImageDetector(L.LightningModule):
 
     @property
     def threshold(self) -> float:
-        """Probability above which calling an image generated was most accurate in validation; 0.5 before one."""
+        """Probability above which predicting "generated" was most accurate in validation; 0.5 before one."""
         return float(self.calibration.threshold)
 
     @property
     def _restorations(self) -> list[RestorationResidual]:
-        return [view for view in self.inputs.views if isinstance(view, RestorationResidual)]
+        return [part for part in self.inputs if isinstance(part, RestorationResidual)]
 
     @property
     def _restoration(self) -> RestorationResidual | None:
         """The restoration that learns, or else the first."""
-        return min(self._restorations, key=lambda view: not view.learn, default=None)
+        return min(self._restorations, key=lambda residual: not residual.learn, default=None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the parameters of the restoration that the checkpoint holds."""
+        """Keeps the parameters of the restoration that are in the checkpoint."""
         self._has_parameters = True
 
     def on_fit_start(self) -> None:
-        """Take over the parameters of a reconstruction where the inputs ask for it, and no checkpoint has brought them.
+        """Loads the parameters of a reconstruction where the inputs ask for it, and no checkpoint has brought them.
 
         Not in `setup`, which comes before a checkpoint is loaded.
         """
         if not self._has_parameters:
-            for view in self._restorations:
-                view.take_over()
+            for residual in self._restorations:
+                residual.load_from_checkpoint()
         self._has_parameters = True
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """Loss of each image under the current parameters; for a restoration that learns, also its E-step."""
+        """Loss under the current parameters; for a restoration that learns, also its E-step."""
         logit, _ = self(batch["image"])
         label = batch["label"]
         target = label.clamp_min(0).to(logit.dtype) * (1 - self.label_smoothing) + self.label_smoothing / 2
@@ -185,63 +185,59 @@ class GeneratedImageDetector(L.LightningModule):
         return {"loss": table.attach(mean), "em": step}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """Judge images; their crops are the ones that `predict_image` will look at."""
+        """Evaluates images; their crops are the ones that `predict_image` will look at."""
         self._shape = (batch["image"].shape[1], batch["image"].shape[-1])
         return self._evaluate(batch, self._seen)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """Judge images under one condition."""
+        """Evaluates images under one condition."""
         if batch_idx == dataloader_idx == 0:
             self._compare_crops(batch["image"])
-        condition = batch["condition"]
-        if condition not in self._seen_by_condition:
-            self._seen_by_condition[condition] = Predictions().to(self.device)
-        return self._evaluate(batch, self._seen_by_condition[condition])
+        buffer = self._seen_by_condition.setdefault(batch["condition"], PredictionBuffer().to(self.device))
+        return self._evaluate(batch, buffer)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """Judge images, and say which are like nothing that was seen before (`novelty` above 0)."""
+        """Predicts images, and scores which are like nothing that was seen before (`ood_score` above 0)."""
         if batch_idx == 0:
             self._compare_crops(batch["image"])
-        output, features = self._judge(batch)
-        return {**output, "novelty": self.densities.novelty(features)}
+        output, features = self._predict(batch)
+        return {**output, "ood_score": self.densities.ood_score(features)}
 
     def on_validation_epoch_end(self) -> None:
-        """Log what was seen; in a fit, calibrate by it."""
+        """Logs what was seen; in a fit, calibrates by it."""
         seen = self._seen.compute()
         self._seen.reset()
         if self.trainer.sanity_checking:
             return
-        values = scores(seen, cross_judge(seen, self.calibration, self.densities))
+        values = scores(seen, cross_fit(seen, self.calibration, self.densities))
         self._log("val", values)
         if undefined := [f"val/{name}" for name, value in values.items() if value.isnan()]:
             rank_zero_warn(
-                f"{', '.join(undefined)} cannot be told: validation has too few images of a class. Each half is judged "
+                f"{', '.join(undefined)} are not defined: validation has too few images of a class. A half is scored "
                 f"by a fit to the other, which takes {self.densities.images_needed} of each class for the densities"
             )
         if self.trainer.state.fn == "fit":
             self._fit_to(seen)
 
     def on_test_epoch_end(self) -> None:
-        """Log what was seen under each condition."""
-        for condition, predictions in self._seen_by_condition.items():
-            seen = predictions.compute()
+        """Logs what was seen under each condition."""
+        for condition, buffer in self._seen_by_condition.items():
+            seen = buffer.compute()
             prefix = "test" if condition == _CLEAN else f"test/{condition}"
-            self._log(prefix, scores(seen, judge(seen, self.calibration, self.densities)))
+            self._log(prefix, scores(seen, evaluate(seen, self.calibration, self.densities)))
         self._seen_by_condition.clear()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put what was fitted last into the checkpoint: where weights are averaged, the average's copy is older."""
+        """Puts what was fitted last into the checkpoint: where weights are averaged, the average's copy is older."""
         checkpoint["state_dict"] |= self._fitted
 
     def on_train_end(self) -> None:
-        """Restore what was fitted last, over which a callback that averages weights has copied an older state."""
+        """Restores what was fitted last, over which a callback that averages weights has copied an older state."""
         self.load_state_dict({**self.state_dict(), **self._fitted})
 
     def configure_optimizers(self) -> Any:
-        """Optimiser and schedule as injected."""
+        """Optimizer and schedule as injected."""
         return optimizer_config(self.parameters(), self.optimizer, self.lr_scheduler, self.lr_interval)
-
-    # For whoever has an image and no DataModule ------------------------------------------------------------------
 
     @torch.no_grad()
     def predict_image(self, image: Any) -> float:
@@ -252,7 +248,7 @@ class GeneratedImageDetector(L.LightningModule):
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it cannot be read, or is no image; the message names it.
+            ValueError: If it cannot be read or is not an image; the message names it.
         """
         count, size = self.crops.tolist()
         crops = fixed_crops(to_pixels(image).to(self.device), size, count)
@@ -264,28 +260,26 @@ class GeneratedImageDetector(L.LightningModule):
 
     @torch.no_grad()
     def residual(self, images: Tensor) -> Tensor:
-        """What the restoration takes away from whole images, for pictures; without a restoration, the first view.
+        """What the restoration takes away from whole images, for pictures; without a restoration, the first input.
 
-        Of a view that has not three channels it is their mean, in grey.
+        Of an input that has not three channels it is their mean, in grey.
 
         Shape:
             - images: `[B, 3, H, W]` in [0, 1]
             - output: `[B, 3, H, W]`, in units of the pixels
         """
-        view: Any = self._restoration or self.inputs.views[0]
-        result: Tensor = view.view(images)
+        shown: Any = self._restoration or self.inputs[0]
+        result: Tensor = shown.featurize(images)
         return result if result.shape[1] == 3 else result.mean(1, keepdim=True).expand(-1, 3, -1, -1)
 
-    # Inside ------------------------------------------------------------------------------------------------------
-
-    def _judge(self, batch: Batch) -> tuple[dict[str, Any], Tensor]:
+    def _predict(self, batch: Batch) -> tuple[dict[str, Any], Tensor]:
         logit, features = self(batch["image"])
         # in float64: in float32 images that are almost certain would be equal, and their order lost
         output = {"probability": self.calibration(logit.double()), "logit": logit}
         return {**output, **{name: batch[name] for name in _PASSED_ON if name in batch}}, features
 
     def _compare_crops(self, images: Tensor) -> None:
-        """Warn where images are not looked at as they were when the detector was calibrated."""
+        """Warns where images are not looked at as they were when the detector was calibrated."""
         now, then = [images.shape[1], images.shape[-1]], self.crops.tolist()
         if self.calibration.fitted and now != then:
             rank_zero_warn(
@@ -293,17 +287,17 @@ class GeneratedImageDetector(L.LightningModule):
                 f"{now[1]}: its probabilities and threshold need not hold. Set eval_crops and crop_size alike"
             )
 
-    def _evaluate(self, batch: Batch, seen: Predictions) -> dict[str, Any]:
-        output, features = self._judge(batch)
-        seen.update(batch["index"], output["logit"], batch["label"], features, batch["weight"])
+    def _evaluate(self, batch: Batch, buffer: PredictionBuffer) -> dict[str, Any]:
+        output, features = self._predict(batch)
+        buffer.update(batch["index"], output["logit"], batch["label"], features, batch["weight"])
         return output
 
     def _log(self, prefix: str, values: dict[str, Tensor]) -> None:
-        # equal on every process, for all have judged the images of all
+        # equal on every process, for all have evaluated the images of all
         self.log_dict({f"{prefix}/{name}": value.float() for name, value in values.items()}, sync_dist=True)
 
-    def _fit_to(self, seen: Evaluated) -> None:
-        """Calibrate by validation images, and remember the result as the checkpoint is to hold it."""
+    def _fit_to(self, seen: BufferedPredictions) -> None:
+        """Calibrates by validation images, and keeps the result as it is to be in the checkpoint."""
         if not seen.has_both_classes:
             rank_zero_warn("the validation images are all of one class: nothing can be calibrated by them")
             return
@@ -315,7 +309,7 @@ class GeneratedImageDetector(L.LightningModule):
         if not self.densities.fit(seen.features, seen.label):
             rank_zero_warn(
                 f"validation has fewer than {self.densities.images_needed} images of a class: no densities are fitted, "
-                "and novelty stays unknown. Validate on more images, or lower num_directions"
+                "and the ood_score stays unknown. Validate on more images, or lower num_directions"
             )
         names = ("calibration.", "densities.", "crops")
         self._fitted = {name: value.clone() for name, value in self.state_dict().items() if name.startswith(names)}

@@ -65,7 +65,7 @@ class PatchMixture(GaussianMixture):
 
     def prior(self) -> PatchPrior:
         """Returns the learned prior, a plain `nn.Module` and a backbone for `GraphDiffusionReconstruction`."""
-        theta = self.model.reported()
+        theta = self.model.best_parameters()
         prior = PatchPrior(theta.weights, theta.means, theta.covariances, noise_std=self.noise_std, stride=self.stride)
         return prior.to(self.device)
 

@@ -1,5 +1,6 @@
 """Restoration of images by an operator whose parameters are learned by expectation-maximisation."""
 
+import os
 from typing import Any, Literal
 
 import lightning as L
@@ -12,10 +13,18 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from lightning_modules.em import Assignment, EStep, GlobalAssignment, ParameterTable
 from lightning_modules.em.objectives import probe_step, squared_error, stein_risk
 from lightning_modules.graph import GraphDiffusion
-from lightning_modules.imaging import ImageBatch, as_batch, check_batch, seeded_normal, seeded_uniform
+from lightning_modules.imaging import (
+    SPLIT_STREAMS,
+    ImageBatch,
+    as_batch,
+    check_batch,
+    check_noise_std,
+    seeded_normal,
+    seeded_uniform,
+)
 from lightning_modules.noise import estimate_noise_std
 from lightning_modules.operators import RestorationOperator, Smoothness
-from lightning_modules.operators.operator import Noise, check_level, noise_level
+from lightning_modules.operators.operator import Noise, noise_level
 from lightning_modules.optimizers import optimizer_config
 
 Parameters = dict[str, Tensor | int]
@@ -24,8 +33,6 @@ Parameters = dict[str, Tensor | int]
 _LEVEL_STREAM = 0x5DEE_CE66
 # The same for the probe of the risk estimate.
 _PROBE_STREAM = 0x2545_F491
-# Streams of the keys of a batch that comes without any: evaluation must not repeat the noise that training saw.
-_STREAMS = {"train": 0, "val": 1, "test": 2, "predict": 3}
 
 
 class Reconstruction(L.LightningModule):
@@ -124,8 +131,9 @@ class Reconstruction(L.LightningModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
+        self._has_noise = add_noise and max(noise_levels or levels) > 0
         # Images that keep the noise they came with have no clean side to be compared with.
-        self._compares = objective != "sure" or (add_noise and max(noise_levels or levels) > 0)
+        self._compares = objective != "sure" or self._has_noise
         names = ("loss", "psnr", "psnr_noisy", "psnr_gain", "ssim") if self._compares else ("loss",)
         metrics: dict[str, Metric | MetricCollection] = {name: MeanMetric() for name in names}
         # Groups would take metrics with equal states for the same one.
@@ -178,7 +186,7 @@ class Reconstruction(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """E-step: responsibilities, restoration and losses of each image under the current parameters."""
         batch = self._checked_batch(batch, batch_idx, "train")
-        noisy, level = self._observe(batch, self.add_noise)
+        noisy, level = self._observe(batch)
         responsibilities, parameters = self._assign(noisy, level, batch["label"])
         restored = self._restore(noisy, level, parameters)
         perceptual = None
@@ -239,7 +247,7 @@ class Reconstruction(L.LightningModule):
         if self.backbone is not None and getattr(self.backbone, "graph_on", None) != "patches":
             return {}
         batch = self._checked_batch(batch, 1, "train")
-        noisy, level = self._observe(batch, self.add_noise)
+        noisy, level = self._observe(batch)
         _, parameters = self._assign(noisy, level, batch["label"])
         return self.operator.diagnostics(noisy, noise=level, **parameters)
 
@@ -253,31 +261,34 @@ class Reconstruction(L.LightningModule):
 
     def _checked_batch(self, batch: Any, batch_idx: int, stage: str) -> ImageBatch:
         """The batch in the form of the contract, which the first of a run is held against."""
-        if not isinstance(batch, dict):
-            batch = as_batch(
-                batch,
-                seed=_STREAMS[stage],
-                epoch=self.current_epoch if stage == "train" else 0,
-                rank=self.global_rank,
-                world_size=self.trainer.world_size if self._trainer is not None else 1,
-                position=batch_idx,
-            )
+        first = batch if isinstance(batch, Tensor | dict) else batch[0]
+        batch = as_batch(
+            batch,
+            seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
+            epoch=self.current_epoch if stage == "train" else 0,
+            rank=self.global_rank,
+            world_size=1 if self._trainer is None else self.trainer.world_size,
+            position=batch_idx * len(first),
+            split_stream=SPLIT_STREAMS[stage],
+        )
         if stage not in self._checked:
-            noisy = self.add_noise and (stage != "predict" or bool(batch.get("clean", False)))
-            needed = {"image", "label", "weight"} if stage != "predict" else {"image", "label", "name"}
-            check_batch(
-                batch, needed | ({"key"} if noisy or (self.objective == "sure" and stage != "predict") else set())
-            )
+            draws = self.objective == "sure" or self._has_noise
+            needed = {"image", "name"} if stage == "predict" else {"image", "label", "weight"}
+            if draws and (stage != "predict" or batch.get("clean", False)):
+                needed.add("key")
+            check_batch(batch, needed)
             self._checked.add(stage)
         return batch
 
-    def _observe(self, batch: ImageBatch, add_noise: bool) -> tuple[Tensor, Tensor]:
+    def _observe(self, batch: ImageBatch, add_noise: bool | None = None) -> tuple[Tensor, Tensor]:
         """The degraded images of a batch, and the noise level that the operator is told of."""
         image = batch["image"].to(self.dtype)
-        low, high = self.noise_range
-        if not add_noise:
+        if not (self.add_noise if add_noise is None else add_noise):
             known = batch.get("noise_std")
             return image, estimate_noise_std(image) if known is None else noise_level(known, image)
+        low, high = self.noise_range
+        if not self._has_noise:
+            return image, estimate_noise_std(image) if self.estimate_noise else image.new_zeros(len(image))
         if self.noise_levels is not None:
             place = (seeded_uniform(batch["key"] ^ _LEVEL_STREAM, 1)[:, 0] * len(self.noise_levels)).long()
             level = self.noise_levels[place].to(image.dtype)
@@ -295,9 +306,11 @@ class Reconstruction(L.LightningModule):
         return responsibilities, self.em_parameters(responsibilities)
 
     def _restore(self, noisy: Tensor, noise: Noise, parameters: Parameters) -> Tensor:
+        restored: Tensor
+
         def restore(signal: Tensor, guide: Tensor | None = None, noise: Noise = noise) -> Tensor:
-            restored: Tensor = self.operator(signal, noise=noise, guide=guide, **parameters)
-            return restored
+            result: Tensor = self.operator(signal, noise=noise, guide=guide, **parameters)
+            return result
 
         if self.backbone is None:
             restored = restore(noisy)
@@ -333,7 +346,7 @@ class Reconstruction(L.LightningModule):
 
     def _evaluate(self, batch: ImageBatch, metrics: MetricCollection) -> dict[str, Tensor]:
         clean, weight = batch["image"].to(self.dtype), batch["weight"]
-        noisy, level = self._observe(batch, self.add_noise)
+        noisy, level = self._observe(batch)
         _, parameters = self._assign(noisy, level, batch["label"])
         restored = self._restore(noisy, level, parameters)
         if self.objective == "sure":
@@ -347,7 +360,9 @@ class Reconstruction(L.LightningModule):
         if self._compares:
             psnr, psnr_noisy = (_psnr(image, clean) for image in (restored, noisy.clamp(0, 1)))
             values |= {"psnr": psnr, "psnr_noisy": psnr_noisy, "psnr_gain": psnr - psnr_noisy}
-            values["ssim"] = structural_similarity_index_measure(restored, clean, data_range=1.0, reduction="none")
+            ssim = structural_similarity_index_measure(restored, clean, data_range=1.0, reduction="none")
+            assert isinstance(ssim, Tensor)  # the function can return maps as well
+            values["ssim"] = ssim
         for name, value in values.items():
             metrics[name].update(value, counted)
         self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=len(clean))
@@ -393,7 +408,8 @@ def _check_arguments(
         raise ValueError(f"noise_std must be a number ≥ 0 or a range (lower, upper), got {levels}")
     if levels_given is not None and (not levels_given or min(levels_given) < 0):
         raise ValueError(f"noise_levels must be numbers ≥ 0, at least one, got {levels_given}")
-    check_level(min(levels_given or levels), max(levels_given or levels))
+    for level in levels_given or levels:
+        check_noise_std(level)
     for name, value in (("perceptual_weight", perceptual_weight), ("smoothness_weight", smoothness_weight)):
         if not value >= 0:
             raise ValueError(f"{name} must not be negative, got {value}")

@@ -5,7 +5,7 @@ import importlib.util
 import os
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -111,12 +111,12 @@ def graph_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     from lightning_modules.graph.cpu import kernel
 
     if request.param == "torch":
-        monkeypatch.setattr(image_operator, "serves", lambda *_, **__: False)
+        monkeypatch.setattr(image_operator, "is_supported", lambda *_, **__: False)
     elif None in [kernel.library(dtype) for dtype in (torch.float32, torch.float64)]:
         pytest.skip("no compiled kernel: no C compiler, or LIGHTNING_EM_COMPILE=0")
     else:
         monkeypatch.delattr(image_operator, "_ImageDiffusion")
-        monkeypatch.delattr(image_operator, "_SimilaritySum")
+        monkeypatch.delattr(image_operator, "_similarity_sum")
     return str(request.param)
 
 
@@ -131,3 +131,10 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with contextlib.chdir(folder):
         main(["fit", "-c", "configs/demo.yaml", *words, "--data.train_crops=40", "--data.val_crops=10"])
     return folder
+
+
+@pytest.fixture(autouse=True)
+def seed_of_its_own() -> Iterator[None]:
+    """Takes away what `seed_everything` leaves in the environment: data follow it where they have no seed."""
+    yield
+    os.environ.pop("PL_GLOBAL_SEED", None)

@@ -1,4 +1,4 @@
-"""Small, exactly repeatable runs of the detector; as a script, on as many processes as it is told.
+"""Small, exactly repeatable runs of the detector; as a script, on as many processes as asked for.
 
 python detector_training.py --devices 2 --out FILE
 """
@@ -13,12 +13,14 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from callbacks import EMParameterCallback, GradientRule
-from datamodules._sampler import Draw, FixedBatches
-from datamodules.image_data_module import Batch, ImageDataModule, Split
+from datamodules import BatchDataset, ImageDataModule, SampleBatch
+from datamodules._sampler import FixedBatches
+from datamodules.image_data_module import Split
 from lightning_modules import GeneratedImageDetector, ParameterTable, RestorationResidual, TraceNetwork
+from lightning_modules.imaging import ImageBatch
 
 SIDE = 12
 # Numbers of images that two processes cannot share evenly.
@@ -26,7 +28,7 @@ TRAINING, VALIDATION = 45, 61
 CONDITIONS = ("clean", "jpeg 75")
 
 
-class Textures(Dataset[Batch]):
+class Textures(BatchDataset):
     """Noise, and noise that neighbours share (label 1), with 2 crops an image; every seventh label is unknown."""
 
     def __init__(self, count: int, seed: int, condition: str = "clean") -> None:
@@ -43,14 +45,10 @@ class Textures(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.label)
 
-    def __getitem__(self, item: Draw) -> Batch:
-        index, weight, key = item
+    def __getitem__(self, samples: SampleBatch) -> ImageBatch:
+        index = samples.index
         return {
-            "image": self.image[index],
-            "label": self.label[index],
-            "index": index,
-            "weight": weight,
-            "key": key,
+            **samples.batch(self.image[index], self.label[index]),
             "name": [f"{i}.png" for i in index.tolist()],
             "condition": self.condition,
         }
@@ -66,7 +64,7 @@ class TextureData(ImageDataModule):
     def class_names(self) -> list[str]:
         return ["photographic", "generated"]
 
-    def _load(self, split: Split) -> Dataset[Batch]:
+    def load_split(self, split: Split) -> Textures:
         return Textures(TRAINING, 0) if split == "train" else Textures(VALIDATION, 1)
 
     def test_dataloader(self) -> list[DataLoader[Any]]:  # type: ignore[override]
@@ -84,7 +82,7 @@ def make_module(learn: bool = False, **options: Any) -> GeneratedImageDetector:
         learned=["sigma", "sigma_s", "sigma_f"],
     )
     return GeneratedImageDetector(
-        [RestorationResidual(em_parameters=table, learn=learn, gain=5.0)],
+        [RestorationResidual(em_parameters=table, learn=learn, scale=5.0)],
         TraceNetwork(3, (16, 32), (1, 2), normalization="group"),
         num_directions=3,
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=2e-2),

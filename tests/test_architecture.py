@@ -34,9 +34,9 @@ def test_imports_run_one_way() -> None:
         ("lightning_modules/em/rules/rule.py", "import callbacks"),
         ("callbacks/em_report.py", "import datamodules"),
         ("lightning_modules/detection/inputs.py", "import datamodules.image_folder"),
-        ("datamodules/labels.py", "import lightning_modules.graph.noise"),
+        ("datamodules/labels.py", "import lightning_modules.graph.weights"),
         ("lightning_modules/imaging/discovery.py", "import lightning"),
-        ("lightning_modules/imaging/crops.py", "def late():\n    import lightning_modules.graph.noise"),
+        ("lightning_modules/imaging/crops.py", "def late():\n    import lightning_modules.graph.weights"),
     ],
 )
 def test_a_forbidden_import_breaks_a_contract(tmp_path: Path, file: str, forbidden: str) -> None:

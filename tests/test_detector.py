@@ -22,12 +22,15 @@ from detector_training import (
 )
 from PIL import Image
 
+import lightning_modules
+from datamodules import SampleBatch
 from lightning_modules import (
-    Colours,
     FullResolutionResNet,
     GeneratedImageDetector,
+    RawPixels,
     RestorationResidual,
     TraceNetwork,
+    detection,
 )
 from lightning_modules.detection import DetectorInput
 
@@ -44,7 +47,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
 
 def batch_of(count: int) -> dict:
     index = torch.arange(count)
-    return Textures(count, 0)[index, torch.ones(count), index]
+    return Textures(count, 0)[SampleBatch(index, torch.ones(count), index)]
 
 
 class TestTheLoss:
@@ -79,7 +82,7 @@ class TestTheLoss:
 def test_what_the_run_reports(single: tuple[dict, Path]) -> None:
     result, _ = single
     names = {"loss", "accuracy", "accuracy_at_threshold", "average_precision", "auroc", "ece", "generative_accuracy"}
-    assert {f"val/{name}" for name in names | {"novel", "temperature", "threshold"}} <= set(result["val"])
+    assert {f"val/{name}" for name in names | {"ood_fraction", "temperature", "threshold"}} <= set(result["val"])
     assert {f"test/{name}" for name in names} | {f"test/{CONDITIONS[1]}/{name}" for name in names} <= set(
         result["test"]
     )
@@ -115,7 +118,7 @@ def test_two_processes_equal_one(learn: bool, two_processes: dict[bool, dict], t
     for name, value in alone["weights"].items():
         torch.testing.assert_close(two["weights"][name], value, rtol=1e-6, atol=1e-7, equal_nan=True, msg=name)
     start = make_module().em_parameters.shared
-    moved = (alone["weights"]["inputs.views.0.em_parameters.shared"] - start).abs().max()
+    moved = (alone["weights"]["inputs.0.em_parameters.shared"] - start).abs().max()
     assert moved > 0.05 if learn else moved < 1e-9
 
 
@@ -165,8 +168,8 @@ class TestCalibrationUnderAveragedWeights:
 
 def test_one_class_in_validation_calibrates_nothing(tmp_path: Path) -> None:
     class OneClass(TextureData):
-        def _load(self, split):
-            data = super()._load(split)
+        def load_split(self, split):
+            data = super().load_split(split)
             data.label.fill_(1)
             return data
 
@@ -181,22 +184,22 @@ def test_predictions(single: tuple[dict, Path], tmp_path: Path) -> None:
     path = single[1] / "epoch=5.ckpt"
     parts = make_trainer(tmp_path).predict(module, TextureData(16), ckpt_path=path, weights_only=True)
     assert [name for part in parts for name in part["name"]] == [f"{i}.png" for i in range(VALIDATION)]
-    joined = {name: torch.cat([part[name] for part in parts]) for name in ("logit", "probability", "novelty")}
+    joined = {name: torch.cat([part[name] for part in parts]) for name in ("logit", "probability", "ood_score")}
     scaled = joined["logit"].double() / module.calibration.temperature
     torch.testing.assert_close(joined["probability"], torch.sigmoid(scaled))
-    assert 0 < float((joined["novelty"] > 0).double().mean()) < 0.2
-    strange = module.densities.novelty(module(torch.rand(4, 2, 3, SIDE, SIDE))[1] + 50)
+    assert 0 < float((joined["ood_score"] > 0).double().mean()) < 0.2
+    strange = module.densities.ood_score(module(torch.rand(4, 2, 3, SIDE, SIDE))[1] + 50)
     assert (strange > 0).all()
 
 
-def test_other_crops_than_those_of_the_calibration_are_told(single: tuple[dict, Path], tmp_path: Path) -> None:
+def test_other_crops_than_those_of_the_calibration_are_a_warning(single: tuple[dict, Path], tmp_path: Path) -> None:
     class OneCrop(Textures):
         def __getitem__(self, item):
             batch = super().__getitem__(item)
             return batch | {"image": batch["image"][:, :1]}
 
     class OtherData(TextureData):
-        def _load(self, split):
+        def load_split(self, split):
             return OneCrop(VALIDATION, 1)
 
     options = {"ckpt_path": single[1] / "epoch=5.ckpt", "weights_only": True}
@@ -211,12 +214,12 @@ def test_other_crops_than_those_of_the_calibration_are_told(single: tuple[dict, 
         make_trainer(tmp_path).predict(make_module(), OtherData(16))  # never calibrated
 
 
-def test_too_few_validation_images_are_told(tmp_path: Path) -> None:
+def test_too_few_validation_images_are_a_warning(tmp_path: Path) -> None:
     class Few(TextureData):
-        def _load(self, split):
+        def load_split(self, split):
             return Textures(TRAINING, 0) if split == "train" else Textures(14, 1)
 
-    with pytest.warns(UserWarning, match="val/generative_accuracy, val/novel cannot be told: validation has too few"):
+    with pytest.warns(UserWarning, match="val/generative_accuracy, val/ood_fraction are not defined"):
         make_trainer(tmp_path, epochs=1).fit(make_module(), Few(16))
 
 
@@ -254,19 +257,19 @@ class TestOneImage:
 
     def test_the_residual_of_whole_images(self) -> None:
         module, image = make_module(), torch.rand(1, 3, 23, 37)
-        view = module.inputs.views[0]
-        torch.testing.assert_close(module.residual(image), view(image) / view.gain)
+        part = module.inputs[0]
+        torch.testing.assert_close(module.residual(image), part(image) / part.scale)
 
     @pytest.mark.parametrize("channels", [1, 5])
-    def test_a_view_of_other_channels_is_shown_in_grey(self, channels: int) -> None:
+    def test_an_input_of_other_channels_is_shown_in_grey(self, channels: int) -> None:
         class Powers(DetectorInput):
-            def view(self, images: torch.Tensor) -> torch.Tensor:
+            def featurize(self, images: torch.Tensor) -> torch.Tensor:
                 return torch.cat([images[:, :1] ** power for power in range(1, channels + 1)], dim=1)
 
         module, image = GeneratedImageDetector([Powers()], TraceNetwork(channels)), torch.rand(1, 3, 23, 37)
         shown = module.residual(image)
         assert shown.shape == image.shape
-        torch.testing.assert_close(shown[:, 2], module.inputs.views[0].view(image).mean(1))
+        torch.testing.assert_close(shown[:, 2], module.inputs[0].featurize(image).mean(1))
 
 
 def test_any_restoration_may_learn_but_one_alone() -> None:
@@ -277,11 +280,11 @@ def test_any_restoration_may_learn_but_one_alone() -> None:
         GeneratedImageDetector(residuals)
 
 
-def test_any_backbone_serves() -> None:
+def test_any_backbone_fits() -> None:
     torch.manual_seed(0)
     pool = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten())
     for backbone, width in ((pool, 12), (FullResolutionResNet(3), 512)):
-        detector = GeneratedImageDetector([Colours()], backbone)
+        detector = GeneratedImageDetector([RawPixels()], backbone)
         logit, features = detector(torch.rand(2, 2, 3, 16, 16))
         assert features.shape == (2, width)
         assert logit.shape == (2,)
@@ -296,18 +299,40 @@ def test_any_backbone_serves() -> None:
         ({"backbone": TraceNetwork(6)}, "the backbone cannot process"),
         ({"backbone": torch.nn.Identity()}, r"to features \[B, F\], got \[1, 3, 32, 32\]"),
         ({"num_directions": 0}, "num_directions must be at least 1"),
-        ({"explained": 1.0}, "explained must lie between 0 and 1"),
+        ({"inlier_quantile": 1.0}, "inlier_quantile must lie between 0 and 1"),
         ({"inputs": []}, "inputs is empty"),
     ],
 )
 def test_impossible_arguments_are_named(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        GeneratedImageDetector(**({"inputs": [Colours()]} | options))
+        GeneratedImageDetector(**({"inputs": [RawPixels()]} | options))
 
 
 def test_images_that_are_not_crops_are_refused() -> None:
     with pytest.raises(ValueError, match=r"as crops \[B, V, 3, S, S\], got \[2, 3, 16, 16\]"):
         make_module()(torch.rand(2, 3, 16, 16))
+
+
+def test_weights_of_the_version_before_are_loaded() -> None:
+    module = make_module()
+    before = {name.replace("inputs.0.", "inputs.views.0."): value for name, value in make_module().state_dict().items()}
+    assert "inputs.views.0.em_parameters.shared" in before
+    before["inputs.views.0.em_parameters.shared"] = before["inputs.views.0.em_parameters.shared"] * 1.01
+    module.load_state_dict(before)
+    assert torch.equal(module.em_parameters.shared, before["inputs.views.0.em_parameters.shared"])
+
+
+def test_names_of_the_version_before_warn() -> None:
+    for package, old, new in (
+        (lightning_modules, "Colours", RawPixels),
+        (detection, "Colours", RawPixels),
+        (detection, "judge", detection.evaluate),
+        (detection, "cross_judge", detection.cross_fit),
+        (detection, "Evaluated", detection.BufferedPredictions),
+        (detection, "Predictions", detection.PredictionBuffer),
+    ):
+        with pytest.warns(FutureWarning, match=f"{old} is now .*{new.__name__}"):
+            assert getattr(package, old) is new
 
 
 def test_every_tensor_is_in_the_checkpoint() -> None:

@@ -53,10 +53,10 @@ def test_training_step_is_the_e_step_of_each_image() -> None:
     noisy, level = module._observe(batch)
     sigma = torch.tensor([0.3, 0.3, 0.45, 0.3])
     others = {"tau": 0.1, "radius": 3.0, "sigma_s": 10.0, "sigma_f": 0.3, "smooth_steps": 2}
-    restored = module.diffusion(noisy, sigma=sigma, **others, noise_std=level)
+    restored = module.diffusion(noisy, sigma=sigma, **others, noise=level)
     expected = (restored - batch["image"]).square().mean((1, 2, 3))
     torch.testing.assert_close(step.reconstruction, expected)
-    smoothness = module.diffusion.smoothness(restored, sigma, 3.0)
+    smoothness = module.diffusion.smoothness(restored, sigma=sigma)
     torch.testing.assert_close(step.smoothness, smoothness.score)
     torch.testing.assert_close(step.similarity, smoothness.similarity)
     weight = batch["weight"]
@@ -114,7 +114,7 @@ def test_metrics_equal_scikit_image_and_leave_out_padded_repeats() -> None:
     before = [peak_signal_noise_ratio(*pair, data_range=1) for pair in zip(clean, noisy, strict=True)]
     assert values["val/psnr"] == pytest.approx(sum(psnr) / 3, abs=1e-3)
     assert values["val/psnr_noisy"] == pytest.approx(sum(before) / 3, abs=1e-3)
-    assert values["val/gain"] == pytest.approx((sum(psnr) - sum(before)) / 3, abs=1e-3)
+    assert values["val/psnr_gain"] == pytest.approx((sum(psnr) - sum(before)) / 3, abs=1e-3)
     gauss = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "channel_axis": 0, "data_range": 1}
     ssim = [structural_similarity(*pair, **gauss) for pair in zip(clean, restored, strict=True)]
     assert values["val/ssim"] == pytest.approx(sum(ssim) / 3, abs=0.01)  # scikit-image crops the border
@@ -134,24 +134,23 @@ def test_a_plain_network_is_diffused_as_free_of_noise_and_the_perceptual_loss_is
     output = module.train().training_step(batch, 0)
     noisy, _ = module._observe(batch)
     others = {"sigma": 0.3, "tau": 0.1, "radius": 3.0, "sigma_s": 10.0, "sigma_f": 0.3, "smooth_steps": 2}
-    restored = module.diffusion(Blur()(noisy), **others, noise_std=0.0)
+    restored = module.diffusion(Blur()(noisy), **others)
     torch.testing.assert_close(output["em"].reconstruction, 4 * (restored - batch["image"]).square().mean((1, 2, 3)))
     torch.testing.assert_close(output["em"].perceptual, 0.5 * Mean()(restored, batch["image"]))
 
 
-def test_predict_restores_what_comes_without_a_key_as_it_is() -> None:
+def test_predict_restores_images_as_they_are_unless_the_batch_says_that_they_are_clean() -> None:
     module, batch = make().eval(), {**make_batch(1), "name": ["a.png"]}
     with torch.no_grad():
-        demonstration = module.predict_step(batch, 0)
-        own = {name: value for name, value in batch.items() if name != "key"}
-        restored = module.predict_step({**own, "noise_std": torch.tensor([0.07])}, 0)
+        demonstration = module.predict_step({**batch, "clean": True}, 0)
+        restored = module.predict_step({**batch, "noise_std": torch.tensor([0.07])}, 0)
     assert torch.equal(demonstration["clean"], batch["image"])
     assert not torch.equal(demonstration["noisy"], batch["image"])
     assert "clean" not in restored
     assert torch.equal(restored["noisy"], batch["image"])
     assert restored["noise_std"].tolist() == [pytest.approx(0.07)]
     assert set(restored["parameters"]) == {"sigma", "tau", "radius", "sigma_s", "sigma_f", "smooth_steps"}
-    bad = {**own, "image": batch["image"].clone()}
+    bad = {**batch, "image": batch["image"].clone()}
     bad["image"][0, 0, 3, 3] = torch.nan
     with pytest.raises(ValueError, match=r"a\.png: the image has NaN or infinite pixels"):
         module.predict_step(bad, 0)
@@ -164,8 +163,17 @@ def test_predict_restores_what_comes_without_a_key_as_it_is() -> None:
         ({"noise_std": (0.2, 0.1)}, "noise_std must be a number ≥ 0 or a range"),
         ({"data_range": 0}, "data_range must be positive, got 0"),
         ({"smoothness_weight": -1}, "smoothness_weight must not be negative"),
-        ({"diffusion": GraphDiffusion(8, 6, "patches"), "em_parameters": ParameterTable()}, "under the stride of 6"),
-        ({"em_parameters": ParameterTable(initial={"g": 1.0}, bounds={"g": (0.5, 2.0)})}, "em_parameters lacks sigma"),
+        (
+            {
+                "diffusion": GraphDiffusion(8, 6, "patches"),
+                "em_parameters": ParameterTable(bounds={"radius": (6.0, 20.0)}),
+            },
+            "the nearest patches are 6 pixels",
+        ),
+        (
+            {"em_parameters": ParameterTable(initial={"g": 1.0}, bounds={"g": (0.5, 2.0)})},
+            "initial names 'g', but the operator's parameters are sigma",
+        ),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], message: str) -> None:

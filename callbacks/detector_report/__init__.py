@@ -1,4 +1,4 @@
-"""The report of a detector's test: its callback, scores, figures, tables and shortcut probes."""
+"""The report of a detector's test: its callback, evaluation, figures, tables and shortcut probes."""
 
 from callbacks.detector_report.report import DetectorReport
 

@@ -1,14 +1,19 @@
-"""What the callbacks take from a detector and its DataModule."""
+"""Evaluation of a detector under each condition: predictions, scores, top losses, and the DataModule that it needs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from callbacks._tables import Row
+from callbacks._tables import Line
+from lightning_modules.detection.calibration import best_threshold
+from lightning_modules.detection.scores import accuracy, probability_scores
+
+_SHORTER_SIDES = (64, 128, 256, 512, 1024)  # pixels; limits of the bins
 
 
 class Files(Protocol):
@@ -29,20 +34,20 @@ class DetectorData(Protocol):
         """Returns the files of `train` or `test`."""
 
     def read(self, path: Path, condition: str = "clean") -> Tensor:
-        """Returns a whole image `[3, H, W]`, uint8, as it is under a condition."""
+        """Returns a whole image as it is under a condition, `[3, H, W]`, uint8."""
 
     def mirrors(self, height: int, width: int, condition: str = "clean") -> bool:
-        """Tells whether an image of a size is smaller than a crop under a condition, and continued by its mirror."""
+        """Returns whether an image of a size is smaller than a crop under a condition, and continued by its mirror."""
 
 
 @dataclass(frozen=True)
-class Judgements:
-    """What the detector said about images under one condition.
+class Evaluation:
+    """Predictions of images under one condition.
 
-    Shape:
-        - index: [N], int64, positions in the list of test files
-        - probability: [N], float64
-        - label: [N], int64
+    Attributes:
+        index: Positions in the list of test files, `[N]`, int64.
+        probability: Of the second class, `[N]`, float64.
+        label: `[N]`, int64.
     """
 
     index: Tensor
@@ -50,61 +55,60 @@ class Judgements:
     label: Tensor
 
 
-def two_classes(owner: object, trainer: Trainer) -> list[str]:
-    """Returns the names of the DataModule's two classes, that of probability 0 first."""
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    names = list(getattr(data, "class_names", []))
-    if len(names) != 2:
-        raise TypeError(
-            f"{type(owner).__name__} needs a DataModule whose class_names are two, such as GeneratedImagesDataModule; "
-            f"got {names or type(data).__name__}."
-        )
-    return names
-
-
-def decision_threshold(pl_module: LightningModule) -> float:
-    """Returns the probability above which the module calls an image one of the second class; by default one half."""
-    return float(getattr(pl_module, "threshold", 0.5))
-
-
-def image_rows(owner: object, step: str, output: Any, dataloader_idx: int) -> list[Row]:
-    """Returns a row for each image of a batch that is no padded repeat; `order` sorts those of all processes."""
-    wanted = ("probability", "name", "index", "weight")
-    if not isinstance(output, dict) or any(name not in output for name in wanted):
-        got = sorted(output) if isinstance(output, dict) else type(output).__name__
-        raise TypeError(f"{type(owner).__name__} needs a dict with {', '.join(wanted)} from {step}; got {got}.")
-    columns = {
-        column: output[column].detach().cpu().tolist()
-        for column in ("probability", "index", "weight", "label", "novelty")
-        if column in output
-    }
-    return [
-        {
-            "order": (dataloader_idx, columns["index"][i]),
-            "path": name,
-            **{column: values[i] for column, values in columns.items()},
-        }
-        for i, name in enumerate(output["name"])
-        if columns["weight"][i] != 0
-    ]
-
-
-def judgements(rows: list[Row], conditions: list[str]) -> dict[str, Judgements]:
-    """Sorts rows by condition, that is by loader; `limit_test_batches` may leave some conditions without any."""
+def evaluations(lines: list[Line], conditions: list[str]) -> dict[str, Evaluation]:
+    """Sorts predictions by condition, that is by loader; `limit_test_batches` may leave some without any."""
     result = {}
-    for place, condition in enumerate(conditions):
-        found = [row for row in rows if row["order"][0] == place]
+    for number, condition in enumerate(conditions):
+        found = [line for line in lines if line["order"][0] == number]
         if found:
-            result[condition] = Judgements(
-                torch.tensor([row["order"][1] for row in found]),
-                torch.tensor([row["probability"] for row in found], dtype=torch.float64),
-                torch.tensor([row["label"] for row in found]),
+            result[condition] = Evaluation(
+                torch.tensor([line["order"][1] for line in found]),
+                torch.tensor([line["probability"] for line in found], dtype=torch.float64),
+                torch.tensor([line["label"] for line in found]),
             )
     return result
 
 
-def worst_mistakes(judged: Judgements, threshold: float, most: int) -> list[int]:
+def top_losses(evaluation: Evaluation, threshold: float, max_count: int) -> list[int]:
     """Returns positions of the images on the wrong side of the threshold, the farthest from their label first."""
-    wrong = (judged.probability > threshold) != (judged.label == 1)
-    distance = (judged.probability - judged.label).abs().where(wrong, torch.tensor(-1.0, dtype=torch.float64))
-    return distance.argsort(descending=True, stable=True)[: min(most, int(wrong.sum()))].tolist()
+    wrong = (evaluation.probability > threshold) != (evaluation.label == 1)
+    distance = (evaluation.probability - evaluation.label).abs().where(wrong, -1.0)
+    return distance.argsort(descending=True, stable=True)[: min(max_count, int(wrong.sum()))].tolist()
+
+
+def score(probability: Tensor, label: Tensor, threshold: float = 0.5) -> dict[str, float]:
+    """Scores one set of images; what needs both classes is NaN where there is but one, and all is NaN of no images.
+
+    `accuracy` is that at one half, `accuracy_at_threshold` that at the threshold which the detector has chosen
+    elsewhere, `accuracy_best` the highest that any threshold reaches on these very images: a bound, and optimistic.
+
+    Shape:
+        - probability: `[N]`
+        - label: `[N]`, int64, 0 or 1
+    """
+    none = torch.tensor([float("nan")] * 2)
+    best, where = best_threshold(probability, label, neutral=0.5) if len(label) else none
+    return {
+        "n": len(label),
+        "positive": int(label.sum()),
+        **{name: float(value) for name, value in probability_scores(probability, label).items()},
+        "accuracy_at_threshold": float(accuracy(probability, label, threshold)),
+        "accuracy_best": float(best),
+        "best_threshold": float(where.clamp(0, 1)),
+    }
+
+
+def slices(sizes: Sequence[tuple[int, int]], formats: Sequence[str]) -> dict[str, Tensor]:
+    """Returns masks of parts of the images by name: `all`, then by shorter side in pixels, then by file format.
+
+    Shape:
+        - output: `[N]` each, bool
+    """
+    shorter = torch.tensor([min(size) for size in sizes])
+    parts = {"all": torch.ones(len(sizes), dtype=torch.bool)}
+    for low, high in pairwise((0, *_SHORTER_SIDES, 2**31)):
+        name = f"side {low} to {high - 1}" if high < 2**31 else f"side {low} and more"
+        parts[name] = (shorter >= low) & (shorter < high)
+    for file_format in sorted(set(formats)):
+        parts[f"format {file_format}"] = torch.tensor([other == file_format for other in formats])
+    return {name: part for name, part in parts.items() if part.any()}

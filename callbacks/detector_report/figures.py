@@ -1,4 +1,4 @@
-"""Pictures of what a detector gets right and wrong."""
+"""Figures of a detector's report."""
 
 from collections.abc import Mapping
 
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torchmetrics.functional.classification import binary_auroc, binary_roc
 from torchvision.utils import make_grid
 
-Judged = Mapping[str, tuple[Tensor, Tensor]]  # name -> probability [N] and label [N]
+Curves = Mapping[str, tuple[Tensor, Tensor]]  # name -> probability [N] and label [N]
 
 _BINS = 10
 _FEW = 5  # images: the part of fewer that is generated jumps about
@@ -18,14 +18,14 @@ _TILE = 192  # pixels
 _LARGEST = 0.995  # the quantile of the residual's magnitude that is drawn as nearly black or white
 
 
-def roc_figure(judged: Judged, shortcuts: Judged, positive: str) -> Figure:
-    """Draws the receiver operating characteristic under each condition, and dashed that of the shortcuts.
+def roc_figure(evaluated: Curves, probes: Curves, positive: str) -> Figure:
+    """Draws the receiver operating characteristic under each condition, and dashed that of the shortcut probes.
 
     Few false alarms, where detectors differ, take most of the width.
     """
     figure = Figure(figsize=(6, 5.5), layout="constrained")
     axes = figure.subplots()
-    for style, curves in (("-", judged), ("--", shortcuts)):
+    for style, curves in (("-", evaluated), ("--", probes)):
         for name, (probability, label) in curves.items():
             if 0 < int(label.sum()) < len(label):
                 false, true, _ = binary_roc(probability.double(), label)
@@ -42,7 +42,7 @@ def roc_figure(judged: Judged, shortcuts: Judged, positive: str) -> Figure:
     return figure
 
 
-def reliability_figure(judged: Judged, positive: str) -> Figure:
+def reliability_figure(evaluated: Curves, positive: str) -> Figure:
     """Draws how often images are generated against how probable they were said to be; below, how many say so.
 
     Bins with a handful of images are left out above.
@@ -50,7 +50,7 @@ def reliability_figure(judged: Judged, positive: str) -> Figure:
     figure = Figure(figsize=(6, 6), layout="constrained")
     above, below = figure.subplots(2, height_ratios=(3, 1), sharex=True)
     above.plot([0, 1], [0, 1], color="0.8", linewidth=1)
-    for i, (name, (probability, label)) in enumerate(judged.items()):
+    for i, (name, (probability, label)) in enumerate(evaluated.items()):
         said, true, count = reliability(probability, label)
         filled = count >= _FEW
         above.plot(said[filled], true[filled], "o-", label=name, markersize=3, linewidth=2 if i == 0 else 1)
@@ -69,8 +69,8 @@ def reliability(probability: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Ten
     """Returns for ten equal bins of probability: its mean, the part with label 1, and the number of images.
 
     Shape:
-        - probability, label: [N]
-        - results: [10] each; NaN in bins without images
+        - probability, label: `[N]`
+        - output: `[10]` each; NaN in bins without images
     """
     index = (probability * _BINS).long().clamp(0, _BINS - 1)
     count = torch.bincount(index, minlength=_BINS)
@@ -80,22 +80,25 @@ def reliability(probability: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Ten
     return said, true, count
 
 
-def beside_residual(image: Tensor, residual: Tensor | None) -> Tensor:
+def beside_residual(image: Tensor, residual: Tensor) -> Tensor:
     """Puts an image and what the restoration takes from it, stretched to be seen, side by side.
 
     Shape:
-        - image, residual: [3, H, W]
-        - result: [3, H, 2 W], or [3, H, W] without a residual
+        - image, residual: `[3, H, W]`
+        - output: `[3, H, 2 W]`
     """
-    if residual is None:
-        return image
     # every fourth value at the most: torch.quantile has a limit, and a quantile does not need all
     magnitude = torch.quantile(residual.abs().flatten()[:: max(residual.numel() // 2**18, 1)].float(), _LARGEST)
     return torch.cat([image, (0.5 + 0.45 * residual / magnitude.clamp_min(1e-8)).clamp(0, 1)], dim=-1)
 
 
 def tile(pictures: list[Tensor]) -> Tensor:
-    """Lays pictures of any size out as a grid [3, H, W], reduced to one height and the width of the widest."""
+    """Lays pictures of any size out as a grid, reduced to one height and the width of the widest.
+
+    Shape:
+        - pictures: `[3, H, W]` each
+        - output: `[3, H', W']`
+    """
     small = [
         F.interpolate(p[None], (_TILE, max(1, round(_TILE * p.shape[2] / p.shape[1]))), mode="area")[0]
         for p in pictures

@@ -1,4 +1,4 @@
-"""Detectors that look at nothing that a detector should look at: how far the data can be told apart without it."""
+"""Features of the shortcut probes, and the linear classifiers on them."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -50,8 +50,8 @@ def thumbnail_features(image: Tensor) -> NDArray[np.float64]:
     """Describes an image by its mean colour and a thumbnail of 8×8 pixels.
 
     Shape:
-        - image: [3, H, W], uint8
-        - result: [195]
+        - image: `[3, H, W]`, uint8
+        - output: `[195]`
     """
     pixels = image[None].double() / 255
     thumbnail = F.interpolate(pixels, (_THUMBNAIL, _THUMBNAIL), mode="area")
@@ -67,8 +67,8 @@ def semantic_features(weights: str) -> Callable[[Tensor], NDArray[np.float64]]:
         weights: Path of a `state_dict` of torchvision's `squeezenet1_0`.
 
     Shape:
-        - image: [3, H, W], uint8
-        - result: [512]
+        - image: `[3, H, W]`, uint8
+        - output: `[512]`
     """
     network = PerceptualLoss("squeezenet1_0", "fire9", weights)
 
@@ -86,7 +86,7 @@ def fit_linear(features: Sequence[Any], labels: Tensor) -> Pipeline:
     """Fits logistic regression to standardised features: vectors, or dicts of numbers and names.
 
     Shape:
-        - labels: [N], int64, 0 or 1
+        - labels: `[N]`, int64, 0 or 1
     """
     steps = [StandardScaler(), LogisticRegression(max_iter=2000)]
     if isinstance(features[0], dict):
@@ -98,21 +98,21 @@ def predict_linear(model: Pipeline, features: Sequence[Any]) -> Tensor:
     """Returns the probabilities of class 1.
 
     Shape:
-        - result: [N], float64
+        - output: `[N]`, float64
     """
     return torch.from_numpy(model.predict_proba(_table(features))[:, 1])
 
 
-def spread(labels: Tensor, most: int) -> Tensor:
+def stratified_subset(labels: Tensor, max_count: int) -> Tensor:
     """Returns positions of at most so many images, as many of either class as there are, spread evenly over the list.
 
     Shape:
-        - labels: [N], int64
-        - result: [M], int64, ascending
+        - labels: `[N]`, int64
+        - output: `[M]`, int64, ascending
     """
     classes = [(labels == label).nonzero()[:, 0] for label in (0, 1)]
-    counts = [len(members) for members in classes]
-    counts = [min(counts[0], max(most // 2, most - counts[1])), min(counts[1], max(most - most // 2, most - counts[0]))]
+    first = min(len(classes[0]), max(max_count // 2, max_count - len(classes[1])))
+    counts = first, min(len(classes[1]), max_count - first)
     chosen = [
         members[torch.linspace(0, len(members) - 1, count).round().long()]
         for members, count in zip(classes, counts, strict=True)

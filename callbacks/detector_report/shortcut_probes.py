@@ -1,6 +1,7 @@
-"""The shortcuts of a data set: trained on its training images, judged on the images that a detector was tested on."""
+"""Shortcut probes: linear classifiers that look at nothing that a detector should look at."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,59 +13,63 @@ from callbacks.detector_report.probe_features import (
     file_features,
     fit_linear,
     predict_linear,
-    spread,
+    stratified_subset,
     thumbnail_features,
 )
 
-SHORTCUTS = ("file", "thumbnail", "semantic")
+PROBES = ("file", "thumbnail", "semantic")
 
 _CLEAN = "clean"
 
 
-class Shortcuts:
-    """Linear classifiers that look at a file's format and size, at its colours, and at what an image shows.
+class ShortcutProbes:
+    """Probes of a file's format and size, of its colours, and of what an image shows.
 
     They are trained when they are made, and so read the training images then.
 
     Args:
         data: Images to train and test on.
-        most: Images to train on, and images to test on, at the most.
+        max_count: Images to train on, and images to test on, at the most.
         semantic: Describes what an image shows; None where nothing can.
     """
 
-    def __init__(self, data: DetectorData, most: int, semantic: Callable[[Tensor], Any] | None) -> None:
+    def __init__(self, data: DetectorData, max_count: int, semantic: Callable[[Tensor], Any] | None) -> None:
         self.not_run: dict[str, str] = {}
-        self._data, self._most = data, most
+        self._data, self._max_count = data, max_count
         self._models: dict[str, Pipeline] = {}
-        self._views: dict[str, Callable[[Tensor], Any]] = {"thumbnail": thumbnail_features}
+        self._functions: dict[str, Callable[[Path, Tensor], Any]] = {
+            "file": lambda path, image: file_features(path),
+            "thumbnail": lambda path, image: thumbnail_features(image),
+        }
         if semantic is None:
             self.not_run["semantic"] = "no semantic_weights are given"
         else:
-            self._views["semantic"] = semantic
+            self._functions["semantic"] = lambda path, image: semantic(image)
         if _CLEAN not in data.conditions:
             self.not_run["file"] = f"it looks at the files as they are, and {_CLEAN} is not among the conditions"
+            del self._functions["file"]
         try:
             files = data.files("train")
         except (OSError, ValueError) as error:
-            self.not_run = dict.fromkeys(SHORTCUTS, f"there is nothing to train it on. {error}")
+            self.not_run = dict.fromkeys(PROBES, f"there is nothing to train it on. {error}")
             return
-        chosen = spread(files.labels, most)
+        chosen = stratified_subset(files.labels, max_count)
         for name, features in self._features(files, chosen, _CLEAN).items():
             self._models[name] = fit_linear(features, files.labels[chosen])
 
-    def judge(self, condition: str, index: Tensor) -> dict[str, Tensor]:
-        """Returns each shortcut's probabilities for test images, NaN for those beyond the limit.
+    def predict(self, condition: str, index: Tensor) -> dict[str, Tensor]:
+        """Returns each probe's probabilities for test images, NaN for those beyond the limit.
 
-        Format and size of the file mean something for the files as they are alone.
+        Format and size of the file mean something only for the files as they are.
 
         Shape:
-            - index: [N], int64, positions in the list of test files
-            - values of the result: [N], float64
+            - index: `[N]`, int64, positions in the list of test files
+            - output: `[N]` each, float64
         """
         if not self._models:
             return {}
         files = self._data.files("test")
-        chosen = spread(files.labels[index], self._most)
+        chosen = stratified_subset(files.labels[index], self._max_count)
         result = {}
         for name, features in self._features(files, index[chosen], condition).items():
             result[name] = torch.full((len(index),), torch.nan, dtype=torch.float64)
@@ -72,14 +77,10 @@ class Shortcuts:
         return result
 
     def _features(self, files: Files, chosen: Tensor, condition: str) -> dict[str, list[Any]]:
-        features: dict[str, list[Any]] = {name: [] for name in SHORTCUTS if name in self._views}
-        looks_at_files = condition == _CLEAN and "file" not in self.not_run
-        if looks_at_files:
-            features["file"] = []
+        functions = {name: f for name, f in self._functions.items() if name != "file" or condition == _CLEAN}
+        features: dict[str, list[Any]] = {name: [] for name in functions}
         for i in chosen.tolist():
             image = self._data.read(files.paths[i], condition)
-            for name, view in self._views.items():
-                features[name].append(view(image))
-            if looks_at_files:
-                features["file"].append(file_features(files.paths[i]))
+            for name, function in functions.items():
+                features[name].append(function(files.paths[i], image))
         return features

@@ -1,26 +1,38 @@
-"""What a detector of generated images is made of: inputs, crops, calibration, class densities. No Lightning here."""
+"""Parts of a detector of generated images: inputs, crops, calibration, class densities. No Lightning here."""
 
+from lightning_modules._renamed import renamed
 from lightning_modules.detection.calibration import Calibration
 from lightning_modules.detection.class_densities import ClassDensities
-from lightning_modules.detection.inputs import Colours, DetectorInput, DetectorInputs, NeighborDifferences
-from lightning_modules.detection.prediction_buffer import Evaluated, Predictions
+from lightning_modules.detection.inputs import DetectorInput, DetectorInputs, NeighborDifferences, RawPixels
+from lightning_modules.detection.prediction_buffer import BufferedPredictions, PredictionBuffer
 from lightning_modules.detection.restoration_residual import RestorationResidual
-from lightning_modules.detection.scores import cross_judge, judge, scores
+from lightning_modules.detection.scores import cross_fit, evaluate, scores
 from lightning_modules.imaging import fixed_crops, to_pixels
 
 __all__ = [
+    "BufferedPredictions",
     "Calibration",
     "ClassDensities",
-    "Colours",
     "DetectorInput",
     "DetectorInputs",
-    "Evaluated",
     "NeighborDifferences",
-    "Predictions",
+    "PredictionBuffer",
+    "RawPixels",
     "RestorationResidual",
-    "cross_judge",
+    "cross_fit",
+    "evaluate",
     "fixed_crops",
-    "judge",
     "scores",
     "to_pixels",
 ]
+
+__getattr__ = renamed(
+    __name__,
+    {
+        "Colours": "lightning_modules.detection.RawPixels",
+        "Evaluated": "lightning_modules.detection.BufferedPredictions",
+        "Predictions": "lightning_modules.detection.PredictionBuffer",
+        "cross_judge": "lightning_modules.detection.cross_fit",
+        "judge": "lightning_modules.detection.evaluate",
+    },
+)

@@ -1,18 +1,18 @@
-"""From logits to probabilities that mean what they say."""
+"""Calibration of logits: temperature and decision threshold."""
 
 import torch
 from torch import Tensor
 
 from lightning_modules.em._float64 import Float64Buffers
 
-# Beyond these a temperature says no more than "certain" or "no idea".
+# Beyond these a temperature means no more than "certain" or "no idea".
 _COLDEST, _HOTTEST = 1e-3, 1e3
 _HALVINGS = 80
 
 
 class Calibration(Float64Buffers):
     r"""Temperature scaling of a logit z, :math:`p = 1 / (1 + e^{-z/T})` (Guo et al., *On calibration of modern neural
-    networks*, 2017), and the probability above which to call an image generated.
+    networks*, 2017), and the probability above which an image is predicted to be generated.
 
     Example:
         >>> calibration = Calibration()
@@ -31,7 +31,12 @@ class Calibration(Float64Buffers):
         self.register_buffer("boundary", torch.zeros((), dtype=torch.float64))
 
     def forward(self, logit: Tensor) -> Tensor:
-        """Calibrated probability of each logit, of the same shape; in float32 at least."""
+        """Calibrated probability of each logit, in float32 at least.
+
+        Shape:
+            - logit: `[...]`
+            - output: `[...]`
+        """
         logit = logit.to(torch.promote_types(logit.dtype, torch.float32))
         return torch.sigmoid(logit / self.temperature.to(logit.dtype))
 
@@ -42,7 +47,7 @@ class Calibration(Float64Buffers):
 
     @property
     def threshold(self) -> Tensor:
-        """Probability above which calling an image generated was most accurate where this was fitted."""
+        """Probability above which predicting "generated" was most accurate where this was fitted."""
         return torch.sigmoid(self.boundary / self.temperature)
 
     @torch.no_grad()
@@ -54,7 +59,7 @@ class Calibration(Float64Buffers):
             - label: `[N]`, 0 or 1
         """
         self.temperature.copy_(fit_temperature(logit, label))
-        self.boundary.copy_(most_accurate_boundary(logit, label))
+        self.boundary.copy_(best_threshold(logit, label)[1])
 
 
 def fit_temperature(logit: Tensor, label: Tensor) -> Tensor:
@@ -68,9 +73,11 @@ def fit_temperature(logit: Tensor, label: Tensor) -> Tensor:
     Shape:
         - logit: `[N]`
         - label: `[N]`, 0 or 1
-        - output: float64 scalar
+        - output: `[]`, float64
     """
-    z, target = logit.double(), platt_targets(label)
+    z, positive = logit.double(), label.double()
+    ones, zeros = positive.sum(), (1 - positive).sum()
+    target = torch.where(label > 0, (ones + 1) / (ones + 2), 1 / (zeros + 2))
     low, high = (z.new_tensor(1 / bound).log() for bound in (_HOTTEST, _COLDEST))
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
@@ -79,29 +86,27 @@ def fit_temperature(logit: Tensor, label: Tensor) -> Tensor:
     return (-(low + high) / 2).exp()
 
 
-def platt_targets(label: Tensor) -> Tensor:
-    """What the labels `[N]` are taken as, float64 `[N]`; see `fit_temperature`."""
-    positive = label.double()
-    ones, zeros = positive.sum(), (1 - positive).sum()
-    return torch.where(label > 0, (ones + 1) / (ones + 2), 1 / (zeros + 2))
+def best_threshold(score: Tensor, label: Tensor, neutral: float = 0.0) -> tuple[Tensor, Tensor]:
+    """The highest accuracy that a threshold reaches, and of the thresholds that do the one nearest to the neutral one.
 
-
-def most_accurate_boundary(logit: Tensor, label: Tensor) -> Tensor:
-    """The logit above which calling an image generated is most accurate; the one nearest to 0 where several are.
+    Args:
+        score: Logits or probabilities; an image above the threshold is predicted to be of class 1.
+        label: Classes.
+        neutral: Threshold that is preferred: 0 for logits, one half for probabilities.
 
     Shape:
-        - logit: `[N]`
+        - score: `[N]`, N at least 1
         - label: `[N]`, 0 or 1
-        - output: float64 scalar
+        - output: `[]`, the accuracy, and `[]`, the threshold, float64
     """
-    z, order = logit.double().sort()
-    value = 2 * label.double()[order] - 1
-    edges = torch.cat([z[:1] - 1, z, z[-1:] + 1])
-    # right calls less wrong ones if the first k images are called photographs
-    score = torch.cat([value.new_zeros(1), -2 * value.cumsum(0)])
-    score = torch.where(edges[1:] > edges[:-1], score, -torch.inf)  # no boundary between equal logits
+    values, order = score.double().sort()
+    positive = label.double()[order]
+    edges = torch.cat([values[:1] - 1, values, values[-1:] + 1])
+    # right where the first k images are predicted to be of class 0: those among them, and the others after them
+    right = positive.sum() + torch.cat([positive.new_zeros(1), (1 - 2 * positive).cumsum(0)])
+    right = torch.where(edges[1:] > edges[:-1], right, -torch.inf)  # no threshold between equal scores
     low, high = edges[:-1], edges[1:]
-    # halfway between its neighbours, unless 0 lies between them
-    candidates = torch.where((low < 0) & (high > 0), 0.0, (low + high) / 2)
-    best = candidates[score == score.max()]
-    return best[best.abs().argmin()]
+    # halfway between its neighbours, unless the neutral one is between them
+    thresholds = torch.where((low < neutral) & (high > neutral), neutral, (low + high) / 2)
+    best = thresholds[right == right.max()]
+    return right.max() / len(values), best[(best - neutral).abs().argmin()]

@@ -1,4 +1,4 @@
-"""A generative view of the same images: one Gaussian mixture for each class on the network's features."""
+"""Class densities: one Gaussian mixture for each class on the network's features."""
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,14 @@ class ClassDensities(Float64Buffers):
     r"""One Gaussian mixture a class, by EM, on the leading principal components of standardised features.
 
     It classifies by likelihood ratio, :math:`\log p(f \mid \text{generated}) - \log p(f \mid \text{photographic})`, and
-    an image that neither class explains has a high *novelty*: :math:`q - \max_c \log p(f \mid c)`, where q is the
-    log-likelihood that a given share of the images exceeded. Above 0 the image is out of the ordinary.
+    scores how far an image is out of distribution by :math:`q - \max_c \log p(f \mid c)`, where q is the log-likelihood
+    that a given share of the images exceeded. Above 0 the image is unlike those of either class.
 
     Args:
         num_features: Width F of the network's features.
         num_directions: Principal components that are kept; all where there are fewer features.
         num_components: Components of each mixture.
-        explained: Share of the images it is fitted to that count as explained.
+        inlier_quantile: Share of the images it is fitted to that count as in distribution.
 
     Raises:
         ValueError: If a number is impossible.
@@ -35,20 +35,20 @@ class ClassDensities(Float64Buffers):
     offset: Tensor
     scale: Tensor
     directions: Tensor
-    # q, float64 [], and whether there is a fit.
+    # q, float64 [], and whether there is a fit, bool [].
     floor: Tensor
     fitted: Tensor
 
     def __init__(
-        self, num_features: int, num_directions: int = 8, num_components: int = 1, explained: float = 0.99
+        self, num_features: int, num_directions: int = 8, num_components: int = 1, inlier_quantile: float = 0.99
     ) -> None:
         super().__init__()
         if num_directions < 1:
             raise ValueError(f"num_directions must be at least 1, got {num_directions}")
-        if not 0 < explained < 1:
-            raise ValueError(f"explained must lie between 0 and 1, got {explained}")
+        if not 0 < inlier_quantile < 1:
+            raise ValueError(f"inlier_quantile must lie between 0 and 1, got {inlier_quantile}")
         self.num_directions = min(num_directions, num_features)
-        self.explained = explained
+        self.inlier_quantile = inlier_quantile
         self.mixtures = nn.ModuleList(_mixture(num_components, self.num_directions) for _ in range(2))
         self.register_buffer("offset", torch.zeros(num_features, dtype=torch.float64))
         self.register_buffer("scale", torch.ones(num_features, dtype=torch.float64))
@@ -67,15 +67,20 @@ class ClassDensities(Float64Buffers):
 
         Shape:
             - features: `[N, F]`
-            - output: float64 `[N, 2]`; NaN before the fit
+            - output: `[N, 2]`, float64; NaN before the fit
         """
         if not bool(self.fitted):
             return features.new_full((len(features), 2), torch.nan, dtype=torch.float64)
-        rows = ((features.double() - self.offset) / self.scale) @ self.directions
-        return torch.stack([mixture.log_joint(rows).logsumexp(1) for mixture in self._mixtures], dim=1)
+        projected = ((features.double() - self.offset) / self.scale) @ self.directions
+        return torch.stack([mixture.log_joint(projected).logsumexp(1) for mixture in self._mixtures], dim=1)
 
-    def novelty(self, features: Tensor) -> Tensor:
-        """Novelty of features `[N, F]`, float64 `[N]`; NaN before the fit."""
+    def ood_score(self, features: Tensor) -> Tensor:
+        """Out-of-distribution score of features, above 0 for those unlike either class.
+
+        Shape:
+            - features: `[N, F]`
+            - output: `[N]`, float64; NaN before the fit
+        """
         return self.floor - self.log_densities(features).amax(1)
 
     @torch.no_grad()
@@ -98,14 +103,16 @@ class ClassDensities(Float64Buffers):
         standard = (features - self.offset) / self.scale
         variance, directions = torch.linalg.eigh(standard.T @ standard / len(standard))
         variance, directions = (part[..., -self.num_directions :] for part in (variance, directions))
-        # to variance 1; a direction in which nothing varies says nothing about an image, whatever it may vary there
+        # to variance 1; a direction in which nothing varies is dropped, whatever it may vary elsewhere
         self.directions.copy_(directions * torch.where(variance > _CONSTANT, variance, torch.inf).rsqrt())
-        rows = standard @ self.directions
+        projected = standard @ self.directions
         for number, mixture in enumerate(self._mixtures):
-            mixture.load_state_dict(_fitted(mixture, rows[label == number]).state_dict())
+            fresh = _mixture(mixture.num_components, mixture.num_features).to(projected.device)
+            fit_in_memory(fresh, projected[label == number])
+            mixture.load_state_dict(fresh.state_dict())
         self.fitted.fill_(True)
         best = self.log_densities(features).amax(1)
-        self.floor.copy_(torch.quantile(best, 1 - self.explained))
+        self.floor.copy_(torch.quantile(best, 1 - self.inlier_quantile))
         return True
 
     @property
@@ -119,9 +126,3 @@ class _Mixture(Float64Buffers, GaussianMixtureModel):
 
 def _mixture(num_components: int, num_features: int) -> _Mixture:
     return _Mixture(num_components, num_features, reg_covar=_REGULARISATION)
-
-
-def _fitted(like: GaussianMixtureModel, rows: Tensor) -> GaussianMixtureModel:
-    mixture = _mixture(like.num_components, like.num_features).to(rows.device)
-    fit_in_memory(mixture, rows)
-    return mixture

@@ -1,4 +1,4 @@
-"""What evaluation has seen of each image, gathered over the processes."""
+"""Buffer of an epoch's predictions, gathered over the processes."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 
-class Evaluated(NamedTuple):
+class BufferedPredictions(NamedTuple):
     """Images in the order of their index, the same on every process.
 
     Attributes:
@@ -21,17 +21,22 @@ class Evaluated(NamedTuple):
     label: Tensor
     features: Tensor
 
-    def select(self, chosen: Tensor) -> "Evaluated":
-        """Some of the images, by a mask or by positions."""
-        return Evaluated(self.logit[chosen], self.label[chosen], self.features[chosen])
+    def select(self, chosen: Tensor) -> "BufferedPredictions":
+        """Some of the images.
+
+        Shape:
+            - chosen: `[N]`, a mask, or `[M]`, positions
+        """
+        return BufferedPredictions(self.logit[chosen], self.label[chosen], self.features[chosen])
 
     def halves(self) -> tuple[Tensor, Tensor]:
-        """Masks `[N]` of two halves, in each of which stands every other image of each class."""
-        place = torch.zeros_like(self.label)
-        for label in (0, 1):
-            own = self.label == label
-            place[own] = torch.arange(int(own.sum()), device=place.device)
-        return place % 2 == 0, place % 2 == 1
+        """Masks of two halves, each with every other image of each class.
+
+        Shape:
+            - output: `[N]` and `[N]`, bool
+        """
+        count = torch.where(self.label == 1, self.label.cumsum(0), (1 - self.label).cumsum(0))
+        return count % 2 == 1, count % 2 == 0
 
     @property
     def has_both_classes(self) -> bool:
@@ -39,14 +44,14 @@ class Evaluated(NamedTuple):
         return 0 < int(self.label.sum()) < len(self.label)
 
 
-class Predictions(Metric):
-    """Logits, labels and features of an epoch, of labelled images that are no padded repeats.
+class PredictionBuffer(Metric):
+    """Logits, labels and features of an epoch, of labelled images without the padded repeats.
 
     Example:
-        >>> predictions = Predictions()
+        >>> buffer = PredictionBuffer()
         >>> index, label, weight = torch.tensor([1, 0, 0]), torch.tensor([1, 0, 0]), torch.tensor([1.0, 1.0, 0.0])
-        >>> predictions.update(index, torch.tensor([2.0, -1.0, -1.0]), label, torch.zeros(3, 4), weight)
-        >>> predictions.compute().logit.tolist()
+        >>> buffer.update(index, torch.tensor([2.0, -1.0, -1.0]), label, torch.zeros(3, 4), weight)
+        >>> buffer.compute().logit.tolist()
         [-1.0, 2.0]
     """
 
@@ -72,8 +77,8 @@ class Predictions(Metric):
         for name, values in (("index", index), ("logit", logit), ("label", label), ("features", features)):
             getattr(self, name).append(values[counted])
 
-    def compute(self) -> Evaluated:
+    def compute(self) -> BufferedPredictions:
         """The images of all processes."""
         order = dim_zero_cat(self.index).argsort(stable=True)
-        label = dim_zero_cat(self.label)[order].long()
-        return Evaluated(dim_zero_cat(self.logit)[order].double(), label, dim_zero_cat(self.features)[order].double())
+        logit, label, features = (dim_zero_cat(getattr(self, name))[order] for name in BufferedPredictions._fields)
+        return BufferedPredictions(logit.double(), label.long(), features.double())

@@ -1,4 +1,4 @@
-"""What a restoration takes away from an image: the noise, and the traces of whatever made it."""
+"""Residual of a restoration: the noise of an image, and the traces of whatever made it."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_modules.detection.inputs import DetectorInput
 from lightning_modules.em import ParameterTable
-from lightning_modules.em.parameter_table import TableValues
+from lightning_modules.em.parameter_table import TableValues, stored_columns
 from lightning_modules.graph import GraphDiffusion
 
 # A little smoothing over near neighbours that resemble each other; where none does, as in white noise, nothing is taken
@@ -29,15 +29,15 @@ class RestorationResidual(DetectorInput):
     r"""The image less its restoration by graph diffusion, :math:`x - \text{restore}(x)`.
 
     The image is restored as if it were free of noise (nothing is taken off the distances), so that what the similarity
-    of patches alone explains goes and everything else stays. Where the parameters are fixed, no gradient is computed.
+    of patches explains goes and everything else stays. Where the parameters are fixed, no gradient is computed.
 
     Args:
         diffusion: The graph diffusion; patches of 3 by default.
         em_parameters: Its parameters; by default values that suit photographs without visible noise.
-        checkpoint: Checkpoint of a `GraphDiffusionReconstruction` whose global parameters are taken over when the fit
+        checkpoint: Checkpoint of a `GraphDiffusionReconstruction` whose global parameters are loaded when the fit
             starts. From then on they travel with the detector: a fit that resumes does not read it again.
         learn: Learn the parameters from the detector's own loss, under `callbacks.EMParameterCallback`.
-        gain: See `DetectorInput`.
+        scale: See `DetectorInput`.
 
     Example:
         >>> residual = RestorationResidual()
@@ -51,29 +51,29 @@ class RestorationResidual(DetectorInput):
         em_parameters: ParameterTable | None = None,
         checkpoint: str | None = None,
         learn: bool = False,
-        gain: float = 20.0,
+        scale: float = 20.0,
     ) -> None:
-        super().__init__(gain)
+        super().__init__(scale)
         self.diffusion = GraphDiffusion(patch_size=3) if diffusion is None else diffusion
         if em_parameters is None:
             em_parameters = ParameterTable(initial=_INITIAL, bounds=_BOUNDS, learned=_LEARNED)
-        self.em_parameters = em_parameters
+        self.em_parameters = em_parameters.declare(self.diffusion.parameter_specs)
         self.checkpoint = checkpoint
         self.learn = learn
 
-    def view(self, images: Tensor) -> Tensor:
-        """The residual; see `DetectorInput.view`."""
+    def featurize(self, images: Tensor) -> Tensor:
+        """The residual; see `DetectorInput.featurize`."""
         table = self.em_parameters
         with torch.set_grad_enabled(self.learn and torch.is_grad_enabled()):
             parameters: dict[str, Any] = table(images.new_zeros(len(images), len(table.row_names)))
-            return images - self.diffusion(images, **parameters, max_radius=table.upper_bound("radius"))
+            return images - self.diffusion(images, **parameters)
 
-    def take_over(self) -> None:
-        """Read the parameters of `checkpoint`, where there is one.
+    def load_from_checkpoint(self) -> None:
+        """Loads the parameters of `checkpoint`, where there is one.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it holds no parameters of a diffusion, or values outside the bounds of this table.
+            ValueError: If it has no parameters of a diffusion, or values outside the bounds of this table.
         """
         if self.checkpoint is None:
             return
@@ -83,23 +83,21 @@ class RestorationResidual(DetectorInput):
                 "fitting GraphDiffusionReconstruction has written, or leave `checkpoint` out"
             )
         state = torch.load(self.checkpoint, map_location="cpu", weights_only=True).get("state_dict", {})
-        shared, layout = state.get("em_parameters.shared"), state.get("em_parameters._extra_state")
-        missing = [] if layout is None else [name for name in self.em_parameters.names if name not in layout["names"]]
-        if shared is None or layout is None or missing:
+        table = self.em_parameters
+        shared, columns = state.get("em_parameters.shared"), stored_columns(state, "em_parameters.")
+        missing = [name for name in table.column_names if name not in columns]
+        if shared is None or missing:
             raise ValueError(
-                f"{self.checkpoint} holds no {', '.join(missing) or 'parameter table'} of a diffusion: give a "
+                f"{self.checkpoint} has no {', '.join(missing) or 'parameter table'} of a diffusion: give a "
                 "checkpoint of GraphDiffusionReconstruction"
             )
-        self._write(shared[[layout["names"].index(name) for name in self.em_parameters.names]])
-
-    def _write(self, shared: Tensor) -> None:
-        table = self.em_parameters
-        lower, upper, shared = table.lower.cpu(), table.upper.cpu(), shared.double()
+        shared = shared[[columns.index(name) for name in table.column_names]].double()
+        lower, upper = table.lower.cpu(), table.upper.cpu()
         outside = ((shared < lower - 1e-9) | (shared > upper + 1e-9)).tolist()
         if any(outside):
-            names = [name for name, out in zip(table.names, outside, strict=True) if out]
+            names = [name for name, out in zip(table.column_names, outside, strict=True) if out]
             raise ValueError(
-                f"the values of {', '.join(names)} in {self.checkpoint} lie outside the bounds of this table: give it "
+                f"the values of {', '.join(names)} in {self.checkpoint} are outside the bounds of this table: give it "
                 "the bounds of the reconstruction"
             )
         table.write(TableValues(shared.to(table.shared), table.offsets.clone()))

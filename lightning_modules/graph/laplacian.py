@@ -8,7 +8,8 @@ from torch import Tensor
 
 Laplacian = Literal["symmetric", "random_walk", "unnormalized"]
 
-# Under this sum of edge weights a node counts as isolated: it keeps its value, and no gradient is divided by nothing.
+# At or under this sum of edge weights a node counts as isolated: it keeps its value and gives nothing to others, and no
+# gradient is divided by nothing.
 DEGREE_FLOOR = 1e-12
 
 
@@ -30,11 +31,22 @@ def normalized_weight(weight: Tensor, degree_target: Tensor, degree_source: Tens
     if laplacian == "unnormalized":
         return weight
     if laplacian == "random_walk":
-        return weight / degree_target.clamp_min(DEGREE_FLOOR)
-    return weight * degree_target.clamp_min(DEGREE_FLOOR).rsqrt() * degree_source.clamp_min(DEGREE_FLOOR).rsqrt()
+        return weight * (is_joined(degree_target) / degree_target.clamp_min(DEGREE_FLOOR))
+    roots = (is_joined(degree) * degree.clamp_min(DEGREE_FLOOR).rsqrt() for degree in (degree_target, degree_source))
+    return weight * next(roots) * next(roots)
 
 
-def stable_step(tau: Tensor | float, max_degree: Tensor) -> Tensor:
+def is_joined(degree: Tensor) -> Tensor:
+    """Whether nodes with these sums of edge weights are joined to any other.
+
+    Shape:
+        - degree: any
+        - output: as degree
+    """
+    return degree > DEGREE_FLOOR
+
+
+def stable_step(tau: Tensor, max_degree: Tensor) -> Tensor:
     r"""Diffusion step of the unnormalised Laplacian, scaled down where it would diverge.
 
     Gershgorin's circles bound the largest eigenvalue of D − W by twice the largest degree, so every
@@ -49,7 +61,7 @@ def stable_step(tau: Tensor | float, max_degree: Tensor) -> Tensor:
         - output: their broadcast shape
     """
     bound = 1 / max_degree.clamp_min(DEGREE_FLOOR)
-    step = torch.minimum(torch.as_tensor(tau, dtype=bound.dtype, device=bound.device), bound)
+    step = torch.minimum(tau, bound)
     _warn_once(step, tau)
     return step
 
@@ -63,12 +75,12 @@ _warned = False
 
 
 @torch.compiler.disable
-def _warn_once(step: Tensor, tau: Tensor | float) -> None:
+def _warn_once(step: Tensor, tau: Tensor) -> None:
     global _warned
-    if _warned:  # the comparison below waits for the device: not again once the user has been told
+    if _warned:  # the comparison below waits for the device: once is enough
         return
     scaled = step < tau
     if bool(scaled.any()):
         _warned = True
-        requested = torch.as_tensor(tau, dtype=step.dtype, device=step.device).expand_as(step)[scaled][0]
+        requested = tau.expand_as(step)[scaled][0]
         warnings.warn(_WARNING.format(tau=float(requested), step=float(step[scaled][0])), stacklevel=4)

@@ -1,21 +1,23 @@
 """Graph diffusion by message passing: any graph, and the readable reference of the fast image operators.
 
-Memory and time grow with E·D; images on a grid take the paths of `patch_operator` and `image_operator` instead.
+Memory and time grow with E·D; images on a grid take the paths of `patch_operator` and `image_operator` instead. This is
+the one file that needs PyG, and is imported where it is used.
 """
 
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch_geometric.data import Data
 from torch_geometric.nn import MessagePassing
-from torch_geometric.utils import scatter
+from torch_geometric.utils import coalesce, remove_self_loops, scatter
 
-from lightning_modules.graph.laplacian import Laplacian, normalized_weight, stable_step
+from lightning_modules.graph.laplacian import Laplacian, is_joined, normalized_weight, stable_step
 from lightning_modules.graph.parameters import DiffusionParameters, repeat_step
 from lightning_modules.graph.patches import PatchGrid
-from lightning_modules.graph.topology import radius_graph
-from lightning_modules.graph.weights import SELF_WEIGHT, debias_distance, edge_weight, gaussian
+from lightning_modules.graph.topology import half_offsets, radius_graph
+from lightning_modules.graph.weights import SELF_WEIGHT, debias_distance, edge_weight, gaussian, white_noise_bias
 
 
 class WeightedSum(MessagePassing):
@@ -41,7 +43,12 @@ class WeightedSum(MessagePassing):
 
 
 def diffuse_graph(
-    data: Data, parameters: DiffusionParameters, noise_std: Tensor | float, laplacian: Laplacian, max_radius: float
+    data: Data,
+    parameters: DiffusionParameters,
+    noise_std: Tensor,
+    laplacian: Laplacian,
+    reach: float,
+    max_radius: float,
 ) -> Tensor:
     r"""Diffuse the node signals of a graph or a batch of graphs.
 
@@ -49,46 +56,104 @@ def diffuse_graph(
     with the signal.
 
     Args:
-        data: PyG `Data` or `Batch` with `x` (signal) and `pos`; optionally `edge_index` (without it nodes at most
-            `max_radius` apart are joined) and `features` (what distances are measured on, `x` by default).
-        parameters: Numbers, or one for each graph.
-        noise_std: Noise of the features σ_n; a number or one for each graph.
+        data: PyG `Data` or `Batch` with `x` (signal) and `pos`; optionally `edge_index` (without it all nodes within
+            the larger one of `reach` and `max_radius` are joined) and `guide` (what distances are measured on, `x` by
+            default). Loops are dropped and repeated edges merged.
+        parameters: One number for each graph.
+        noise_std: Noise σ_n of the guide.
         laplacian: Which Laplacian.
-        max_radius: Radius of the topology in the unit of `pos`.
+        reach: Largest length of edges with a similarity, in the unit of `pos`.
+        max_radius: Bound of the radius of the weights, in the same unit.
 
     Shape:
-        - data.x: `[N, D]`; data.pos: `[N, 2]` or `[N, 3]`; data.edge_index: `[2, E]`; data.features: `[N, F]`
+        - data.x: `[N, D]`; data.pos: `[N, 2]` or `[N, 3]`; data.edge_index: `[2, E]`; data.guide: `[N, F]`
+        - parameters, noise_std: `[B]`
         - output: `[N, D]`
+
+    Raises:
+        ValueError: If an entry is missing or has another shape or type.
     """
-    x, positions = data.x, data.pos
-    batch = data.batch if data.batch is not None else torch.zeros(len(x), dtype=torch.long, device=x.device)
-    edge_index = data.edge_index if data.edge_index is not None else radius_graph(positions, max_radius, data.batch)
-    features = data.features if "features" in data else x
+    check_graph(data)
+    edge_index = data.edge_index
+    if edge_index is None:
+        edge_index = radius_graph(data.pos, max(reach, max_radius), data.batch)
+    else:
+        edge_index = coalesce(remove_self_loops(edge_index)[0], num_nodes=len(data.x))
+    guide = data.guide if "guide" in data else data.x
+    batch = graph_of_node(data)
+    return _diffuse(data.x, guide, data.pos, edge_index, batch, parameters, noise_std, laplacian, reach)
+
+
+def graph_of_node(data: Data) -> Tensor:
+    """Index of each node's graph, `[N]`."""
+    if data.batch is not None:
+        return data.batch
+    return torch.zeros(len(data.x), dtype=torch.long, device=data.x.device)
+
+
+def check_graph(data: Data) -> None:
+    """Raise `ValueError` unless the data are a graph that can be diffused."""
+    missing = [name for name in ("x", "pos") if getattr(data, name, None) is None]
+    if missing:
+        raise ValueError(
+            f"the graph has no {' and no '.join(missing)}: give a PyG Data with x [N, D] (signal) and pos [N, 2] "
+            "(positions); edge_index is optional"
+        )
+    size = len(data.x)
+    for name in ("x", "pos", "guide"):
+        entry = getattr(data, name, None)
+        if entry is None:
+            continue
+        if entry.ndim != 2 or len(entry) != size:
+            raise ValueError(
+                f"{name} of the graph must be [N, D] with the N = {size} of x, got {list(entry.shape)}: a column of "
+                "numbers is [N, 1]"
+            )
+        if not entry.is_floating_point():
+            raise ValueError(f"{name} of the graph must be floating-point, got {entry.dtype}: call .float() on it")
+    if data.batch is not None and data.batch.shape != (size,):
+        raise ValueError(f"batch of the graph must be [N] with N = {size}, got {list(data.batch.shape)}")
+    edges = data.edge_index
+    if edges is not None and (edges.ndim != 2 or len(edges) != 2 or edges.dtype != torch.long):
+        raise ValueError(f"edge_index must be int64 [2, E], got {edges.dtype} {list(edges.shape)}")
+
+
+def _diffuse(
+    x: Tensor,
+    guide: Tensor,
+    positions: Tensor,
+    edge_index: Tensor,
+    batch: Tensor,
+    parameters: DiffusionParameters,
+    noise_std: Tensor,
+    laplacian: Laplacian,
+    reach: float,
+) -> Tensor:
     source, target = edge_index
     on_edge = parameters.map(lambda value: value[batch[target]])
     on_node = parameters.map(lambda value: value[batch][:, None])
-    edge_noise = noise_std[batch[target]] if torch.is_tensor(noise_std) else noise_std
 
-    distance = debias_distance((features[source] - features[target]).square().sum(1), edge_noise, features.shape[1])
-    length = (positions[source] - positions[target]).norm(dim=1).to(x.dtype)
-    similarity = gaussian(distance, on_edge.sigma)
-    weight = edge_weight(distance, length, on_edge.sigma_s, on_edge.sigma_f, on_edge.radius)
+    squared = (guide[source] - guide[target]).square().sum(1)
+    distance = debias_distance(squared, white_noise_bias(noise_std, guide.shape[1])[batch[target]])
+    length = (positions[source] - positions[target]).norm(dim=1)
+    similarity = gaussian(distance, on_edge.sigma) * (length <= reach)
+    weight = edge_weight(distance, length.to(x.dtype), on_edge.sigma_s, on_edge.sigma_f, on_edge.radius)
 
     propagate = WeightedSum()
     degree = scatter(weight, target, dim=0, dim_size=len(x), reduce="sum")
     inner = normalized_weight(weight, degree[target], degree[source], laplacian)
+    degree = degree[:, None]
 
     if laplacian == "unnormalized":
-        max_degree = scatter(degree, batch, dim=0, reduce="max")
-        tau = parameters.tau
-        step_size = stable_step(tau, max_degree)[batch][:, None]
-
-        def step(signal: Tensor) -> Tensor:
-            return signal + step_size * (propagate(signal, edge_index, inner) - degree[:, None] * signal)
+        max_degree = scatter(degree[:, 0], batch, dim=0, dim_size=len(parameters.tau), reduce="max")
+        step_size = stable_step(parameters.tau, max_degree)[batch][:, None]
+        passed_on = step_size * degree
     else:
+        step_size = on_node.tau
+        passed_on = step_size * is_joined(degree)
 
-        def step(signal: Tensor) -> Tensor:
-            return (1 - on_node.tau) * signal + on_node.tau * propagate(signal, edge_index, inner)
+    def step(signal: Tensor) -> Tensor:
+        return (1 - passed_on) * signal + step_size * propagate(signal, edge_index, inner)
 
     signal = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
     signal = signal + propagate(signal, edge_index, similarity)
@@ -96,62 +161,69 @@ def diffuse_graph(
     return signal[:, :-1] / signal[:, -1:]
 
 
-def patch_graph(images: Tensor, guide: Tensor, grid: PatchGrid, max_radius: float) -> Data:
-    """Block-diagonal graph over the patches of a batch of images.
-
-    Args:
-        images: Images whose patches are the signal.
-        guide: Images whose patches the distances are measured on.
-        grid: Where the patches lie.
-        max_radius: Radius of the topology in pixels.
+def diffuse_patches_sparse(
+    images: Tensor,
+    guide: Tensor,
+    parameters: DiffusionParameters,
+    noise_std: Tensor,
+    grid: PatchGrid,
+    laplacian: Laplacian,
+    reach: float,
+    max_radius: float,
+) -> Tensor:
+    """`patch_operator.diffuse_patches` for graphs of any size: a block-diagonal graph over the patches of all images.
 
     Shape:
         - images: `[B, C, H, W]`; guide: `[B, F, H, W]`
-        - output: `x` `[B·N, C·p²]`, `features` `[B·N, F·p²]`, `pos` `[B·N, 2]`, `edge_index` `[2, B·E]`,
-          `batch` `[B·N]`
+        - parameters, noise_std: `[B]`
+        - output: as images
     """
     size, nodes = len(images), grid.num_patches
-    edge_index = _grid_edges(grid, max_radius, images.device)
-    first = torch.arange(size, device=images.device) * nodes
-    return Data(
-        x=grid.extract(images).flatten(0, 1),
-        features=grid.extract(guide).flatten(0, 1),
-        pos=grid.centers.to(images.device).repeat(size, 1),
-        edge_index=(edge_index[:, None] + first[:, None]).flatten(1),
-        batch=torch.arange(size, device=images.device).repeat_interleave(nodes),
-    )
+    edge_index = _block_diagonal(_grid_edges(grid, max(reach, max_radius), images.device), size, nodes)
+    batch = torch.arange(size, device=images.device).repeat_interleave(nodes)
+    positions = grid.centers.to(images.device).repeat(size, 1)
+    patches, features = (grid.extract(part).flatten(0, 1) for part in (images, guide))
+    restored = _diffuse(patches, features, positions, edge_index, batch, parameters, noise_std, laplacian, reach)
+    return grid.average(restored.view(size, nodes, -1))
+
+
+def _block_diagonal(edge_index: Tensor, count: int, num_nodes: int) -> Tensor:
+    """Edges of `count` equal graphs side by side, `[2, count·E]`."""
+    first = torch.arange(count, device=edge_index.device) * num_nodes
+    return (edge_index[:, None] + first[:, None]).flatten(1)
 
 
 @lru_cache(maxsize=8)
-@torch.inference_mode(False)  # made in a validation and cached, it must still serve a training step
-def _grid_edges(grid: PatchGrid, max_radius: float, device: torch.device) -> Tensor:
-    return radius_graph(grid.centers, max_radius).to(device)
+@torch.inference_mode(False)  # made in a validation and cached, it is used in training steps too
+def _grid_edges(grid: PatchGrid, radius: float, device: torch.device) -> Tensor:
+    return radius_graph(grid.centers, radius).to(device)
 
 
 def mean_patch_similarity(
-    images: Tensor, sigma: Tensor | float, noise_std: Tensor | float, grid: PatchGrid, max_radius: float
+    images: Tensor, sigma: Tensor, noise_std: Tensor, grid: PatchGrid, radius: float
 ) -> tuple[Tensor, int]:
-    """Mean similarity over the edges of each image's patch graph, and the number of edges (both directions counted).
+    """Mean similarity of each image's patches at most `radius` apart, and the number of edges, both directions counted.
 
     Shape:
         - images: `[B, C, H, W]`
+        - sigma, noise_std: `[B]`
         - output: `[B]`
     """
-    graph = patch_graph(images, images, grid, max_radius)
-    source, target = graph.edge_index
-    distance = (graph.x[source] - graph.x[target]).square().sum(1).view(len(images), -1)
-    width, noise = (value[:, None] if torch.is_tensor(value) else value for value in (sigma, noise_std))
-    similarity = gaussian(debias_distance(distance, noise, graph.x.shape[1]), width)
-    num_edges = distance.shape[1]
-    return similarity.sum(1) / max(num_edges, 1), num_edges
+    patches = grid.extract(images)
+    source, target = _grid_edges(grid, radius, images.device)
+    squared = (patches[:, source] - patches[:, target]).square().sum(2)
+    distance = debias_distance(squared, white_noise_bias(noise_std, patches.shape[2])[:, None])
+    num_edges = len(source)
+    return gaussian(distance, sigma[:, None]).sum(1) / max(num_edges, 1), num_edges
 
 
 def diffuse_image_reference(
     images: Tensor,
     guide: Tensor,
     parameters: DiffusionParameters,
-    noise_std: Tensor | float,
+    noise: Tensor,
     patch_size: int,
+    reach: float,
     max_radius: float,
 ) -> Tensor:
     """The image operator (see `image_operator.diffuse_image`) in its plainest form: patches sent along edges, folded.
@@ -161,29 +233,48 @@ def diffuse_image_reference(
 
     Shape:
         - images: `[B, C, H, W]`; guide: `[B, F, H, W]`
+        - parameters: `[B]`; σ and σ_f `[B]` or `[B, 1, H, W]`
+        - noise: `[B]`, `[B, 1 or F, H, W]` or `[B, M]`
         - output: `[B, C, H, W]`
     """
     size, _, height, width = images.shape
-    reach = patch_size // 2
-    grid = PatchGrid(height + 2 * reach, width + 2 * reach, patch_size, 1)
-    edge_index = radius_graph(grid.centers, max_radius).to(images.device)
-    first = torch.arange(size, device=images.device) * grid.num_patches
-    source, target = (edge_index[:, None] + first[:, None]).flatten(1)
-    batch = torch.arange(size, device=images.device).repeat_interleave(grid.num_patches)
+    half, area = patch_size // 2, patch_size**2
+    grid = PatchGrid(height + 2 * half, width + 2 * half, patch_size, 1)
+    radius = max(reach, max_radius)
+    edge_index = _grid_edges(grid, radius, images.device)
+    source, target = _block_diagonal(edge_index, size, grid.num_patches)
+    image_of_edge = target // grid.num_patches
 
     def windows(image: Tensor) -> Tensor:  # [B·N, C·p²], zeros outside the image
-        return grid.extract(torch.nn.functional.pad(image, (reach,) * 4)).flatten(0, 1)
+        return grid.extract(pad(image, (half,) * 4)).flatten(0, 1)
 
     inside = windows(torch.ones_like(guide[:, :1])) > 0  # [B·N, p²]
     both = (inside[source] & inside[target]).to(guide.dtype)
-    features = windows(guide).view(len(inside), -1, patch_size**2)
-    squared = ((features[source] - features[target]).square() * both[:, None]).sum((1, 2))
-    distance = squared * patch_size**2 / both.sum(1)
-    on_edge = parameters.map(lambda value: value[batch[target]])
-    edge_noise = noise_std[batch[target]] if torch.is_tensor(noise_std) else noise_std
-    distance = debias_distance(distance, edge_noise, guide.shape[1] * patch_size**2)
+    terms = both.sum(1)
+
+    def window_sum(values: Tensor) -> Tensor:  # [E, C·p²], over the valid terms
+        return (values.unflatten(1, (-1, area)) * both[:, None]).sum((1, 2)) * area / terms
+
+    features = windows(guide)
     centers = grid.centers.to(guide)
-    length = (centers[edge_index[0]] - centers[edge_index[1]]).norm(dim=1).repeat(size)
+    offset = centers[edge_index[0]] - centers[edge_index[1]]
+    length = offset.norm(dim=1).repeat(size)
+    if noise.ndim == 4:
+        variance = windows(noise.square().expand_as(guide))
+        bias = window_sum(variance[source] + variance[target])
+    elif noise.ndim == 2:
+        index = {place: m for m, (a, b) in enumerate(half_offsets(radius)) for place in ((a, b), (-a, -b))}
+        column = [index[(a, b)] for a, b in offset.int().tolist()]
+        bias = noise[:, column].flatten()
+    else:
+        bias = white_noise_bias(noise, guide.shape[1] * area)[image_of_edge]
+    distance = debias_distance(window_sum((features[source] - features[target]).square()), bias)
+
+    def on_edge(value: Tensor) -> Tensor:
+        if value.ndim == 1:
+            return value[image_of_edge]
+        square = value.square().flatten()
+        return ((square[source] + square[target]) / 2).sqrt()
 
     def averaged(weight: Tensor, self_weight: float, image: Tensor) -> Tensor:
         total = self_weight + scatter(weight, target, dim=0, dim_size=len(inside), reduce="sum")
@@ -193,15 +284,20 @@ def diffuse_image_reference(
         def folded(patches: Tensor) -> Tensor:
             sent = WeightedSum()(patches, edges, weight / total[target]) + nodes[:, None] * patches
             plane = grid.fold(sent.view(size, grid.num_patches, -1))
-            return plane[..., reach : reach + height, reach : reach + width]
+            return plane[..., half : half + height, half : half + width]
 
         return folded(windows(image)) / folded(inside.to(image.dtype))
 
-    similarity = gaussian(distance, on_edge.sigma)
-    weight = edge_weight(distance, length, on_edge.sigma_s, on_edge.sigma_f, on_edge.radius)
-    on_image = parameters.map(lambda value: value.view(-1, 1, 1, 1))
+    sigma, sigma_f, sigma_s, edge_radius = (
+        on_edge(value) for value in (parameters.sigma, parameters.sigma_f, parameters.sigma_s, parameters.radius)
+    )
+    similarity = gaussian(distance, sigma) * (length <= reach)
+    weight = edge_weight(distance, length, sigma_s, sigma_f, edge_radius)
+    tau = parameters.tau.view(-1, 1, 1, 1)
+    steps = parameters.smooth_steps
 
     def step(image: Tensor) -> Tensor:
-        return (1 - on_image.tau) * image + on_image.tau * averaged(weight, SELF_WEIGHT, image)
+        return (1 - tau) * image + tau * averaged(weight, SELF_WEIGHT, image)
 
-    return repeat_step(step, averaged(similarity, 1.0, images), on_image.smooth_steps)
+    counts = steps.view(-1, 1, 1, 1) if torch.is_tensor(steps) else steps
+    return repeat_step(step, averaged(similarity, 1.0, images), counts)

@@ -109,7 +109,7 @@ class PatchGrid:
 
 
 @lru_cache(maxsize=32)
-@torch.inference_mode(False)  # made in a validation and cached, it must still serve a training step
+@torch.inference_mode(False)  # made in a validation and cached, it is used in training steps too
 def _coverage(grid: PatchGrid, device: torch.device, dtype: torch.dtype) -> Tensor:
     return _fold(torch.ones(1, grid.num_patches, grid.patch_size**2, device=device, dtype=dtype), grid)
 

@@ -5,7 +5,7 @@ the neighbour q+δ of every pixel q lies at one and the same distance in memory 
 outside the image for certain where it should: one contiguous slice instead of a rectangle for each offset.
 
 M is the number of half offsets, one of each pair ±δ. A *map* holds a value for each pair: entry m of pixel p belongs to
-the pair (p, p+δ_m). A pair of maps (there, back) therefore holds a value for both directions of each edge.
+the pair (p, p+δ_m). A pair of maps (forward, backward) therefore holds a value for both directions of each edge.
 
 Letters of the shapes: L = H·pitch pixels of the flattened image; n = margin + L pixels, the rows above it included, on
 which maps live; N = n + margin pixels, the rows below included, on which flattened images live.
@@ -80,6 +80,12 @@ class StencilGeometry:
         """‖δ‖, `[M]`."""
         return self._constant(torch.tensor([(a * a + b * b) ** 0.5 for a, b in self.offsets], dtype=torch.float64))
 
+    def within(self, reach: float) -> Tensor:
+        """Exponent of the similarity beside that of the distance: 0 for offsets within `reach`, no similarity beyond,
+        `[M]`.
+        """
+        return torch.where(self.length <= reach, 0.0, -FAR).to(self.dtype)
+
     @cached_property
     def inside(self) -> Tensor:
         """1 for the pixels of the image, 0 for the empty columns, `[L]`."""
@@ -114,7 +120,7 @@ class StencilGeometry:
         return torch.stack(pairs) if pairs else one.new_zeros(0, n)
 
     def _constant(self, values: Tensor) -> Tensor:
-        # Made in a validation and kept, it must still serve a training step.
+        # Made in a validation and kept, it is used in training steps too.
         with torch.inference_mode(False):
             return values.to(self.device, self.dtype, copy=True)
 
@@ -225,26 +231,30 @@ def at_neighbor(padded: Tensor, geometry: StencilGeometry, first: int) -> Tensor
     return padded[:, shift : shift + n + count - 1].unfold(1, n, 1)
 
 
-def incident_sum(there: Tensor, back: Tensor, geometry: StencilGeometry) -> Tensor:
-    """Sum over a pixel's edges: `there` of those that start there and `back` of those that end there.
+def incident_sum(forward: Tensor, backward: Tensor, geometry: StencilGeometry) -> Tensor:
+    """Sum over a pixel's edges: `forward` of those that start at it and `backward` of those that end at it.
 
     Shape:
-        - there, back: `[B, M, n]`, zero where the pair is not valid
+        - forward, backward: `[B, M, n]`, zero where the pair is not valid
         - output: `[B, L]`
     """
-    total = geometry.core(there).sum(1)
-    for shift, maps in zip(geometry.shifts, back.unbind(1), strict=True):
+    total = geometry.core(forward).sum(1)
+    for shift, maps in zip(geometry.shifts, backward.unbind(1), strict=True):
         start = geometry.margin - shift
         total += maps[:, start : start + geometry.size]
     return total
 
 
-def edge_views(there: Tensor, back: Tensor, geometry: StencilGeometry) -> list[Tensor]:
-    """The values of each pixel's edges: of +δ and −δ in turn, as views `[B, 1, L]` of two maps `[B, M, n]`."""
+def edge_views(forward: Tensor, backward: Tensor, geometry: StencilGeometry) -> list[Tensor]:
+    """The values of each pixel's edges: of +δ and −δ in turn, as views `[B, 1, L]` of two maps.
+
+    Shape:
+        - forward, backward: `[B, M, n]`
+    """
     margin, size = geometry.margin, geometry.size
     views = []
-    for shift, ahead, behind in zip(geometry.shifts, there.unbind(1), back.unbind(1), strict=True):
-        views += [ahead[:, None, margin:], behind[:, None, margin - shift : margin - shift + size]]
+    for shift, leaving, arriving in zip(geometry.shifts, forward.unbind(1), backward.unbind(1), strict=True):
+        views += [leaving[:, None, margin:], arriving[:, None, margin - shift : margin - shift + size]]
     return views
 
 
@@ -265,22 +275,48 @@ def correlate(left: Tensor, right: Tensor, geometry: StencilGeometry, workspace:
     n, count_all = geometry.margin + geometry.size, len(geometry.shifts)
     both = workspace.empty("correlation", left, len(left), 2 * count_all, n).zero_()
     for first, count, _ in geometry.rows:
-        there, back = both[:, first : first + count], both[:, count_all + first : count_all + first + count]
+        forward, backward = both[:, first : first + count], both[:, count_all + first : count_all + first + count]
         for channel in range(left.shape[1]):
-            there.addcmul_(left[:, channel, None, :n], at_neighbor(right[:, channel], geometry, first))
-            back.addcmul_(right[:, channel, None, :n], at_neighbor(left[:, channel], geometry, first))
+            forward.addcmul_(left[:, channel, None, :n], at_neighbor(right[:, channel], geometry, first))
+            backward.addcmul_(right[:, channel, None, :n], at_neighbor(left[:, channel], geometry, first))
     return both
+
+
+def pair_sum(maps: Tensor, geometry: StencilGeometry) -> Tensor:
+    """Sum of the two pixels' values of each pair, 0 where it is not valid; differentiable.
+
+    Shape:
+        - maps: `[B, 1, H, W]`
+        - output: `[B, M, n]`
+    """
+    n, edge = geometry.margin + geometry.size, geometry.padding + 1
+    flat = F.pad(maps, (0, geometry.padding, edge, edge)).flatten(1)
+    pairs = [flat[:, :n] + flat[:, shift : shift + n] for shift in geometry.shifts]
+    return torch.stack(pairs, 1) * geometry.valid if pairs else flat.new_zeros(len(flat), 0, n)
+
+
+def window_sum(maps: Tensor, geometry: StencilGeometry) -> Tensor:
+    """Sum of each pair's window, times p² over the number of its valid terms; differentiable, unlike `box_sum_`.
+
+    Shape:
+        - maps: `[B, M, n]`, zero where the pair is not valid
+        - output: as maps
+    """
+    size = geometry.patch_size
+    rows = maps.unflatten(2, (-1, geometry.pitch))
+    summed = F.avg_pool2d(rows, size, 1, size // 2, divisor_override=1) if maps.numel() else rows
+    return summed.flatten(2) * geometry.scale
 
 
 @lru_cache(maxsize=4)
 def stencil_geometry(
-    height: int, width: int, patch_size: int, max_radius: float, device: torch.device, dtype: torch.dtype
+    height: int, width: int, patch_size: int, radius: float, device: torch.device, dtype: torch.dtype
 ) -> StencilGeometry:
-    """Geometry of images of a size.
+    """Geometry of images of a size, whose pixels at most `radius` apart are joined.
 
     Its maps take 12 M bytes for each pixel in float32, which is why few are kept: training and validation have one or
     two sizes, and a folder of photographs of many sizes must not fill the memory.
     """
-    offsets = tuple((a, b) for a, b in half_offsets(max_radius) if a < height and abs(b) < width)
-    padding = max(int(max_radius), patch_size // 2)
+    offsets = tuple((a, b) for a, b in half_offsets(radius) if a < height and abs(b) < width)
+    padding = max(int(radius), patch_size // 2)
     return StencilGeometry(height, width, patch_size, offsets, padding, device, dtype)

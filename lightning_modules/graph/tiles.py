@@ -1,15 +1,14 @@
 """Images of any size in bounded memory: tiles that overlap far enough to leave no seam."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 
 def in_tiles(
-    operator: Callable[[Tensor, Tensor], Tensor],
-    images: Tensor,
-    guide: Tensor,
+    operator: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
     tile_size: int,
     halo: int,
     patch_size: int = 1,
@@ -17,31 +16,30 @@ def in_tiles(
 ) -> Tensor:
     """Apply an operator tile by tile, each with a halo of its surroundings that is computed and thrown away.
 
-    The result equals `operator(images, guide)` if no output pixel depends on a pixel more than `halo` away, and the
+    The result equals `operator(*inputs)` if no output pixel depends on a pixel more than `halo` away, and the
     operator treats a border of the image as a border of its input. Gradients flow as they do without tiles.
 
     Args:
-        operator: Maps images and guide to images.
-        images: Images.
-        guide: What goes along with them, pixel by pixel.
+        operator: Maps the inputs to images.
+        inputs: Images, and what goes along with them pixel by pixel: a guide, maps.
         tile_size: Side of the tiles without their halo.
         halo: Pixels around a tile.
         patch_size: Side of the patches that the operator takes from its input.
         stride: Distance of the patches; a tile begins and ends where a patch does.
 
     Shape:
-        - images: `[B, C, H, W]`; guide: `[B, F, H, W]`
-        - output: `[B, C, H, W]`
+        - inputs: `[B, C, H, W]`, C that of each
+        - output: as the first of the inputs
     """
-    height, width = images.shape[-2:]
+    height, width = inputs[0].shape[-2:]
     spans = [_spans(length, tile_size, halo, patch_size, stride) for length in (height, width)]
     if all(len(axis) == 1 for axis in spans):
-        return operator(images, guide)
-    output = torch.empty_like(images)
+        return operator(*inputs)
+    output = torch.empty_like(inputs[0])
     for row, row_around in spans[0]:
         for column, column_around in spans[1]:
             part = (..., row_around, column_around)
-            whole = operator(images[part].contiguous(), guide[part].contiguous())
+            whole = operator(*(tensor[part].contiguous() for tensor in inputs))
             inner = (..., _within(row, row_around), _within(column, column_around))
             output[..., row, column] = whole[inner]
     return output

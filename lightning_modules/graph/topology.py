@@ -11,13 +11,13 @@ def radius_graph(positions: Tensor, radius: float, batch: Tensor | None = None) 
     """Edges between all pairs of distinct nodes of a graph at most `radius` apart.
 
     The result is exact, without the limit on neighbours (32 by default) at which `torch_geometric.nn.radius_graph`
-    truncates without a word. That function serves where its back end `pyg-lib`, which is not on PyPI, is installed,
-    with the limit lifted; elsewhere a k-d tree does. Both give the same edges in the same order.
+    truncates without a word. That function is used where its back end `pyg-lib`, which is not on PyPI, is installed,
+    with the limit lifted; elsewhere a k-d tree is. Both give the same edges in the same order.
 
     Args:
         positions: Node positions.
         radius: Largest distance of joined nodes, in the unit of `positions`; positive.
-        batch: Graph of each node, ascending; None where there is one graph.
+        batch: Graph of each node, in any order; None where there is one graph.
 
     Shape:
         - positions: `[N, D]`
@@ -29,9 +29,11 @@ def radius_graph(positions: Tensor, radius: float, batch: Tensor | None = None) 
     """
     if not radius > 0:
         raise ValueError(f"radius must be positive, got {radius}: a graph of radius 0 has no edge")
-    if _has_pyg_lib():
-        return _pyg_radius_graph(positions, radius, batch)
-    return _tree_radius_graph(positions, radius, batch)
+    build = _pyg_radius_graph if _has_pyg_lib() else _tree_radius_graph
+    if batch is None or bool((batch.diff() >= 0).all()):
+        return build(positions, radius, batch)
+    order = batch.argsort(stable=True)
+    return _sorted_by_target(order[build(positions[order], radius, batch[order])], len(positions))
 
 
 def _has_pyg_lib() -> bool:

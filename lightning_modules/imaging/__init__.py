@@ -1,5 +1,13 @@
-"""Image files in and out, crops, and counter-based random numbers: free of Lightning and PyG."""
+"""Image files in and out, batches of images, crops, and random numbers by counter: free of Lightning and PyG."""
 
+from lightning_modules.imaging.batch import (
+    SPLIT_STREAMS,
+    ImageBatch,
+    as_batch,
+    check_batch,
+    check_noise_std,
+    key_stream,
+)
 from lightning_modules.imaging.counters import draw, mix, permutation, seeded_normal, seeded_uniform, stream
 from lightning_modules.imaging.crops import corner, cut_crop, fixed_crops, fixed_places, mirror
 from lightning_modules.imaging.decoding import (
@@ -23,7 +31,12 @@ from lightning_modules.imaging.encoding import (
 from lightning_modules.imaging.picture import Picture, color_channels, from_array
 
 __all__ = [
+    "SPLIT_STREAMS",
+    "ImageBatch",
     "Picture",
+    "as_batch",
+    "check_batch",
+    "check_noise_std",
     "color_channels",
     "corner",
     "cut_crop",
@@ -34,6 +47,7 @@ __all__ = [
     "fixed_crops",
     "fixed_places",
     "from_array",
+    "key_stream",
     "kind_of",
     "mirror",
     "mix",

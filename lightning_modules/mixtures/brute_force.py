@@ -11,9 +11,10 @@ MAX_POINTS = 12
 
 
 def all_clusterings(num_points: int, num_components: int) -> Tensor:
-    """Every way to put ``num_points`` points into at most ``num_components`` clusters, up to renaming them.
+    """Every way to put `num_points` points into at most `num_components` clusters, up to renaming them.
 
-    Shape: result ``[M, N]``, rows in which a new label is always the smallest unused one.
+    Shape:
+        - output: `[M, N]`, in each line of which a new label is always the smallest unused one
     """
     _check(num_points)
     labels = torch.zeros(1, 1, dtype=torch.int8)
@@ -21,8 +22,8 @@ def all_clusterings(num_points: int, num_components: int) -> Tensor:
         ceiling = (labels.amax(dim=1) + 1).clamp(max=num_components - 1)
         parts = []
         for label in range(int(ceiling.max()) + 1):
-            rows = labels[ceiling >= label]
-            parts.append(torch.cat([rows, rows.new_full((len(rows), 1), label)], dim=1))
+            grown = labels[ceiling >= label]
+            parts.append(torch.cat([grown, grown.new_full((len(grown), 1), label)], dim=1))
         labels = torch.cat(parts)
     return labels
 
@@ -30,7 +31,9 @@ def all_clusterings(num_points: int, num_components: int) -> Tensor:
 def best_clustering(x: Tensor, num_components: int) -> tuple[Tensor, float]:
     """The clustering with the smallest sum of squared distances to its means, over all there are, and that sum.
 
-    Shape: ``x`` ``[N, D]`` with N at most 12; result ``[N]`` and a number.
+    Shape:
+        - x: `[N, D]` with N at most 12
+        - output: `[N]`, and a number
 
     Example:
         >>> best_clustering(torch.tensor([[0.0], [1.0], [9.0]]), 2)
@@ -49,15 +52,16 @@ def best_clustering(x: Tensor, num_components: int) -> tuple[Tensor, float]:
 
 
 def enumerated_log_likelihood(theta: MixtureParameters, x: Tensor) -> float:
-    r""":math:`\log \sum_z p(x, z; \theta)` over all :math:`K^N` assignments ``z`` of the points, one by one.
+    r""":math:`\log \sum_z p(x, z; \theta)` over all :math:`K^N` assignments `z` of the points, one by one.
 
-    Shape: ``x`` ``[N, D]`` with N at most 12.
+    Shape:
+        - x: `[N, D]` with N at most 12
     """
     _check(x.shape[0])
     joint = log_joint(theta, x)
     total = joint[0]
-    for row in joint[1:]:
-        total = (total[:, None] + row[None]).reshape(-1)
+    for point in joint[1:]:
+        total = (total[:, None] + point[None]).reshape(-1)
     return float(torch.logsumexp(total, dim=0))
 
 

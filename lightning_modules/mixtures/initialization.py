@@ -1,6 +1,4 @@
-"""Where clustering begins: k-means++, k-means‖ and random rows, and a sample of a stream that no order or process
-changes.
-"""
+"""Where clustering begins: k-means++, k-means‖ and random samples, and a reservoir that no order or process changes."""
 
 from __future__ import annotations
 
@@ -12,15 +10,15 @@ import torch
 from torch import Tensor
 
 from lightning_modules.mixtures.collectives import Collectives
-from lightning_modules.mixtures.kmeans.em import assign
+from lightning_modules.mixtures.lloyd import assign
 
 Initialization = Literal["k-means++", "k-means||", "random"]
-# Rows, mask of the rows that count, indices of the rows: the last two where they are known.
-Rows = tuple[Tensor, Tensor | None, Tensor | None]
-Stream = Callable[[], Iterable[Rows]]
+# Samples, mask of those that count, indices of the samples: the last two where they are known.
+Samples = tuple[Tensor, Tensor | None, Tensor | None]
+Stream = Callable[[], Iterable[Samples]]
 
-# Rows that k-means‖ adds in one pass, for each component, and the passes it takes (Bahmani et al. 2012: l = 2k, about
-# 5 rounds).
+# Samples that k-means‖ adds in one pass, for each component, and the passes it takes (Bahmani et al. 2012: l = 2k,
+# about 5 rounds).
 OVERSAMPLING = 2
 ROUNDS = 4
 
@@ -28,16 +26,19 @@ ROUNDS = 4
 def kmeans_plus_plus(
     z: Tensor, num_components: int, generator: torch.Generator, weights: Tensor | None = None
 ) -> Tensor:
-    r"""Greedy k-means++ (Arthur and Vassilvitskii 2007): rows drawn with probability
+    r"""Greedy k-means++ (Arthur and Vassilvitskii 2007): samples drawn with probability
     :math:`\propto w_n \min_k \|z_n - c_k\|^2`, the best of :math:`2 + \log K` draws each time.
 
     Args:
-        z: rows to choose from.
-        num_components: how many to choose.
-        generator: source of the draws.
-        weights: multiplicity of the rows.
+        z: Samples to choose from.
+        num_components: How many to choose.
+        generator: Source of the draws.
+        weights: Multiplicity of the samples.
 
-    Shape: ``z`` ``[N, D]``, ``weights`` ``[N]``; result ``[K, D]``.
+    Shape:
+        - z: `[N, D]`
+        - weights: `[N]`
+        - output: `[K, D]`
     """
     weights = z.new_ones(z.shape[0]) if weights is None else weights.to(z)
     trials = 2 + int(math.log(num_components))
@@ -62,7 +63,7 @@ def kmeans_plus_plus(
 
 
 def _draw(mass: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """``count`` indices with probability proportional to ``mass``; uniform where there is no mass left."""
+    """`count` indices with probability proportional to `mass`; uniform where there is no mass left."""
     total = mass.double().cumsum(dim=0)
     uniform = torch.rand(count, generator=generator, dtype=torch.float64).to(total.device)
     if not bool(total[-1] > 0):
@@ -70,22 +71,26 @@ def _draw(mass: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return torch.searchsorted(total, uniform * total[-1], right=True).clamp_(max=len(mass) - 1)
 
 
-def random_rows(z: Tensor, num_components: int, generator: torch.Generator) -> Tensor:
-    """Distinct rows, drawn uniformly.
+def random_samples(z: Tensor, num_components: int, generator: torch.Generator) -> Tensor:
+    """Distinct samples, drawn uniformly.
 
-    Shape: ``z`` ``[N, D]``; result ``[K, D]``.
+    Shape:
+        - z: `[N, D]`
+        - output: `[K, D]`
     """
     return z[torch.randperm(z.shape[0], generator=generator)[:num_components].to(z.device)].clone()
 
 
-def row_keys(z: Tensor, seed: int, index: Tensor | None = None) -> Tensor:
-    """A uniform number in (0, 1) for each row, a function of the row (its ``index`` where known, else its values) and
-    the seed alone.
+def sample_keys(z: Tensor, seed: int, index: Tensor | None = None) -> Tensor:
+    """A uniform number in (0, 1) for each sample, a function of its `index` (its values where unknown) and the seed.
 
-    So the rows with the smallest keys are a random sample that is the same in every order and on any number of
+    So the samples with the smallest keys are a random choice that is the same in every order and on any number of
     processes.
 
-    Shape: ``z`` ``[N, D]``, ``index`` ``[N]``; result ``[N]`` float64.
+    Shape:
+        - z: `[N, D]`
+        - index: `[N]`
+        - output: float64 `[N]`
     """
     if index is None:
         bits = z.double().contiguous().view(torch.int64)
@@ -105,36 +110,45 @@ def _mix(value: Tensor) -> Tensor:
     return value ^ ((value >> 31) & (2**33 - 1))
 
 
-class StreamSample:
-    """The ``size`` rows of a stream with the smallest keys."""
+class Reservoir:
+    """The `size` samples of a stream with the smallest keys."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._rows: list[Tensor] = []
+        self._samples: list[Tensor] = []
         self._keys: list[Tensor] = []
         self._held = 0
         self._threshold = math.inf
 
-    def add(self, rows: Tensor, keys: Tensor) -> None:
-        """Offer ``rows`` ``[N, D]`` with ``keys`` ``[N]``; keys that are not finite never enter."""
+    def add(self, samples: Tensor, keys: Tensor) -> None:
+        """Offer samples; those whose keys are not finite never enter.
+
+        Shape:
+            - samples: `[N, D]`
+            - keys: `[N]`
+        """
         keep = keys < self._threshold
-        self._rows.append(rows[keep])
+        self._samples.append(samples[keep])
         self._keys.append(keys[keep])
         self._held += int(keep.sum())
         if self._held > 2 * self.size:
             self._compact()
 
     def _compact(self) -> None:
-        rows, keys = torch.cat(self._rows), torch.cat(self._keys)
+        samples, keys = torch.cat(self._samples), torch.cat(self._keys)
         order = keys.argsort(stable=True)[: self.size]
-        self._rows, self._keys, self._held = [rows[order]], [keys[order]], len(order)
+        self._samples, self._keys, self._held = [samples[order]], [keys[order]], len(order)
         if len(order) == self.size:
             self._threshold = float(keys[order[-1]])
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """Rows ``[M, D]`` and keys ``[M]``, smallest key first."""
+        """Samples and keys, smallest key first.
+
+        Shape:
+            - output: `[M, D]` and `[M]`
+        """
         self._compact()
-        return self._rows[0], self._keys[0]
+        return self._samples[0], self._keys[0]
 
 
 def scalable_candidates(
@@ -145,44 +159,46 @@ def scalable_candidates(
     seed: int,
     collectives: Collectives,
 ) -> tuple[Tensor, Tensor]:
-    r"""K-means‖ (Bahmani et al. 2012): in each pass every start draws :math:`2K` rows with weight their squared
+    r"""K-means‖ (Bahmani et al. 2012): in each pass every restart draws :math:`2K` samples with weight their squared
     distance; after `ROUNDS` passes one more counts what the candidates stand for.
 
-    Weighted draws without replacement are the rows with the smallest :math:`-\log u_n / d_n^2` (Efraimidis and
+    Weighted draws without replacement are the samples with the smallest :math:`-\log u_n / d_n^2` (Efraimidis and
     Spirakis), so a pass needs no total cost, and the draws do not depend on order or processes.
 
     Args:
-        sample: rows to draw the first candidate of each start from.
-        stream: gives the rows, in the frame of the sample, once more at each call.
-        num_components: how many centres the candidates are for.
-        generators: source of the first draw of each of the S starts.
-        seed: of the draws from the stream.
-        collectives: how the processes talk.
+        sample: Samples to draw the first candidate of each restart from.
+        stream: Gives the samples, standardized like those, once more at each call.
+        num_components: How many centers the candidates are for.
+        generators: Source of the first draw of each of the S restarts.
+        seed: Seed of the draws from the stream.
+        collectives: How the processes talk.
 
-    Shape: ``sample`` ``[N, D]``; result ``[S, C, D]`` and the rows that each candidate stands for, ``[S, C]``.
+    Shape:
+        - sample: `[N, D]`
+        - output: `[S, C, D]`, and how many samples each candidate stands for, `[S, C]`
     """
-    candidates = torch.stack([random_rows(sample, 1, generator) for generator in generators])
-    size = min(OVERSAMPLING * num_components, sample.shape[0])  # no more candidates than rows
+    candidates = torch.stack([random_samples(sample, 1, generator) for generator in generators])
+    size = min(OVERSAMPLING * num_components, sample.shape[0])  # no more candidates than samples
     for turn in range(ROUNDS):
-        drawn = [StreamSample(size) for _ in generators]
+        drawn = [Reservoir(size) for _ in generators]
         for z, mask, index in stream():
             _, squares = assign(candidates, z)
-            for start, target in enumerate(drawn):
-                uniform = row_keys(z, seed + 7919 * (turn + 1) + 104_729 * start, index)
-                keys = torch.where(squares[start] > 0, -uniform.log() / squares[start], torch.inf)
+            for restart, target in enumerate(drawn):
+                uniform = sample_keys(z, seed + 7919 * (turn + 1) + 104_729 * restart, index)
+                keys = torch.where(squares[restart] > 0, -uniform.log() / squares[restart], torch.inf)
                 target.add(z, keys if mask is None else torch.where(mask, keys, torch.inf))
         parts = []
-        for start, target in enumerate(drawn):
-            rows, keys = (collectives.gather_rows(part) for part in target.result())
-            chosen = rows[keys.argsort(stable=True)[:size]]
+        for restart, target in enumerate(drawn):
+            drawn_samples, keys = (collectives.gather_samples(part) for part in target.result())
+            chosen = drawn_samples[keys.argsort(stable=True)[:size]]
             # fewer than asked for: the rest repeats the first candidate, and weighs nothing below
-            fill = candidates[start, :1].expand(size - chosen.shape[0], -1)
-            parts.append(torch.cat([candidates[start], chosen, fill]))
+            fill = candidates[restart, :1].expand(size - chosen.shape[0], -1)
+            parts.append(torch.cat([candidates[restart], chosen, fill]))
         candidates = torch.stack(parts)
     weights = candidates.new_zeros(candidates.shape[:2])
     for z, mask, _ in stream():
         labels, _ = assign(candidates, z)
-        for start in range(len(generators)):
-            chosen = labels[start] if mask is None else labels[start][mask]
-            weights[start] += torch.bincount(chosen, minlength=weights.shape[1])
+        for restart in range(len(generators)):
+            chosen = labels[restart] if mask is None else labels[restart][mask]
+            weights[restart] += torch.bincount(chosen, minlength=weights.shape[1])
     return candidates, collectives.reduce(weights.flatten()).view_as(weights)

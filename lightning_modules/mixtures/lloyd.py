@@ -1,4 +1,4 @@
-"""Lloyd's algorithm on rows in memory: exact, and compared again only where a label may change."""
+"""Nearest centers, and Lloyd's algorithm in memory: exact, and compared again only where a label may change."""
 
 from __future__ import annotations
 
@@ -8,17 +8,50 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_modules.mixtures.gaussian.density import chunk_rows
-from lightning_modules.mixtures.kmeans.em import assign
+from lightning_modules.mixtures.chunks import chunk_size
 
 # Each of the few dozen small calls on a chunk costs some microseconds: chunks are longer than a cache would like.
 CHUNKS_AT_ONCE = 8
 
 
+def assign(centers: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Nearest center of each sample, :math:`\arg\min_k \|z_n - c_k\|^2`, and that squared distance.
+
+    Shape:
+        - centers: `[S, K, D]`
+        - z: `[N, D]`
+        - output: `[S, N]` twice
+    """
+    restarts, num_components, _ = centers.shape
+    labels = torch.empty(restarts, z.shape[0], dtype=torch.long, device=z.device)
+    squares = z.new_empty(restarts, z.shape[0])
+    step = chunk_size(restarts * num_components + z.shape[1], z.device)
+    for first in range(0, z.shape[0], step):
+        chunk = z[first : first + step]
+        label = _scores(centers, chunk).min(dim=1).indices
+        labels[:, first : first + step] = label
+        for restart in range(restarts):
+            squares[restart, first : first + step] = (chunk - centers[restart, label[restart]]).square_().sum(dim=1)
+    return labels, squares
+
+
+def _scores(centers: Tensor, z: Tensor) -> Tensor:
+    """Squared distances `[S, K, N]` up to a term of the sample only."""
+    flat = centers.flatten(0, 1)
+    scores = torch.addmm(flat.square().sum(dim=1, keepdim=True), flat, z.T, alpha=-2.0)
+    return scores.view(centers.shape[0], centers.shape[1], -1)
+
+
 @dataclass
 class LloydResult:
-    """Centres ``[K, D]``, labels ``[N]``, the sum of squared distances, passes used, and whether the labels (or,
-    within `tol`, the centres) came to rest.
+    """What Lloyd's algorithm came to.
+
+    Attributes:
+        centers: `[K, D]`.
+        labels: `[N]`.
+        inertia: Sum of squared distances.
+        n_iter: Iterations taken.
+        converged: Whether the labels (or, within `tol`, the centers) no longer changed.
     """
 
     centers: Tensor
@@ -29,19 +62,21 @@ class LloydResult:
 
 
 def lloyd(z: Tensor, centers: Tensor, max_iter: int = 300, tol: float = 0.0) -> LloydResult:
-    r"""Lloyd's algorithm, with the idea of Hamerly ("Making k-means even faster", SDM 2010): rows that cannot change
-    their centre are not compared.
+    r"""Lloyd's algorithm, with the idea of Hamerly ("Making k-means even faster", SDM 2010): samples that cannot
+    change their center are not compared.
 
-    Each row keeps a lower bound on how much farther any other centre is than its own; sums change only by the rows
-    that moved. The result is that of the plain algorithm.
+    Each sample keeps a lower bound on how much farther any other center is than its own; sums change only by the
+    samples that moved. The result is that of the plain algorithm.
 
     Args:
-        z: rows.
-        centers: where to start.
-        max_iter: iterations at most.
-        tol: stop when the centres' squared movement, summed, is at most this.
+        z: Samples.
+        centers: Where to start.
+        max_iter: Iterations at most.
+        tol: Stop when the centers' squared movement, summed, is at most this.
 
-    Shape: ``z`` ``[N, D]``, ``centers`` ``[K, D]``.
+    Shape:
+        - z: `[N, D]`
+        - centers: `[K, D]`
     """
     unit = _unit(z)
     z, tol = z / unit if unit != 1 else z, tol / unit**2
@@ -58,7 +93,7 @@ def lloyd(z: Tensor, centers: Tensor, max_iter: int = 300, tol: float = 0.0) -> 
 
 
 def _unit(z: Tensor) -> float:
-    """A power of two, by which division is exact, that brings rows far from 1 within float32's reach; 1 for others."""
+    """A power of two (division by it is exact) that brings samples far from 1 within float32's reach; 1 for others."""
     largest = max(-float(z.min()), float(z.max())) if z.numel() else 1.0  # |z| would be a copy of all the data
     if largest == 0 or 1e-3 < largest < 1e3:
         return 1.0
@@ -66,17 +101,17 @@ def _unit(z: Tensor) -> float:
 
 
 class _NearestCenters:
-    """Rows, centres, the nearest centre of each row, and by how much it is the nearest.
+    """Samples, centers, the nearest center of each sample, and by how much it is the nearest.
 
-    Rows are compared in float32, which for float64 is twice as fast, with a bound on the error: where the two nearest
-    centres are closer than that, the row is compared again in its own precision. So the labels are those of the plain
-    algorithm.
+    Samples are compared in float32, which for float64 is twice as fast, with a bound on the error: where the two
+    nearest centers are closer than that, the sample is compared again in its own precision. So the labels are those of
+    the plain algorithm.
     """
 
     def __init__(self, z: Tensor, centers: Tensor) -> None:
         self.z, self.centers = z, centers.clone()
         self.num_components = centers.shape[0]
-        # the column of ones takes the centres' squared norms into the product
+        # the column of ones takes the centers' squared norms into the product
         self.screen = torch.cat([z.float(), z.new_ones(z.shape[0], 1, dtype=torch.float32)], dim=1)
         self.norms = torch.linalg.vector_norm(z, dim=1).square_()
         largest = float(self.norms.amax()) if z.numel() else 0.0
@@ -87,30 +122,32 @@ class _NearestCenters:
         self.sums = torch.zeros(self.num_components, z.shape[1], dtype=torch.float64, device=z.device)
         self._add(z, self.labels)
 
-    def _add(self, rows: Tensor, labels: Tensor, old: Tensor | None = None) -> None:
-        """Add rows to the sums of their centres, and take them from their old ones'."""
-        step = chunk_rows(self.num_components + rows.shape[1], rows.device)
-        for first in range(0, rows.shape[0], step):
+    def _add(self, samples: Tensor, labels: Tensor, old: Tensor | None = None) -> None:
+        """Add samples to the sums of their centers, and take them from their old ones'."""
+        step = chunk_size(self.num_components + samples.shape[1], samples.device)
+        for first in range(0, samples.shape[0], step):
             part = slice(first, first + step)
-            share = (labels[part] == self.names).to(rows.dtype)
+            share = (labels[part] == self.names).to(samples.dtype)
             if old is not None:
-                share -= (old[part] == self.names).to(rows.dtype)
-            self.sums += (share @ rows[part]).double()
+                share -= (old[part] == self.names).to(samples.dtype)
+            self.sums += (share @ samples[part]).double()
 
     def _nearest(self, index: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Label, and a lower bound on the distance to the second nearest centre less that to the nearest.
+        """Label, and a lower bound on the distance to the second nearest center less that to the nearest.
 
-        Shape: ``index`` of the rows ``[M]``, all where ``None``; result twice ``[M]``.
+        Shape:
+            - index: `[M]`, all samples where None
+            - output: `[M]` twice
         """
         count = self.z.shape[0] if index is None else index.shape[0]
         labels = torch.empty(count, dtype=torch.long, device=self.z.device)
         gap = self.z.new_empty(count)
         squares = self.centers.square().sum(dim=1, keepdim=True)
         centers = torch.cat([-2 * self.centers, squares], dim=1).float()
-        # rounding of the products, of their sum and of the rows themselves, and the bits that carry the label
+        # rounding of the products, of their sum and of the samples themselves, and the bits that carry the label
         bits = (self.num_components - 1).bit_length()
         error = (2 * (self.z.shape[1] + 8) + 2**bits) * torch.finfo(torch.float32).eps
-        step = CHUNKS_AT_ONCE * chunk_rows(2 * self.num_components + self.z.shape[1], self.z.device)
+        step = CHUNKS_AT_ONCE * chunk_size(2 * self.num_components + self.z.shape[1], self.z.device)
         for first in range(0, count, step):
             part = slice(first, first + step)
             if index is None:
@@ -122,15 +159,15 @@ class _NearestCenters:
             # the label rides in the last bits: a reduction that returns indices takes one number at a time
             scores.view(torch.int32).bitwise_and_(-(2**bits)).bitwise_or_(self.names)
             nearest = scores.amin(dim=0)
-            # a centre out of float32's reach scores NaN, whose bits are no label: such rows are compared again below
+            # a center out of float32's reach scores NaN, whose bits are no label: its samples are compared again below
             label = nearest.view(torch.int32).bitwise_and(2**bits - 1).long().clamp_(max=self.num_components - 1)
             second = scores.scatter_(0, label[None], torch.inf).amin(dim=0).to(self.z)
             nearest = nearest.to(self.z)
             margin = norms.add(squares.amax()).mul_(error)
             close = (~(second - nearest > 2 * margin)).nonzero()[:, 0]
             if len(close):
-                rows = self.z.index_select(0, close + first if index is None else index[part][close])
-                exact = torch.addmm(squares, self.centers, rows.T, alpha=-2.0)
+                samples = self.z.index_select(0, close + first if index is None else index[part][close])
+                exact = torch.addmm(squares, self.centers, samples.T, alpha=-2.0)
                 nearest[close], label[close] = exact.min(dim=0)
                 second[close] = exact.scatter_(0, label[close][None], torch.inf).amin(dim=0)
             labels[part] = label
@@ -139,12 +176,12 @@ class _NearestCenters:
         return labels, gap
 
     def assign(self) -> int:
-        """Reassign the rows whose bound allows a change; how many changed."""
+        """Reassign the samples whose bound allows a change; how many changed."""
         index = (self.gap <= self.slack).nonzero()[:, 0]
         if not len(index):
             return 0
         if 2 * len(index) > len(self.z):
-            # to copy most of the rows costs more than to compare them all
+            # to copy most of the samples costs more than to compare them all
             old = self.labels
             self.labels, self.gap = self._nearest(None)
             index = (self.labels != old).nonzero()[:, 0]
@@ -162,7 +199,7 @@ class _NearestCenters:
         return len(index)
 
     def move(self) -> Tensor:
-        """Centres to the means of their rows; how far each moved."""
+        """Centers to the means of their samples; how far each moved, `[K]`."""
         empty = self.weight == 0
         target = (self.sums / self.weight.clamp(min=1.0)[:, None]).to(self.z.dtype)
         target[empty] = self.centers[empty]
@@ -170,7 +207,7 @@ class _NearestCenters:
             self._restart_empty(target, empty)
         distance = (target - self.centers).square().sum(dim=1).sqrt()
         self.centers = target
-        # a row's own centre may have moved away, and the fastest of the others towards it
+        # a sample's own center may have moved away, and the fastest of the others towards it
         fastest = distance.topk(min(2, self.num_components))
         others = torch.full_like(distance, float(fastest.values[0]))
         others[fastest.indices[0]] = fastest.values[-1]

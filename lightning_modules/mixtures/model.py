@@ -1,42 +1,49 @@
-"""What K-means and Gaussian mixtures share: starts side by side, initialisation from a stream, passes, convergence."""
+"""Streaming clustering: restarts side by side, ranks, convergence, resumption; a family adds its mathematics."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from itertools import chain
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.mixtures.collectives import Collectives
+from lightning_modules.mixtures.chunks import chunk_size
+from lightning_modules.mixtures.collectives import EMPTY_COUNT, Collectives, SufficientStatistics
 from lightning_modules.mixtures.initialization import (
     ROUNDS,
     Initialization,
-    Rows,
+    Reservoir,
+    Samples,
     Stream,
-    StreamSample,
     kmeans_plus_plus,
-    random_rows,
-    row_keys,
+    random_samples,
+    sample_keys,
     scalable_candidates,
 )
-from lightning_modules.mixtures.standardizer import ReferenceFrame, Scaling, StreamMoments
+from lightning_modules.mixtures.lloyd import assign, lloyd
+from lightning_modules.mixtures.standardizer import Scaling, Standardizer, StreamMoments
 
 Algorithm = Literal["exact", "stepwise"]
+# The parameters of a family: a dataclass whose tensors are named like the buffers that hold them.
+P = TypeVar("P")
 
-# Numbers that the sample for the initialisation may hold, where `init_size` is not given: 32 MiB of float64.
-SAMPLE_NUMBERS = 2**22
-# Relative difference below which the objectives of two starts are the same.
+# Numbers that the reservoir for the initialisation may hold, where `init_size` is not given: 32 MiB of float64.
+RESERVOIR_NUMBERS = 2**22
+# Relative difference below which the objectives of two restarts are the same.
 TIE = 1e-9
-# Rows that become float64 at a time.
-BLOCK_ROWS = 2**15
+# Samples that become float64 at a time.
+BLOCK_SAMPLES = 2**15
+# Lloyd iterations on the reservoir before a mixture starts.
+LLOYD_ITERATIONS = 20
 
 
 @dataclass
-class PassReport:
-    """What one pass over the data came to; numbers are those of the best start."""
+class EpochResult:
+    """What one epoch came to; numbers are those of the best restart."""
 
     iteration: int
     objective: float
@@ -47,46 +54,55 @@ class PassReport:
     empty: list[int] = field(default_factory=list)
 
 
-class ClusteringModel(nn.Module):
-    """Base of :class:`GaussianMixtureModel` and :class:`KMeansModel`.
+class ClusteringModel(nn.Module, Generic[P]):
+    """Base of `MixtureModel` and `KMeansModel`: all of streaming EM but the mathematics.
 
-    Everything learned is a float64 buffer, written in place and alike on every process; the sums of a pass are plain
-    tensors. The leading dimension S of the learned buffers is ``n_init``: the starts run side by side, one pass serves
-    all.
+    Everything learned is a float64 buffer, written in place and alike on every process; the sums of an epoch are plain
+    tensors. The leading dimension S of the learned buffers is `n_init`: the restarts run side by side, one epoch serves
+    all. The samples that a family sees are standardized.
+
+    A family names its parameters (`make_parameters`, `parameter_shapes`), starts them at given centers (`start`),
+    writes the E-step and the M-step (`e_step`, `m_step`), its objective (`objective_of`), the stepwise M-step
+    (`stepwise_m_step`), and what its parameters are in units of the data (`inverse_transform`). `parameter_shapes` is
+    called by this class's `__init__`: what it needs is set before.
 
     Args:
-        num_components: clusters or mixture components.
-        num_features: width of the data; known after the first batch where not given.
-        init: how the centres are chosen.
-        n_init: starts, of which the best is reported.
-        init_size: rows sampled from the stream for the initialisation; chosen by memory where not given.
-        tol: change at which the run has converged.
-        max_iter: passes at most.
-        algorithm: ``exact`` updates once a pass, ``stepwise`` once an optimiser step.
-        standardize: scale each feature to variance 1 inside; undone in what is reported.
-        seed: seed of the draws.
+        num_components: Clusters or mixture components.
+        num_features: Width of the data; found out from the first batch where not given.
+        init: `k-means++` on a random choice of the data, refined there by K-means for a mixture; `k-means||`, on all
+            of the data in six passes; or `random` samples.
+        n_init: Restarts, side by side in the same epochs; the best is kept.
+        init_size: Samples that the choice for the initialisation may hold; by default 32 MiB of them.
+        tol: Change at which a restart has converged.
+        max_iter: Iterations at most.
+        algorithm: `exact` updates once an epoch, `stepwise` once an optimiser step.
+        standardize: Scale each feature to variance 1 inside; reported parameters are in the units of the data.
+        seed: Seed of the restarts.
     """
 
     scaling: Scaling = "feature"
     #: 1 where a larger objective is better, −1 where a smaller one is
     direction: float = 1.0
-    #: data = offset + scale · frame, [D] each
+    #: whether the E-step cuts a block of samples into pieces that fit a cache by itself
+    chunks_itself: bool = False
+    make_parameters: Callable[..., P]
+    #: data = offset + scale · standardized data, [D] each
     offset: Tensor
     scale: Tensor
-    #: objective of each start after its last pass, [S]
+    #: objective of each restart after its last epoch, [S]
     objective: Tensor
-    #: starts that still move, [S]
-    running: Tensor
-    #: passes each start has taken, [S]
+    #: restarts that have not converged, [S]
+    active: Tensor
+    #: epochs each restart has taken, [S]
     iterations: Tensor
-    #: the start that is reported
+    #: the restart that is reported
     best: Tensor
     #: whether the learned buffers hold a start
     initialized: Tensor
     #: passes over the data that the initialisation took
     initialization_passes: Tensor
-    #: rows that one pass counts
-    num_rows: Tensor
+    #: samples that one epoch counts
+    num_samples: Tensor
 
     def __init__(
         self,
@@ -121,12 +137,100 @@ class ClusteringModel(nn.Module):
         self.num_components, self.init, self.n_init, self.init_size = num_components, init, n_init, init_size
         self.tol, self.max_iter, self.algorithm = tol, max_iter, algorithm
         self.standardize, self.seed = standardize, seed
-        self._invalid: Tensor | None = None
-        for name in self._shapes(0):
-            self.register_buffer(name, torch.empty(0, dtype=self._shapes(0)[name][1].dtype))
+        for name, (_, first) in self._buffers_for(0).items():
+            self.register_buffer(name, torch.empty(0, dtype=first.dtype))
         self._allocate(num_features or 0)
 
-    # ------------------------------------------------------------------ state
+    # ------------------------------------------------------- a family's mathematics
+
+    @abstractmethod
+    def parameter_shapes(self, num_features: int) -> dict[str, tuple[int, ...]]:
+        """Name and shape of each learned parameter of one restart, for data of this width."""
+
+    @abstractmethod
+    def start(self, centers: Tensor) -> P:
+        """Parameters at given centers.
+
+        Shape:
+            - centers: `[S, K, D]`
+        """
+
+    def prepare(self, theta: P) -> Any:
+        """What the E-step computes from the parameters once for many batches; themselves by default."""
+        return theta
+
+    @abstractmethod
+    def e_step(self, prepared: Any, z: Tensor, mask: Tensor | None = None) -> SufficientStatistics:
+        """Sufficient statistics of some samples; zeros where there are none.
+
+        Args:
+            prepared: What `prepare` made of the parameters.
+            z: Standardized samples.
+            mask: Samples that count; all where absent.
+
+        Shape:
+            - z: `[N, D]`
+            - mask: `[N]`
+        """
+
+    @abstractmethod
+    def m_step(self, statistics: Any, previous: P | None = None) -> P:
+        """The parameters that maximize the bound.
+
+        Args:
+            statistics: Sums over all samples and all processes.
+            previous: The parameters that they were taken under; None where they were not.
+        """
+
+    @abstractmethod
+    def stepwise_m_step(self, statistics: Any) -> P:
+        """The parameters after one more batch, whose `statistics` were taken under the present ones."""
+
+    @abstractmethod
+    def objective_of(self, statistics: Any) -> Tensor:
+        """The objective of each restart, in units of the data.
+
+        Shape:
+            - output: `[S]`
+        """
+
+    @abstractmethod
+    def inverse_transform(self, theta: P) -> P:
+        """One restart's parameters, as they are in units of the data."""
+
+    def change(self, objective: Tensor) -> Tensor:
+        """What `tol` is compared with, for each restart of the epoch: by default how far its objective moved.
+
+        Shape:
+            - objective: `[S]`
+            - output: `[S]`
+        """
+        return (objective - self.objective[self._selected]).abs().nan_to_num(nan=torch.inf)
+
+    def numbers(self, statistics: Any, theta: P, restart: int) -> dict[str, float]:
+        """Numbers to log for one restart, under the parameters after the M-step."""
+        return {}
+
+    def check_parameters(self, theta: P) -> None:
+        """Raise where parameters are impossible, before they are learned."""
+
+    def known_start(self) -> P | None:
+        """Parameters to start from, where they are known so well that the data need not be looked at."""
+        return None
+
+    def initial_centers(self) -> Tensor | None:
+        """Centers to start from, standardized, where they are known.
+
+        Shape:
+            - output: `[S, K, D]`
+        """
+        return None
+
+    def with_initial(self, theta: P) -> P:
+        """The start, with the parameters that are known in place of those that were found."""
+        return theta
+
+    # ------------------------------------------------------------------------ state
 
     @property
     def num_features(self) -> int:
@@ -134,29 +238,57 @@ class ClusteringModel(nn.Module):
         return self.offset.shape[0]
 
     @property
-    def frame(self) -> ReferenceFrame:
-        """The frame that the learned buffers live in."""
-        return ReferenceFrame(self.offset, self.scale)
+    def standardizer(self) -> Standardizer:
+        """The map from data to standardized data."""
+        return Standardizer(self.offset, self.scale)
 
-    def _shapes(self, num_features: int) -> dict[str, tuple[tuple[int, ...], Tensor]]:
+    def standardized_variance(self, variance: float) -> Tensor:
+        """A variance of each feature of the data (of the standardized data with `standardize`), standardized.
+
+        Shape:
+            - output: `[D]`
+        """
+        result = torch.full_like(self.scale, variance)
+        return result if self.standardize else result / self.scale.square()
+
+    def current_parameters(self, restarts: Tensor | int | slice = slice(None)) -> P:
+        """Parameters of some restarts, or of one, for standardized data.
+
+        Shape:
+            - restarts: a mask `[S]`, where a tensor
+        """
+        return self.make_parameters(**{name: getattr(self, name)[restarts] for name in self.parameter_shapes(0)})
+
+    def best_parameters(self) -> P:
+        """Parameters of the best restart, in units of the data."""
+        self.require_initialized()
+        return self.inverse_transform(self.current_parameters(int(self.best)))
+
+    def _write(self, theta: P, restarts: Tensor | slice = slice(None)) -> None:
+        for name in self.parameter_shapes(0):
+            getattr(self, name)[restarts] = getattr(theta, name)
+
+    def _buffers_for(self, num_features: int) -> dict[str, tuple[tuple[int, ...], Tensor]]:
         """Shape and first value of each buffer."""
-        starts = self.n_init
+        restarts = self.n_init
         number = torch.tensor(0, dtype=torch.long)
+        zero = torch.tensor(0.0, dtype=torch.float64)
+        learned = self.parameter_shapes(num_features).items()
         return {
-            "offset": ((num_features,), torch.tensor(0.0, dtype=torch.float64)),
+            "offset": ((num_features,), zero),
             "scale": ((num_features,), torch.tensor(1.0, dtype=torch.float64)),
-            "objective": ((starts,), torch.tensor(torch.nan, dtype=torch.float64)),
-            "running": ((starts,), torch.tensor(True)),
-            "iterations": ((starts,), number),
+            "objective": ((restarts,), torch.tensor(torch.nan, dtype=torch.float64)),
+            "active": ((restarts,), torch.tensor(True)),
+            "iterations": ((restarts,), number),
             "best": ((), number),
             "initialized": ((), torch.tensor(False)),
             "initialization_passes": ((), number),
-            "num_rows": ((), number),
-        }
+            "num_samples": ((), number),
+        } | {name: ((restarts, *shape), zero) for name, shape in learned}
 
     @torch.no_grad()
     def _allocate(self, num_features: int) -> None:
-        for name, (shape, value) in self._shapes(num_features).items():
+        for name, (shape, value) in self._buffers_for(num_features).items():
             # in place: a DDP wrapper built before the width was known holds these very tensors
             buffer: Tensor = getattr(self, name)
             buffer.resize_(shape).fill_(value.item())
@@ -167,8 +299,13 @@ class ClusteringModel(nn.Module):
             self._allocate(offset.shape[0])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def check_rows(self, x: Tensor) -> Tensor:
-        """``x`` as ``[N, D]`` of the fitted width, or a ``ValueError`` in scikit-learn's words."""
+    def check_samples(self, x: Tensor) -> Tensor:
+        """Samples of the fitted width, or a `ValueError` in scikit-learn's words.
+
+        Shape:
+            - x: `[N, …]`
+            - output: `[N, D]`
+        """
         if x.ndim > 2:
             x = x.flatten(1)
         if x.ndim != 2:
@@ -186,42 +323,44 @@ class ClusteringModel(nn.Module):
             name = type(self).__name__.removesuffix("Model")
             raise RuntimeError(f"This {name} is not fitted yet: fit it, or load a checkpoint, before using it.")
 
-    # --------------------------------------------------------- initialisation
+    # --------------------------------------------------------------- initialisation
 
     @torch.no_grad()
     def initialize(self, stream: Stream, collectives: Collectives | None = None) -> None:
-        """Set frame and starts from passes over ``stream``; how many passes, ``initialization_passes`` says."""
+        """Set standardizer and restarts from passes over the data; `initialization_passes` counts them."""
         collectives = collectives or Collectives()
-        if self._start_without_data():
-            self.initialized.fill_(True)
-            return
-        moments, sample = self._first_pass(stream, collectives)
-        self._set_frame(moments.frame("feature" if self.standardize else self.scaling))
-        sample = self.frame.enter(sample)
-        complete = sample.shape[0] >= int(moments.count)
-        centers = self._given_centers()
-        if centers is None:
-            centers = self._choose_centers(sample, stream, collectives)
-        self._start_from(centers, sample if complete else None, stream, collectives)
-        self.num_rows.fill_(int(moments.count))
+        theta = self.known_start()
+        if theta is None:
+            moments, chosen = self._first_pass(stream, collectives)
+            self._set_standardizer(moments.standardizer("feature" if self.standardize else self.scaling))
+            chosen = self.standardizer.transform(chosen)
+            centers = self.initial_centers()
+            if centers is None:
+                centers = self._choose_centers(chosen, stream, collectives)
+            complete = chosen.shape[0] >= int(moments.count)
+            theta = self._start(centers, chosen if complete else None, stream, collectives)
+            self.num_samples.fill_(int(moments.count))
+        theta = self.with_initial(theta)
+        self._write(theta)
+        self.check_parameters(theta)
         self.initialized.fill_(True)
 
     def _first_pass(self, stream: Stream, collectives: Collectives) -> tuple[StreamMoments, Tensor]:
-        """Moments of all rows, and a random sample of them that no order or number of processes changes."""
+        """Moments of all samples, and a random choice of them that no order or number of processes changes."""
         moments: StreamMoments | None = None
-        collected: StreamSample | None = None
+        reservoir: Reservoir | None = None
         for x, mask, index in stream():
-            rows = self.check_rows(x)
+            samples = self.check_samples(x)
             if moments is None:
                 if not self.num_features:
-                    self._allocate(rows.shape[1])
-                moments = StreamMoments.zeros(rows.shape[1], rows.device)
-                collected = StreamSample(self._sample_size())
-            assert collected is not None
-            moments = moments + StreamMoments.of(rows, mask)
-            keys = row_keys(rows, self.seed, index)
-            collected.add(rows, keys if mask is None else torch.where(mask, keys, torch.inf))
-        if moments is None or collected is None:
+                    self._allocate(samples.shape[1])
+                moments = StreamMoments.zeros(samples.shape[1], samples.device)
+                reservoir = Reservoir(self._reservoir_size())
+            assert reservoir is not None
+            moments = moments + StreamMoments.of(samples, mask)
+            keys = sample_keys(samples, self.seed, index)
+            reservoir.add(samples, keys if mask is None else torch.where(mask, keys, torch.inf))
+        if moments is None or reservoir is None:
             raise ValueError(
                 f"Found array with 0 sample(s) while a minimum of {self.num_components} is required: the data is empty."
             )
@@ -229,140 +368,305 @@ class ClusteringModel(nn.Module):
         total = sum(parts[1:], parts[0])
         self.initialization_passes += 1
         self._check_count(int(total.count), int(total.invalid))
-        rows, keys = collected.result()
-        rows, keys = collectives.gather_rows(rows), collectives.gather_rows(keys)
-        order = keys.argsort(stable=True)[: self._sample_size()]
-        return total, rows[order]
+        samples, keys = (collectives.gather_samples(part) for part in reservoir.result())
+        return total, samples[keys.argsort(stable=True)[: self._reservoir_size()]]
 
-    def _sample_size(self) -> int:
-        return self.init_size or max(SAMPLE_NUMBERS // max(self.num_features, 1), 3 * self.num_components)
+    def _reservoir_size(self) -> int:
+        return self.init_size or max(RESERVOIR_NUMBERS // max(self.num_features, 1), 3 * self.num_components)
 
     def _check_count(self, count: int, invalid: int) -> None:
         if invalid:
             raise ValueError(
-                f"Input X contains NaN or infinity in {invalid} row(s). Remove those rows, impute the values, or "
-                "look at the preprocessing that made them."
+                f"Input X contains NaN or infinity in {invalid} sample(s). Remove them, impute the values, or look at "
+                "the preprocessing that made them."
             )
         if count < self.num_components:
             raise ValueError(
                 f"Expected n_samples >= n_components but got n_components = {self.num_components}, "
                 f"n_samples = {count}: n_samples={count} should be >= n_clusters={self.num_components}. "
-                "Give more rows or ask for fewer components."
+                "Give more samples or ask for fewer components."
             )
 
-    def _set_frame(self, frame: ReferenceFrame) -> None:
-        self.offset.copy_(frame.offset)
-        self.scale.copy_(frame.scale)
+    def _set_standardizer(self, standardizer: Standardizer) -> None:
+        self.offset.copy_(standardizer.offset)
+        self.scale.copy_(standardizer.scale)
 
-    def _generator(self, start: int) -> torch.Generator:
-        return torch.Generator().manual_seed(self.seed * 1_000_003 + start)
+    def _standardized(self, stream: Stream) -> Iterable[Samples]:
+        return ((self.standardizer.transform(self.check_samples(x)), mask, index) for x, mask, index in stream())
 
-    def _choose_centers(self, sample: Tensor, stream: Stream, collectives: Collectives) -> Tensor:
-        """Centres ``[S, K, D]`` in the frame."""
-        if self.init == "k-means||":
+    def _choose_centers(self, chosen: Tensor, stream: Stream, collectives: Collectives) -> Tensor:
+        """Centers `[S, K, D]`, standardized."""
+        generators = [torch.Generator().manual_seed(self.seed * 1_000_003 + restart) for restart in range(self.n_init)]
+        if self.init == "random":
+            return torch.stack([random_samples(chosen, self.num_components, generator) for generator in generators])
+        if self.init == "k-means++":
+            return torch.stack([kmeans_plus_plus(chosen, self.num_components, generator) for generator in generators])
+        candidates, weights = scalable_candidates(
+            chosen, lambda: self._standardized(stream), self.num_components, generators, self.seed, collectives
+        )
+        self.initialization_passes += ROUNDS + 1
+        parts = zip(candidates, (g.manual_seed(g.initial_seed()) for g in generators), weights, strict=True)
+        return torch.stack([kmeans_plus_plus(z, self.num_components, g, weight) for z, g, weight in parts])
 
-            def in_frame() -> Iterable[Rows]:
-                return ((self.frame.enter(self.check_rows(x)), mask, index) for x, mask, index in stream())
+    def _start(self, centers: Tensor, samples: Tensor | None, stream: Stream, collectives: Collectives) -> P:
+        """Parameters to start from; `samples` are all of the data, standardized, where that fits the reservoir."""
+        return self.start(centers)
 
-            generators = [self._generator(start) for start in range(self.n_init)]
-            candidates, weights = scalable_candidates(
-                sample, in_frame, self.num_components, generators, self.seed, collectives
-            )
-            self.initialization_passes += ROUNDS + 1
-        centers = []
-        for start in range(self.n_init):
-            generator = self._generator(start)
-            if self.init == "random":
-                centers.append(random_rows(sample, self.num_components, generator))
-            elif self.init == "k-means++":
-                centers.append(kmeans_plus_plus(sample, self.num_components, generator))
-            else:
-                centers.append(kmeans_plus_plus(candidates[start], self.num_components, generator, weights[start]))
-        return torch.stack(centers)
-
-    # ------------------------------------------------------------------ passes
+    # ----------------------------------------------------------------------- epochs
 
     @property
     def converged(self) -> bool:
-        """Whether every start has come to rest or used up its passes."""
-        return bool(self.initialized) and not bool(self.running.any())
+        """Whether every restart has converged or used up its epochs."""
+        return bool(self.initialized) and not bool(self.active.any())
 
-    def _active_starts(self) -> Tensor:
-        """Starts that a pass works on: those that still move, or all where running averages tie them together."""
-        everyone = self.algorithm == "stepwise" or not bool(self.running.any())
-        return torch.ones_like(self.running) if everyone else self.running.clone()
+    @torch.no_grad()
+    def start_epoch(self) -> None:
+        """Forget the sums, and prepare the parameters of the active restarts."""
+        # all of them where running means tie them together
+        everyone = self.algorithm == "stepwise" or not bool(self.active.any())
+        self._selected = torch.ones_like(self.active) if everyone else self.active.clone()
+        self._before = self.current_parameters(self._selected)
+        self._forget()
+        self._epoch_statistics = self._no_statistics()
 
-    def _blocks(self, x: Tensor, mask: Tensor | None) -> Iterable[tuple[Tensor, Tensor | None]]:
-        """Rows in the frame, a block at a time, and the tally of rows that are not finite."""
-        x = self.check_rows(x)
-        for first in range(0, x.shape[0], BLOCK_ROWS):
-            z = self.frame.enter(x[first : first + BLOCK_ROWS])
-            part = None if mask is None else mask[first : first + BLOCK_ROWS]
-            # a row's sum is finite where all of it is
+    def _forget(self) -> None:
+        self._prepared = self.prepare(self.current_parameters(self._selected))
+        self._statistics = self._no_statistics()
+        self._invalid = self.offset.new_zeros(())
+
+    def _no_statistics(self) -> SufficientStatistics:
+        return self.e_step(self._prepared, self.offset.new_zeros(0, self.num_features))
+
+    @torch.no_grad()
+    def add_batch(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """E-step on a batch: add its sufficient statistics.
+
+        Args:
+            x: Samples.
+            mask: Samples that count; all where absent.
+
+        Shape:
+            - x: `[N, D]`
+            - mask: `[N]`
+        """
+        x, step = self.check_samples(x), self._block_size()
+        for first in range(0, x.shape[0], step):
+            z = self.standardizer.transform(x[first : first + step])
+            part = None if mask is None else mask[first : first + step]
+            # a sample's sum is finite where all of it is
             finite = torch.isfinite(z.sum(dim=1))
             if part is not None:
                 finite |= ~part
-            assert self._invalid is not None
             self._invalid += (~finite).sum()
-            yield z, part
+            self._statistics.add(self.e_step(self._prepared, z, part))
 
-    def _settle(self, objective: Tensor, change: Tensor, count: int, active: Tensor) -> tuple[bool, float]:
-        """Write what a pass came to for the ``active`` starts, and stop those at rest; whether all are, and the best's
-        change.
-        """
-        previous = self.objective.clone()
-        self.objective[active] = objective
-        self.iterations[active] += 1
-        self.num_rows.fill_(count)
-        rest = (change <= self.tol) & (self.iterations[active] > 1)
-        self.running[active] = ~rest & (self.iterations[active] < self.max_iter)
+    def _block_size(self) -> int:
+        if self.chunks_itself:
+            return BLOCK_SAMPLES
+        return min(BLOCK_SAMPLES, chunk_size(self.n_init * self.num_components * self.num_features, self.offset.device))
+
+    def _reduced(self, collectives: Collectives | None) -> Any:
+        """The statistics of all processes: the one reduction."""
+        collectives = collectives or Collectives()
+        flat = collectives.reduce(torch.cat([self._invalid.view(1), self._statistics.pack(collectives)]))
+        if int(flat[0]):
+            self._check_count(self.num_components, int(flat[0]))
+        statistics = self._statistics.unpack(flat[1:], collectives)
+        if not bool(statistics.count > 0):
+            raise ValueError("Found array with 0 sample(s) while a minimum of 1 is required: the data is empty.")
+        return statistics
+
+    @torch.no_grad()
+    def end_batch(self, collectives: Collectives | None = None) -> None:
+        """The stepwise algorithm's M-step, after a batch of every process."""
+        statistics = self._reduced(collectives)
+        self._epoch_statistics.add(statistics)
+        theta = self.stepwise_m_step(statistics)
+        self.check_parameters(theta)
+        self._write(theta, self._selected)
+        self._forget()
+
+    @torch.no_grad()
+    def end_epoch(self, collectives: Collectives | None = None) -> EpochResult:
+        """The exact algorithm's M-step, and what the epoch came to."""
+        statistics: Any = self._epoch_statistics
+        if self.algorithm == "exact":
+            statistics = self._reduced(collectives)
+            self._check_count(int(statistics.count), 0)
+            theta = self.m_step(statistics, self._before)
+            self.check_parameters(theta)
+            self._write(theta, self._selected)
+        objective, count = self.objective_of(statistics), int(statistics.count)
+        moved = self._settle(objective, self.change(objective), count)
+        best = float(self.objective[self.best])
+        result = EpochResult(int(self.iterations.max()), best, moved, self.converged, count)
+        # the best restart may have converged in an earlier epoch; then there is nothing new to report of it
+        if bool(self._selected[self.best]):
+            place = int(self._selected[: int(self.best)].sum())
+            result.numbers = self.numbers(statistics, self.current_parameters(self._selected), place)
+            result.empty = (statistics.weight[place] <= EMPTY_COUNT).nonzero()[:, 0].tolist()
+        return result
+
+    def _settle(self, objective: Tensor, change: Tensor, count: int) -> float:
+        """Write what the epoch came to, and stop restarts that converged; how far the best one's objective moved."""
+        previous, selected = self.objective.clone(), self._selected
+        self.objective[selected] = objective
+        self.iterations[selected] += 1
+        self.num_samples.fill_(count)
+        converged = (change <= self.tol) & (self.iterations[selected] > 1)
+        self.active[selected] = ~converged & (self.iterations[selected] < self.max_iter)
         score = self.direction * self.objective.nan_to_num(nan=-self.direction * torch.inf)
-        # starts that reached the same optimum differ by rounding: the first of them, on any number of processes
+        # restarts that reached the same optimum differ by rounding: the first of them, on any number of processes
         near = score >= score.max() - TIE * score.max().abs().clamp(min=1.0)
         self.best.copy_(near.int().argmax())
-        moved = (self.objective[self.best] - previous[self.best]).item()
-        return not bool(self.running.any()), moved
+        return (self.objective[self.best] - previous[self.best]).item()
+
+
+class MixtureModel(ClusteringModel[P]):
+    """Base of the mixtures: a family adds the joint density of its components to what `ClusteringModel` asks for.
+
+    Its statistics hold `log_likelihood` `[S]`. It starts from the M-step of a hard assignment, for which the E-step is
+    given labels in place of a posterior.
+
+    Args:
+        num_components: Components of the mixture.
+        num_features: Width of the data; found out from the first batch where not given.
+        step_exponent: How fast stepwise EM forgets: step t has weight `(t + 2)^-step_exponent`; above 0.5, at most 1.
+        **options: Further arguments of `ClusteringModel`.
+    """
+
+    #: mini-batch updates so far
+    steps: Tensor
+    #: running mean of the statistics, flat (stepwise)
+    average: Tensor
+
+    def __init__(
+        self, num_components: int, num_features: int | None = None, *, step_exponent: float = 0.7, **options: Any
+    ) -> None:
+        if not 0.5 < step_exponent <= 1:
+            raise ValueError(f"step_exponent must be in (0.5, 1] for stepwise EM to converge, got {step_exponent!r}")
+        super().__init__(num_components, num_features, **options)
+        self.step_exponent = step_exponent
+        self.register_buffer("steps", torch.tensor(0, dtype=torch.long))
+        self.register_buffer("average", torch.zeros(0, dtype=torch.float64))
 
     @abstractmethod
-    def _given_centers(self) -> Tensor | None:
-        """Centres that the user gave, in the frame ``[S, K, D]``."""
+    def e_step(
+        self, prepared: Any, z: Tensor, mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> SufficientStatistics:
+        """Sufficient statistics of some samples; zeros where there are none.
+
+        Args:
+            prepared: What `prepare` made of the parameters.
+            z: Standardized samples.
+            mask: Samples that count; all where absent.
+            labels: Components that take the place of the posterior.
+
+        Shape:
+            - z: `[N, D]`
+            - mask: `[N]`
+            - labels: `[S, N]`
+        """
 
     @abstractmethod
-    def _start_without_data(self) -> bool:
-        """Start from given parameters alone where they are complete; whether that was possible."""
+    def log_densities(self, prepared: Any, z: Tensor) -> Tensor:
+        r""":math:`\log \pi_k p(z_n \mid k)`.
+
+        Shape:
+            - z: `[N, D]`, standardized
+            - output: `[S, K, N]`
+        """
 
     @abstractmethod
-    def _start_from(self, centers: Tensor, rows: Tensor | None, stream: Stream, collectives: Collectives) -> None:
-        """Start from ``centers``; ``rows`` are all rows of the data where they fit the sample."""
+    def num_free_parameters(self) -> int:
+        """Free parameters, as BIC and AIC count them."""
 
-    @abstractmethod
-    def begin_pass(self) -> None:
-        """Forget the sums and prepare the current parameters."""
+    def expected_statistics(self, theta: P) -> SufficientStatistics | None:
+        """Statistics of one sample of the mixtures, where the running mean begins; None: with the first batch."""
+        return None
 
-    @abstractmethod
-    def accumulate(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """E-step on a batch."""
+    def objective_of(self, statistics: Any) -> Tensor:
+        """Mean log-likelihood of a sample.
 
-    @abstractmethod
-    def end_step(self, collectives: Collectives | None = None) -> None:
-        """The stepwise algorithm's M-step, after a batch of every process."""
+        Shape:
+            - output: `[S]`
+        """
+        return statistics.log_likelihood / statistics.count - self.standardizer.log_volume
 
-    @abstractmethod
-    def end_pass(self, collectives: Collectives | None = None) -> PassReport:
-        """M-step of the exact algorithm, and what the pass came to."""
+    def stepwise_m_step(self, statistics: Any) -> P:
+        r"""Stepwise M-step (Cappé and Moulines 2009): :math:`s \leftarrow (1-\gamma_t) s + \gamma_t \hat s_t`,
+        :math:`\gamma_t = (t+2)^{-\alpha}`.
+        """
+        batch = statistics.about_origin()
+        mean = batch.flat() / batch.count
+        if not len(self.average):
+            expected = self.expected_statistics(self.current_parameters())
+            self.average.resize_(mean.shape).copy_(mean if expected is None else expected.flat())
+        rate = float(self.steps + 2) ** -self.step_exponent
+        self.average.mul_(1 - rate).add_(mean, alpha=rate)
+        self.steps += 1
+        return self.m_step(batch.with_flat(self.average))
+
+    @torch.no_grad()
+    def log_joint(self, x: Tensor) -> Tensor:
+        r""":math:`\log \pi_k p(x_n \mid k)` under the best restart.
+
+        Shape:
+            - x: `[N, D]`
+            - output: float64 `[N, K]`
+        """
+        self.require_initialized()
+        x, step = self.check_samples(x), self._block_size()
+        best = torch.arange(self.n_init, device=self.best.device) == self.best
+        prepared = self.prepare(self.current_parameters(best))
+        result = x.new_empty(x.shape[0], self.num_components, dtype=torch.float64)
+        for first in range(0, x.shape[0], step):
+            z = self.standardizer.transform(x[first : first + step])
+            result[first : first + step] = self.log_densities(prepared, z)[0].T
+        return result - self.standardizer.log_volume
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        average = state_dict.get(prefix + "average")
+        if average is not None:
+            self.average.resize_(average.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _choose_centers(self, chosen: Tensor, stream: Stream, collectives: Collectives) -> Tensor:
+        centers = super()._choose_centers(chosen, stream, collectives)
+        if self.init != "k-means++":
+            return centers
+        return torch.stack([lloyd(chosen, start, LLOYD_ITERATIONS).centers for start in centers])
+
+    def _start(self, centers: Tensor, samples: Tensor | None, stream: Stream, collectives: Collectives) -> P:
+        """The M-step of the hard assignment to `centers`; one more pass where `samples` are not all of the data."""
+        prepared = self.prepare(self.start(centers))
+        whole = self._standardized(stream) if samples is None else [(samples, None, None)]
+        nothing: Samples = (centers.new_zeros(0, self.num_features), None, None)
+        parts = (self.e_step(prepared, z, mask, assign(centers, z)[0]) for z, mask, _ in chain([nothing], whole))
+        statistics = next(parts)
+        for part in parts:
+            statistics.add(part)
+        if samples is None:
+            statistics = statistics.unpack(collectives.reduce(statistics.pack(collectives)), collectives)
+            self.initialization_passes += 1
+        return self.m_step(statistics)
 
 
-def fit_in_memory(model: ClusteringModel, x: Tensor, batch_size: int | None = None) -> list[PassReport]:
-    """Fit ``model`` to rows ``x`` ``[N, D]`` that are in memory: the loop that a Trainer runs elsewhere."""
+def fit_in_memory(model: ClusteringModel[Any], x: Tensor, batch_size: int | None = None) -> list[EpochResult]:
+    """Fit to samples that are in memory: the loop that a Trainer runs elsewhere.
+
+    Shape:
+        - x: `[N, D]`
+    """
     batches = [x] if batch_size is None else list(x.split(batch_size))
     if not bool(model.initialized):
         model.initialize(lambda: ((batch, None, None) for batch in batches))
-    reports = []
+    results = []
     while not model.converged:
-        model.begin_pass()
+        model.start_epoch()
         for batch in batches:
-            model.accumulate(batch)
+            model.add_batch(batch)
             if model.algorithm == "stepwise":
-                model.end_step()
-        reports.append(model.end_pass())
-    return reports
+                model.end_batch()
+        results.append(model.end_epoch())
+    return results

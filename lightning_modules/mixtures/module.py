@@ -1,7 +1,8 @@
-"""The Lightning side of clustering: streams of batches, one reduction over the ranks, the stop at convergence."""
+"""Lightning side of the mixtures: streams of batches, one reduction over the ranks, the stop at convergence."""
 
+import math
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -10,32 +11,38 @@ from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
 from lightning_modules.mixtures.collectives import Collectives
-from lightning_modules.mixtures.initialization import Rows
-from lightning_modules.mixtures.model import ClusteringModel, PassReport
+from lightning_modules.mixtures.initialization import Samples
+from lightning_modules.mixtures.model import ClusteringModel, EpochResult, MixtureModel
 
 
 class ClusteringModule(L.LightningModule):
-    """Base of :class:`GaussianMixture` and :class:`KMeans`: a :class:`ClusteringModel` fed by a Trainer.
+    """Base of `MixtureModule` and `KMeans`: a `ClusteringModel` fed by a Trainer.
 
     A batch is a tensor `[B, …]`, a tuple or list whose first entry is one, or a dictionary with `image` (or `x`,
-    `data`, `features`) and optionally `index` and `weight`; rows of weight 0, the padding of an uneven distributed
+    `data`, `features`) and optionally `index` and `weight`; samples of weight 0, the padding of an uneven distributed
     epoch, do not count. Whatever has more than two dimensions is flattened.
 
     One epoch is one iteration. The passes that the initialisation needs run before the first epoch, are not counted as
-    epochs, and are said; the Trainer's `max_epochs` is the ceiling of the iterations.
+    epochs, and are reported; the Trainer's `max_epochs` is the ceiling of the iterations.
+
+    The constructor of a subclass builds the model from its own arguments, which are saved as hyperparameters.
 
     Args:
         model: The state and its mathematics.
-        objective: What the objective is called in logs, such as `log_likelihood`.
     """
 
-    def __init__(self, model: ClusteringModel, objective: str) -> None:
+    #: what the objective is called in the logs of training
+    objective: ClassVar[str]
+    #: which of the inferred numbers is logged in validation and test
+    metric: ClassVar[str]
+
+    def __init__(self, model: ClusteringModel[Any]) -> None:
         super().__init__()
+        self.save_hyperparameters(ignore=["model"])
         self.model = model
-        self.objective = objective
         # DDP wraps, the Trainer counts steps and AMP finds an optimiser only where something has a gradient.
         self.anchor = nn.Parameter(torch.zeros(()))
-        self.report: PassReport | None = None
+        self.epoch_result: EpochResult | None = None
         self._position = 0
         self._warned_empty = False
 
@@ -43,7 +50,7 @@ class ClusteringModule(L.LightningModule):
         """Returns an optimiser that moves nothing; the M-step is closed form."""
         return torch.optim.SGD([self.anchor], lr=0.0)
 
-    # ----------------------------------------------------------- passes
+    # ----------------------------------------------------------- epochs
 
     def on_fit_start(self) -> None:
         """Refuses settings under which the sums would be wrong."""
@@ -57,22 +64,22 @@ class ClusteringModule(L.LightningModule):
             rank_zero_warn("accumulate_grad_batches changes nothing for exact EM, which updates once an epoch.")
 
     def on_train_start(self) -> None:
-        """Initialises from passes over the training data, unless a checkpoint or given parameters have done so."""
+        """Initialises from passes over the training data, unless a checkpoint or known parameters have done so."""
         if not bool(self.model.initialized):
             self.model.initialize(self._stream, self._collectives())
             passes = int(self.model.initialization_passes)
             if passes:
                 rank_zero_info(
                     f"{type(self).__name__}: {passes} pass(es) over the data to initialise {self.model.n_init} "
-                    "start(s); epochs count iterations only."
+                    "restart(s); epochs count iterations only."
                 )
         if self.model.converged:
-            rank_zero_info(f"{type(self).__name__} has come to rest in an earlier run; make a new one to start afresh.")
+            rank_zero_info(f"{type(self).__name__} converged in an earlier run; make a new one to start afresh.")
             self.trainer.should_stop = True
 
     def on_train_epoch_start(self) -> None:
-        """Begins a pass."""
-        self.model.begin_pass()
+        """Starts an epoch of the model."""
+        self.model.start_epoch()
         self._position = 0
         self._steps = self.trainer.global_step
 
@@ -80,48 +87,46 @@ class ClusteringModule(L.LightningModule):
         """E-step: adds the batch's sufficient statistics.
 
         Args:
-            batch: Rows, as the class describes.
+            batch: Samples, as the class describes.
             batch_idx: Unused; Lightning passes it.
         """
-        x, mask, _ = self._rows(batch, self._position)
+        x, mask, _ = self._samples(batch, self._position)
         self._position += x.shape[0]
         with torch.autocast(self.device.type, enabled=False):
-            self.model.accumulate(x, mask)
+            self.model.add_batch(x, mask)
         return self.anchor * 0.0
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """M-step of the stepwise algorithm, once for each optimiser step."""
         if self.model.algorithm == "stepwise" and self.trainer.global_step != self._steps:
             self._steps = self.trainer.global_step
-            self.model.end_step(self._collectives())
+            self.model.end_batch(self._collectives())
 
     def on_train_epoch_end(self) -> None:
         """M-step, the logs, and the stop."""
-        self.report = report = self.model.end_pass(self._collectives())
-        self.log(f"train/{self.objective}", report.objective, prog_bar=True)
-        self.log("train/change", abs(report.change))
-        for name, value in report.numbers.items():
+        self.epoch_result = result = self.model.end_epoch(self._collectives())
+        self.log(f"train/{self.objective}", result.objective, prog_bar=True)
+        self.log("train/change", abs(result.change))
+        for name, value in result.numbers.items():
             self.log(f"train/{name}", value)
-        if report.empty and not self._warned_empty:
+        if result.empty and not self._warned_empty:
             self._warned_empty = True
             rank_zero_warn(
-                f"{type(self).__name__}: component(s) {report.empty} have no rows in iteration {report.iteration}. "
-                "They keep their place or restart far from the others; fewer components may serve the data better."
+                f"{type(self).__name__}: component(s) {result.empty} have no samples in iteration {result.iteration}. "
+                "They keep their place or restart far from the others; the data may hold fewer components."
             )
-        if report.converged:
+        if result.converged:
             self.trainer.should_stop = True
-            self._say_end(report)
-        elif self.trainer.current_epoch + 1 == self.trainer.max_epochs:
-            self._say_end(report)
+        if result.converged or self.trainer.current_epoch + 1 == self.trainer.max_epochs:
+            self._announce_end(result)
 
-    def _say_end(self, report: PassReport) -> None:
+    def _announce_end(self, result: EpochResult) -> None:
         numbers = (
-            f"{self.objective} {report.objective:.6g} after {report.iteration} iteration(s), "
-            f"last change {abs(report.change):.3g}, tol {self.model.tol:.3g}, {report.count} rows, "
+            f"{self.objective} {result.objective:.6g} after {result.iteration} iteration(s), "
+            f"last change {abs(result.change):.3g}, tol {self.model.tol:.3g}, {result.count} samples, "
             f"{int(self.model.initialization_passes)} initialisation pass(es)"
         )
-        at_rest = report.converged and report.iteration < self.model.max_iter
-        if at_rest:
+        if result.converged and result.iteration < self.model.max_iter:
             rank_zero_info(f"{type(self).__name__} converged: {numbers}.")
         else:
             rank_zero_warn(f"{type(self).__name__} did not converge: {numbers}. Raise max_iter or max_epochs, or tol.")
@@ -140,7 +145,7 @@ class ClusteringModule(L.LightningModule):
             world=self.trainer.world_size,
         )
 
-    def _stream(self) -> Iterator[Rows]:
+    def _stream(self) -> Iterator[Samples]:
         """One pass over this rank's training batches outside the epochs, for the initialisation."""
         loader: Iterable[Any] | None = self.trainer.train_dataloader
         if loader is None:
@@ -149,12 +154,12 @@ class ClusteringModule(L.LightningModule):
         for number, batch in enumerate(loader):
             if number >= self.trainer.num_training_batches:
                 break
-            rows = self._rows(self.trainer.strategy.batch_to_device(batch, dataloader_idx=0), position)
-            position += rows[0].shape[0]
-            yield rows
+            samples = self._samples(self.trainer.strategy.batch_to_device(batch, dataloader_idx=0), position)
+            position += samples[0].shape[0]
+            yield samples
 
-    def _rows(self, batch: Any, position: int | None = None) -> Rows:
-        """Rows `[B, D]` of a batch, the mask of those that count, and their indices where the batch tells them."""
+    def _samples(self, batch: Any, position: int | None = None) -> Samples:
+        """Samples `[B, D]` of a batch, the mask of those that count, and their indices where the batch holds them."""
         mask = index = None
         if isinstance(batch, dict):
             names = [name for name in ("image", "x", "data", "features") if name in batch]
@@ -183,14 +188,14 @@ class ClusteringModule(L.LightningModule):
         length = len(sampler.dataset)  # type: ignore[arg-type]
         if length % sampler.num_replicas == 0:
             return None
-        rows = position + torch.arange(x.shape[0], device=x.device)
-        return rows * sampler.num_replicas + sampler.rank < length
+        positions = position + torch.arange(x.shape[0], device=x.device)
+        return positions * sampler.num_replicas + sampler.rank < length
 
     # --------------------------------------------------------- inference
 
     @property
     def n_iter(self) -> int:
-        """Iterations of the best start."""
+        """Iterations of the best restart."""
         return int(self.model.iterations[self.model.best])
 
     @property
@@ -200,13 +205,129 @@ class ClusteringModule(L.LightningModule):
 
     @property
     def converged(self) -> bool:
-        """Whether the run came to rest within `tol` before `max_iter`."""
+        """Whether the run converged within `tol` before `max_iter`."""
         return self.model.converged and self.n_iter < self.model.max_iter
+
+    def infer(self, x: Tensor) -> dict[str, Tensor]:
+        """Returns what `predict` gives of each sample, by name.
+
+        Shape:
+            - x: `[N, D]`
+            - output: `[N, …]` each
+        """
+        raise NotImplementedError
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Returns the component of each sample.
+
+        Shape:
+            - x: `[N, D]`
+            - output: `[N]`
+        """
+        return self.infer(x)["component"]
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Logs the mean metric of a validation batch."""
+        self._log_metric("val", batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Logs the mean metric of a test batch."""
+        self._log_metric("test", batch)
+
+    def _log_metric(self, stage: str, batch: Any) -> None:
+        x, mask, _ = self._samples(batch)
+        x = x if mask is None else x[mask]
+        if bool(self.model.initialized) and len(x):
+            value = self.infer(x)[self.metric].mean()
+            self.log(f"{stage}/{self.metric}", value, batch_size=len(x), sync_dist=True)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        """Returns what `infer` does, and `index` where it is known."""
+        x, _, index = self._samples(batch)
+        inferred: dict[str, Any] = self.infer(x)
+        return inferred if index is None else inferred | {"index": index}
 
     def _input(self, x: Any) -> Tensor:
         x = torch.as_tensor(x, device=self.model.offset.device)
         x = x if x.is_floating_point() else x.double()
-        x = self.model.check_rows(x)
+        x = self.model.check_samples(x)
         if not bool(torch.isfinite(x).all()):
-            raise ValueError("Input X contains NaN or infinity. Remove those rows or impute the values.")
+            raise ValueError("Input X contains NaN or infinity. Remove those samples or impute the values.")
         return x
+
+
+class MixtureModule(ClusteringModule):
+    """Base of the mixtures: a `MixtureModel` fed by a Trainer, and what its densities are good for."""
+
+    objective = metric = "log_likelihood"
+    model: MixtureModel[Any]
+
+    @property
+    def lower_bound(self) -> float:
+        """Mean log-likelihood of a sample in the last epoch, under the parameters before its M-step."""
+        return float(self.model.objective[self.model.best])
+
+    def infer(self, x: Tensor) -> dict[str, Tensor]:
+        """Returns component, responsibilities (`probability`) and `log_likelihood` of each sample.
+
+        Shape:
+            - x: `[N, D]`
+            - output: `[N]`, `[N, K]` and `[N]`
+        """
+        joint = self.model.log_joint(self._input(x))
+        probability, log_likelihood = torch.softmax(joint, dim=1), torch.logsumexp(joint, dim=1)
+        return {"component": joint.argmax(dim=1), "probability": probability, "log_likelihood": log_likelihood}
+
+    def predict_proba(self, x: Tensor) -> Tensor:
+        """Returns the responsibilities of the components.
+
+        Shape:
+            - x: `[N, D]`
+            - output: `[N, K]`
+        """
+        return self.infer(x)["probability"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the responsibilities of the components.
+
+        Shape:
+            - x: `[N, D]`
+            - output: `[N, K]`
+        """
+        return self.predict_proba(x)
+
+    def score_samples(self, x: Tensor) -> Tensor:
+        """Returns the log-likelihood of each sample.
+
+        Shape:
+            - x: `[N, D]`
+            - output: `[N]`
+        """
+        return self.infer(x)["log_likelihood"]
+
+    def score(self, x: Tensor) -> float:
+        """Returns the mean log-likelihood.
+
+        Shape:
+            - x: `[N, D]`
+        """
+        return float(self.score_samples(x).mean())
+
+    def bic(self, x: Tensor) -> float:
+        """Returns the Bayesian information criterion; lower is better.
+
+        Shape:
+            - x: `[N, D]`
+        """
+        return self._criterion(x, math.log(len(x)))
+
+    def aic(self, x: Tensor) -> float:
+        """Returns Akaike's information criterion; lower is better.
+
+        Shape:
+            - x: `[N, D]`
+        """
+        return self._criterion(x, 2.0)
+
+    def _criterion(self, x: Tensor, price: float) -> float:
+        return -2.0 * float(self.score_samples(x).sum()) + price * self.model.num_free_parameters()

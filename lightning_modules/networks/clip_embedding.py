@@ -1,4 +1,4 @@
-"""The image tower of CLIP as an embedding."""
+"""Image tower of CLIP as an embedding."""
 
 import torch
 from torch import Tensor, nn

@@ -1,4 +1,4 @@
-"""A convolutional autoencoder: the image rebuilt from a small code."""
+"""Convolutional autoencoder: the image rebuilt from a small code."""
 
 from itertools import pairwise
 
@@ -28,12 +28,8 @@ class ConvAutoencoder(nn.Module):
         self, in_channels: int = 3, width: int = 32, latent_channels: int = 32, downsamplings: int = 2
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("in_channels", in_channels),
-            ("width", width),
-            ("latent_channels", latent_channels),
-            ("downsamplings", downsamplings),
-        ):
+        sizes = {"in_channels": in_channels, "width": width, "latent_channels": latent_channels}
+        for name, value in (sizes | {"downsamplings": downsamplings}).items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
         self.in_channels = in_channels

@@ -1,4 +1,4 @@
-"""torchvision's ResNets with a stem that throws no pixel away."""
+"""ResNets of torchvision with a stem that throws no pixel away."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""The distance between two images in the features of a pretrained network."""
+"""Distance between two images in the features of a pretrained network."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -69,7 +69,7 @@ class PerceptualLoss(nn.Module):
         return self._hidden[0](image)
 
     def forward(self, restored: Tensor, clean: Tensor) -> Tensor:
-        """Computes the loss of each image; its gradient goes to `restored` alone.
+        """Computes the loss of each image; its gradient goes only to `restored`.
 
         Shape:
             - restored, clean: `[B, C, H, W]` in [0, 1], C 1 or 3
@@ -163,7 +163,7 @@ def _state_dict(network: PerceptualNetwork, weights: str) -> dict[str, Any]:
 
 
 def _download(network: PerceptualNetwork, weights: Any) -> dict[str, Any]:
-    """Loads torchvision's weights, and says what to do where they cannot be downloaded."""
+    """Loads torchvision's weights; the error explains what to do where they cannot be downloaded."""
     try:
         return weights.get_state_dict(progress=True, check_hash=True)
     except (OSError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""A residual CNN that first diffuses the noisy image over a graph, then refines what comes out."""
+"""Residual CNN that diffuses the noisy image over a graph and refines the result."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -18,8 +18,8 @@ class ResidualDenoiser(nn.Module):
     .. math:: d = \text{diffuse}(y, f), \qquad x = d - \text{body}([\,y,\ d,\ h,\ f\,]).
 
     The diffusion comes early, so that all deeper layers work on its result, and the noisy image stays beside it, so
-    that nothing is lost by it. ``graph_on="patches"`` builds the graph on the patches of the noisy image instead, whose
-    distances have the noise's share taken off; there is no f then. With ``graph=False``, d = y: the same layers and as
+    that nothing is lost by it. `graph_on="patches"` builds the graph on the patches of the noisy image instead, whose
+    distances have the noise's share taken off; there is no f then. With `graph=False`, d = y: the same layers and as
     many parameters, without a graph.
 
     The features enter the body as well, so that every parameter has a gradient in every case (distributed training
@@ -57,13 +57,9 @@ class ResidualDenoiser(nn.Module):
         graph_on: Literal["features", "patches"] = "patches",
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("in_channels", in_channels, 1),
-            ("width", width, 1),
-            ("depth", depth, 4),
-            ("graph_features", graph_features, 1),
-        ):
-            if value < least:
+        sizes = {"in_channels": in_channels, "width": width, "depth": depth, "graph_features": graph_features}
+        for name, value in sizes.items():
+            if value < (least := 4 if name == "depth" else 1):
                 raise ValueError(f"{name} must be at least {least}, got {value}.")
         if graph_on not in ("features", "patches"):
             raise ValueError(f"graph_on must be 'features' or 'patches', got {graph_on!r}.")
@@ -90,7 +86,7 @@ class ResidualDenoiser(nn.Module):
         Args:
             noisy: The degraded images.
             diffuse: Called as `diffuse(signal, features)`: diffuses the signal over the graph of the features
-                `[B, F, H, W]`, or of its own patches where they are None. Not called with ``graph=False``.
+                `[B, F, H, W]`, or of its own patches where they are None. Not called with `graph=False`.
 
         Shape:
             - noisy: `[B, C, H, W]`, in [0, 1] but for the noise

@@ -1,4 +1,4 @@
-"""A small network for traces in the pixels: full resolution first, then texture, never the scene."""
+"""Small network for traces in the pixels: full resolution first, then texture, never the scene."""
 
 from itertools import pairwise
 from typing import Literal
@@ -12,14 +12,14 @@ _GROUPS = 8
 class TraceNetwork(nn.Module):
     """Eight 3×3 convolutions and an average over the image: a fast default for detectors on CPUs.
 
-    The first layer keeps every pixel and the average ends at features that see some 60 pixels: what tells a generated
-    image is in the statistics of neighbouring pixels, and what the scene shows is out of its reach.
+    The first layer keeps every pixel and the average ends at features that see some 60 pixels: what gives a generated
+    image away is in the statistics of neighbouring pixels, and what the scene shows is out of its reach.
 
     Args:
         in_channels: Channels of the input.
         widths: Channels of the layers, multiples of 8.
         strides: Strides of the layers.
-        normalization: `batch` keeps how strong a residual is, which says much, and learns several times as fast;
+        normalization: `batch` keeps how strong a residual is, which matters, and learns several times as fast;
             `group` takes each image by itself, in 8 groups of channels, by which several processes compute exactly what
             one does. With `batch` on several devices set the Trainer's `sync_batchnorm`, or each keeps statistics of
             its own.
@@ -62,7 +62,7 @@ class TraceNetwork(nn.Module):
 
         Shape:
             - x: `[B, C, H, W]`, of any size
-            - output: `[B, last of the widths]`
+            - output: `[B, D]`, D the last of the widths
         """
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.imaging import check_noise_std
+
 
 @dataclass(frozen=True)
 class ParameterSpec:
@@ -231,20 +233,9 @@ def noise_level(noise: Noise, images: Tensor) -> Tensor:
         )
     # On an accelerator a look would stall every step; data and arguments were checked on the host.
     if level.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_level(float(level.detach().amin()), float(level.detach().amax()))
+        for extreme in level.detach().aminmax():
+            check_noise_std(float(extreme), "the noise level")
     return level
-
-
-def check_level(least: float, largest: float | None = None) -> None:
-    """Raise `ValueError` for a noise standard deviation that is negative, or above 1, where white is 1."""
-    largest = least if largest is None else largest
-    if not least >= 0:
-        raise ValueError(f"a noise standard deviation cannot be negative, got {least:g}")
-    if largest > 1:
-        raise ValueError(
-            f"the noise standard deviation is {largest:g}, where white is 1: for {largest:g} of 255 give "
-            f"{largest:g}/255 = {largest / 255:.4f}"
-        )
 
 
 def per_image(name: str, value: Tensor | float | Sequence[float], images: Tensor, size: int | None = None) -> Tensor:
@@ -264,7 +255,9 @@ def per_image(name: str, value: Tensor | float | Sequence[float], images: Tensor
     Raises:
         ValueError: If the value has another shape.
     """
-    number = torch.as_tensor(value, device=images.device)
+    # Python's numbers keep their digits on the way to double precision.
+    dtype = None if isinstance(value, Tensor | int) else torch.float64
+    number = torch.as_tensor(value, dtype=dtype, device=images.device)
     number = number.to(images.dtype) if number.is_floating_point() or size is not None else number
     count = len(images)
     if size is None:

@@ -20,24 +20,24 @@ class Stub(LightningModule):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(()))
 
-    def judge(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def predict(self, batch: dict[str, Any]) -> dict[str, Any]:
         probability = batch["image"][:, :, 0].mean((1, 2, 3))
         passed_on = {name: batch[name] for name in ("label", "index", "weight", "name", "condition")}
         return {"probability": probability, "logit": probability.logit(), **passed_on}
 
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        return self.judge(batch)
+        return self.predict(batch)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        return self.judge(batch)
+        return self.predict(batch)
 
     def residual(self, images: torch.Tensor) -> torch.Tensor:
         return images - images.mean((-1, -2), keepdim=True)
 
 
-class WithNovelty(Stub):
+class WithOODScore(Stub):
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        return self.judge(batch) | {"novelty": batch["index"] / 2}
+        return self.predict(batch) | {"ood_score": batch["index"] / 2}
 
 
 def paint(path: Path, red: int, size: tuple[int, int] = (24, 20), seed: int = 0) -> None:

@@ -13,12 +13,12 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
+from tables import TEXTBOOK
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset
 
 from callbacks import BayesianRule, EMParameterCallback, GradientRule, NewtonRule, Rule, SignRule
-from datamodules.image_data_module import Batch, ImageDataModule, Split, TensorImages
+from datamodules.image_data_module import ImageDataModule, Split, TensorImages
 from lightning_modules import GraphDiffusion, GraphDiffusionReconstruction, ParameterTable, ResidualDenoiser
 from lightning_modules.em import Assignment, LabelAssignment, MixtureAssignment, SimilarityAssignment
 from lightning_modules.em.image_features import NoiseLevel, Texture
@@ -37,13 +37,13 @@ class SmoothImages(ImageDataModule):
     def class_names(self) -> list[str]:
         return CLASSES
 
-    def _load(self, split: Split) -> Dataset[Batch]:
+    def load_split(self, split: Split) -> TensorImages:
         generator = torch.Generator().manual_seed(0)
         size = self.size if split == "train" else 13
         images = F.avg_pool2d(torch.rand(size, 3, 13, 11, generator=generator), 3, 1)
         labels = (torch.rand(size, generator=generator) * 4).long() - 1
         images = (images * 255).round().to(torch.uint8)
-        return TensorImages(images, labels, augment=split == "train")
+        return TensorImages(images, labels)
 
 
 def make_rule(name: str) -> Rule:
@@ -53,7 +53,9 @@ def make_rule(name: str) -> Rule:
         return NewtonRule(trust_radius=0.1, pseudo_count=4)
     if name == "bayesian":
         return BayesianRule(trust_radius=0.1)
-    return SignRule(window=3, loss_thresholds=(0.002, 0.004), smoothness_thresholds=(0.3, 0.5))
+    return SignRule(
+        window=3, row_parameters=("sigma", "tau"), loss_thresholds=(0.002, 0.004), smoothness_thresholds=(0.3, 0.5)
+    )
 
 
 def make_assignment(name: str) -> Assignment:
@@ -78,7 +80,7 @@ def make_module(network: bool = True, assignment: str = "label") -> GraphDiffusi
         },
         per_row=["sigma", "tau", "smooth_steps"],
         row_names=CLASSES,
-    )
+    ).declare(TEXTBOOK)
     return GraphDiffusionReconstruction(
         GraphDiffusion(patch_size=3),
         table,

@@ -1,6 +1,8 @@
 """EMHealth: for each finding a run that has it and one that does not."""
 
+import math
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,14 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
+from tables import bank_table, textbook_table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from callbacks import EMHealth, EMParameterCallback, EMReport, Rule
-from callbacks.em_health import alternation, still_moving
+from callbacks.em_health import OSCILLATION, oscillation, still_moving
+from callbacks.em_report import parameter_report
 from lightning_modules import EStep, ParameterTable
 from lightning_modules.em import SufficientStatistics, TableValues
 from lightning_modules.em.rules import RuleState
@@ -38,15 +42,29 @@ class Script(Rule):
         return TableValues(shared, offsets), {"steps": state["steps"] + 1}
 
 
+class Sieve:
+    """An operator that knows when it is clogged, by a number of its own, and when its input is."""
+
+    def warnings(self, diagnostics: Mapping[str, float]) -> dict[str, str]:
+        assert set(diagnostics) == {"similarity", "mesh"}  # means of what is known
+        found = {}
+        if diagnostics["mesh"] < 1e-3:
+            found["sieve/clogged"] = f"the sieve is clogged: its mesh is {diagnostics['mesh']:.2g}"
+        if diagnostics["similarity"] < 0.3:
+            found["similarity"] = f"the similarity is {diagnostics['similarity']:.2g}"
+        return found
+
+
 class Patient(LightningModule):
     """A module whose statistics a test lays down."""
 
     def __init__(self, proxy: Any = None, similarity: float = 0.6, weight: float = 0.4, rows: Any = (0, 1)) -> None:
         super().__init__()
-        self.em_parameters = ParameterTable(
+        self.em_parameters = textbook_table(
             learned=["sigma", "tau"], per_row=["tau"], row_names=["cat", "dog"], bounds={"sigma": (0.1, 0.5)}
         )
         self.proxy, self.similarity, self.weight, self.rows = proxy, similarity, weight, rows
+        self.operator = Sieve()
         self.noise = torch.Generator().manual_seed(0)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:
@@ -57,8 +75,8 @@ class Patient(LightningModule):
         each = torch.full((2,), value)
         return {"loss": loss, "em": EStep(rows, None, each, similarity=torch.full((2,), self.similarity))}
 
-    def mean_edge_weight(self, batch: Tensor) -> Tensor:
-        return torch.full((2,), self.weight)
+    def diagnose(self, batch: Tensor) -> dict[str, Tensor]:
+        return {"mesh": torch.tensor([self.weight, torch.nan]), "unknown": torch.full((2,), torch.nan)}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), 0.1)
@@ -91,10 +109,13 @@ SICK = {
     "bound/sigma/upper": ({}, Script(lambda step: 9.0), "sigma rests on its upper bound 0.5: widen"),
     "bound/tau/upper": ({}, Script(dog=lambda step: 9.0), "tau of dog rests on its upper bound 0.3: widen"),
     "moving/tau": ({}, Script(dog=lambda step: -2.9 + 0.009 * step), r"tau of dog moved by \+\d+% over the last"),
-    "alternation": ({"proxy": lambda step: step % 2}, Script(), r"alternates from step to step \(correlation -0.9"),
-    "similarity": ({"similarity": 0.1}, Script(), "mean similarity of neighbouring patches is 0.1, under 0.3"),
-    "graph/dead": ({"weight": 1e-5}, Script(), "the graph is dead: its mean edge weight is 1e-05"),
-    "graph/complete": ({"weight": 0.99}, Script(), "joins everything alike: its mean edge weight is 0.99"),
+    "oscillation": (
+        {"proxy": lambda step: step % 4 // 2},
+        Script(),
+        r"oscillates, every 4 steps \(correlation 1",
+    ),
+    "similarity": ({"similarity": 0.1}, Script(), "the similarity is 0.1"),
+    "sieve/clogged": ({"weight": 1e-5}, Script(), "the sieve is clogged: its mesh is 1e-05"),
     "empty/dog": ({"rows": (0, 0)}, Script(), "row 'dog' of the parameter table gets no images"),
     "moving/sigma": ({}, Script(lambda step: -2.2 + 0.009 * step), r"sigma moved by \+\d+% over the last fifth"),
 }
@@ -123,17 +144,74 @@ def test_what_passes_by_is_not_said(tmp_path: Path) -> None:
     assert run(tmp_path, Patient(), path).findings == {}
 
 
-def test_alternation_is_not_seen_in_chance_or_trend() -> None:
+def test_what_an_operator_no_longer_warns_of_begins_anew(tmp_path: Path) -> None:
+    class Passing(Patient):
+        def diagnose(self, batch: Tensor) -> dict[str, Tensor]:
+            clogged = self.trainer.global_step % 15 != 0  # two looks of three
+            return {"mesh": torch.full((2,), 1e-5 if clogged else 0.4)}
+
+    assert run(tmp_path, Passing()).findings == {}
+
+
+def test_a_bank_and_the_global_set_are_watched(tmp_path: Path) -> None:
+    class Bank(Patient):
+        def __init__(self) -> None:
+            super().__init__()
+            self.em_parameters = bank_table(3, per_row=["weight"], row_names=["cat", "dog"], learned=["weight"])
+
+    class Fall(Script):
+        def m_step(self, table: ParameterTable, *args: Any) -> tuple[TableValues, RuleState]:
+            shared = table.shared.clone()
+            shared[2] = table.lower[2]
+            return TableValues(shared, (-1.0 - shared) * torch.ones(2, 1)), args[1]
+
+    with pytest.warns(UserWarning, match=r"weight of the global set rests on its lower bound 0\.01"):
+        health = run(tmp_path, Bank(), Fall())
+    assert list(health.findings) == ["bound/weight/lower"]
+
+
+def test_bounds_that_leave_no_room_stop_nothing(tmp_path: Path) -> None:
+    """The closing table does not mark such a parameter either."""
+    module = Patient()
+    module.em_parameters = textbook_table(
+        learned=["sigma", "tau"], per_row=["tau"], row_names=["cat", "dog"], bounds={"sigma": (0.3, 0.3)}
+    )
+    assert run(tmp_path, module, Script(lambda step: 0.0)).findings == {}
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(parameter_report(module.em_parameters))
+    assert "0.3*" not in console.export_text()
+
+
+@pytest.mark.parametrize("period", range(2, 11))
+@pytest.mark.parametrize("shape", ["wave", "saw", "draws"])
+def test_oscillation_of_any_period_is_seen_with_it(period: int, shape: str) -> None:
+    generator = torch.Generator().manual_seed(period)
+    drawn = torch.rand(period, generator=generator, dtype=torch.float64)
+    values = []
+    for step in range(40):
+        phase = step % period
+        wave = {"wave": math.cos(2 * math.pi * phase / period), "saw": phase / period, "draws": float(drawn[phase])}[
+            shape
+        ]
+        values.append(1 - 0.02 * step + wave + 0.1 * torch.randn((), generator=generator).item() * drawn.std().item())
+    found, correlation = oscillation(values)
+    assert found == period
+    assert correlation > OSCILLATION
+    assert oscillation(values, num_batches=2 * period - 1)[0] != period  # the batches of an epoch that come again
+
+
+def test_oscillation_is_not_seen_in_chance_trend_or_drift() -> None:
     generator = torch.Generator().manual_seed(0)
-    draws = torch.rand(300, 40, generator=generator)
-    assert max(-alternation(row.tolist()) for row in draws) < 0.5
-    assert abs(alternation([0.1 * step for step in range(40)])) < 1e-6
-    assert alternation([1.0] * 40) == 0.0
-    assert alternation([step % 2 + 0.01 * step for step in range(40)]) < -0.9
+    assert max(oscillation(row.tolist())[1] for row in torch.rand(2000, 40, generator=generator)) < OSCILLATION
+    walks = torch.randn(500, 40, generator=generator).cumsum(1)
+    assert max(oscillation(row.tolist())[1] for row in walks) < OSCILLATION
+    assert oscillation([math.exp(-0.1 * step) for step in range(40)]) == (0, 0.0)
+    assert oscillation([0.1 * step for step in range(40)])[1] < OSCILLATION
+    assert oscillation([1.0] * 40) == (0, 0.0)
 
 
 def test_shaking_about_a_place_is_rest() -> None:
-    table = ParameterTable(learned=["sigma"])
+    table = textbook_table(learned=["sigma"])
     rest = [[[0.3 * (1.1 if step % 2 else 0.9), 0.1, 10.0, 10.0, 0.3, 5.0]] for step in range(50)]
     assert still_moving(table, list(enumerate(rest)), 49) == {}
     moving = [[[0.3 * 1.05**step, 0.1, 10.0, 10.0, 0.3, 5.0]] for step in range(50)]

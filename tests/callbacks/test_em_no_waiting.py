@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from em_runs import CLASSES, SmoothImages, make_assignment, make_module, make_rule, make_trainer
+from tables import textbook_table
 
 from callbacks import EMParameterCallback
-from lightning_modules import EStep, ParameterTable
+from lightning_modules import EStep
 from lightning_modules.em import Assignment
 
 RULES = ["gradient", "sign", "newton", "bayesian"]
@@ -32,13 +33,14 @@ def trainer_on_paper(scaler: Scaler | None) -> Any:
         log_every_n_steps=LOG_EVERY,
         accumulate_grad_batches=2,
         global_step=0,
+        is_last_batch=False,
     )
 
 
 def m_steps(rule: str, scaler: Scaler | None, last: int, assignment: Assignment | None = None) -> EMParameterCallback:
     """Steps up to `last` on the meta device: it has no values, so whoever reads one on the host fails."""
     device = torch.device("meta")
-    table = ParameterTable(per_row=["sigma", "smooth_steps"], row_names=CLASSES).to(device)
+    table = textbook_table(per_row=["sigma", "smooth_steps"], row_names=CLASSES).to(device)
     module: Any = SimpleNamespace(em_parameters=table, device=device, assignment=assignment)
     callback, trainer = EMParameterCallback(make_rule(rule)), trainer_on_paper(scaler)
     callback.setup(trainer, module, "validate")

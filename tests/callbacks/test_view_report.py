@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
+from tables import bank_table, textbook_table
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -27,7 +28,7 @@ class Duck(LightningModule):
         return (self.weight * batch).mean()
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        for name, value in (("psnr", 28.0), ("psnr_noisy", 20.5), ("gain", 7.5)):
+        for name, value in (("psnr", 28.0), ("psnr_noisy", 20.5), ("psnr_gain", 7.5)):
             self.log(f"val/{name}", value, batch_size=len(batch))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -36,7 +37,7 @@ class Duck(LightningModule):
 
 @pytest.fixture
 def table() -> ParameterTable:
-    table = ParameterTable(
+    table = textbook_table(
         learned=["sigma", "tau", "smooth_steps"],
         per_row=["tau", "smooth_steps"],
         row_names=["cat", "dog", "[bird]"],
@@ -79,13 +80,54 @@ def test_the_table_has_a_column_for_each_learned_parameter(table: ParameterTable
     assert "* rests on a bound; fixed: radius 10, sigma_s 10, sigma_f 0.3" in " ".join(" ".join(lines).split())
 
 
+def test_a_bank_is_summed_up_and_units_of_noise_are_shown_at_a_level(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bank = bank_table(30, per_row=["weight"], row_names=["cat"], bounds={"weight": (0.1, 1.0)})
+
+    class Sieve(torch.nn.Module):
+        def unit_factor(self, name: str, channels: int) -> float:
+            assert (name, channels) == ("gain", 1)
+            return 2.0
+
+    class Noisy(Duck):
+        reference_noise = 0.05
+        operator = Sieve()
+
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+            return super().training_step(batch["image"], batch_idx)
+
+    images = [{"image": torch.rand(1, 5, 7)} for _ in range(4)]
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=TensorBoardLogger(str(tmp_path), name="", version="run"),
+        callbacks=[EMReport()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Noisy(bank), DataLoader(images, 2))  # type: ignore[arg-type]
+    printed = capsys.readouterr().out
+    lines = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in printed.splitlines() if "│" in line}
+    cells = {label: [cell.strip() for cell in cells] for label, cells in lines.items()}
+    assert cells["now"] == ["1", "0.1 … 0.148 … 0.197*"]
+    assert cells["cat"] == ["", "0.1 … 0.148 … 0.197*"]
+    assert cells["at noise 0.05"] == ["0.1", ""]
+    assert "weight (30)" in printed
+    assert "× noise" in printed
+    written = yaml.safe_load((tmp_path / "run" / "em_parameters.yaml").read_text())
+    following = bank_table(30, row_names=["cat"], **written["model"]["init_args"]["em_parameters"]["init_args"])
+    torch.testing.assert_close(following.values(), bank.values(), rtol=1e-11, atol=0)
+
+
 def test_without_rows_the_table_ends_with_the_global_set() -> None:
-    assert render(parameter_report(ParameterTable())).count("│") == 8 * 4
+    assert render(parameter_report(textbook_table())).count("│") == 8 * 4
 
 
 def test_six_parameters_and_ten_classes_fit_eighty_columns() -> None:
     names = [f"class number {k}" for k in range(10)]
-    table = ParameterTable(per_row=["sigma", "tau", "radius", "sigma_s", "sigma_f", "smooth_steps"], row_names=names)
+    table = textbook_table(per_row=["sigma", "tau", "radius", "sigma_s", "sigma_f", "smooth_steps"], row_names=names)
     text = render(parameter_report(table))
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= 80
@@ -96,26 +138,26 @@ def test_the_overlay_starts_the_next_table_where_this_one_ended(table: Parameter
     assert config["model"]["class_path"] == f"{__name__}.Duck"
     written = config["model"]["init_args"]["em_parameters"]
     assert written["class_path"] == "lightning_modules.ParameterTable"
-    assert set(written["init_args"]) == {"initial", "initial_rows"}
-    following = ParameterTable(
-        learned=["sigma", "tau", "smooth_steps"],
-        per_row=["tau", "smooth_steps"],
+    assert set(written["init_args"]) == {"initial", "bounds", "learned", "per_row", "initial_rows"}
+    following = textbook_table(
         row_names=["cat", "dog", "[bird]"],
         **written["init_args"],
     )
     torch.testing.assert_close(following.values(), table.values(), rtol=1e-12, atol=0)
+    assert (following.learned, following.per_row) == (table.learned, table.per_row)
+    assert following.bounds == table.bounds
 
 
 @pytest.mark.parametrize("side", [0, 1])
 def test_values_on_a_bound_are_accepted_by_the_next_run(side: int) -> None:
     bounds = {"sigma": (0.07, 0.7), "tau": (0.03, 0.29), "sigma_s": (0.3, 11.3), "sigma_f": (0.11, 0.77)}
-    table = ParameterTable(bounds=bounds)
+    table = textbook_table(bounds=bounds)
     with torch.no_grad():
         table.shared.copy_((table.lower, table.upper)[side])
     initial = overlay(Duck(table), table)["model"]["init_args"]["em_parameters"]["init_args"]["initial"]
     assert initial["sigma"] == bounds["sigma"][side]
     assert isinstance(initial["smooth_steps"], int)
-    ParameterTable(initial=initial, bounds=bounds)
+    textbook_table(initial=initial, bounds=bounds)
 
 
 def test_class_paths_are_the_public_ones() -> None:

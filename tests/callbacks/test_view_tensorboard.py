@@ -1,5 +1,6 @@
 """ImageGrid and EMDashboard: what TensorBoard finds in the event files."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,14 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tables import bank_table, textbook_table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from callbacks.em_dashboard import EMDashboard, custom_scalars_layout, heat_map, hyperparameters, render
+from callbacks.em_dashboard import EMDashboard, bank_map, custom_scalars_layout, heat_map, hyperparameters, render
 from callbacks.image_grid import ImageGrid, image_grid
 from lightning_modules.em import ParameterTable, TableValues
 
@@ -41,7 +43,7 @@ class Duck(LightningModule):
                 self.log(f"em/{name}", float(value))
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        for name, value in (("psnr", 28.0), ("psnr_noisy", 20.5), ("gain", 7.5)):
+        for name, value in (("psnr", 28.0), ("psnr_noisy", 20.5), ("psnr_gain", 7.5)):
             self.log(f"val/{name}", value, batch_size=len(batch["image"]))
         clean = batch["image"]
         return {"clean": clean, "noisy": clean + 0.5, "restored": clean * self.weight, "index": batch["index"]}
@@ -52,7 +54,7 @@ class Duck(LightningModule):
 
 def table(rows: int = 2) -> ParameterTable:
     names = [f"class {k}" for k in range(rows)]
-    return ParameterTable(
+    return textbook_table(
         initial={"sigma": 0.5, "radius": 10},
         learned=["sigma", "tau", "sigma_s", "smooth_steps"],
         per_row=["sigma", "tau", "smooth_steps"],
@@ -153,7 +155,7 @@ def test_the_run_is_entered_among_the_hyperparameters(tmp_path: Path) -> None:
     assert hparams["width"].number_value == 3
     for name, value in {
         "val/psnr": 28.0,
-        "val/gain": 7.5,
+        "val/psnr_gain": 7.5,
         "em_end/tau": duck.em_parameters.get_parameters()["tau"],
     }.items():
         last = events.Scalars(name)[-1]
@@ -183,6 +185,40 @@ def test_the_heat_map_shows_every_number(rows: int) -> None:
     assert pixels.shape[2] == 3
     assert min(pixels.shape[:2]) > 150
     assert max(pixels.shape[:2]) < 2200
+
+
+@pytest.mark.parametrize(("size", "texts"), [(3, 2 + 3 * 3 - 1), (40, 1 + 3 * 3)])
+def test_a_bank_is_shown_whole_or_by_its_spread_and_a_picture(size: int, texts: int, tmp_path: Path) -> None:
+    bank = bank_table(size, per_row=["weight"], row_names=["cat", "dog"])
+    figure = heat_map(bank)
+    assert len(figure.axes[0].texts) == texts
+    assert max(render(figure).shape[:2]) < 2200
+    layout = custom_scalars_layout(bank, with_bars=True)
+    _, patterns = layout["learned parameters"]["weight"]
+    tags = [f"em/{name}" for name in ("weight[0]", "weight[0]/cat", "weight/min", "weight/max/dog", "weight_decay")]
+    shown = [tag for tag in tags if any(re.match(pattern, tag) for pattern in patterns)]
+    assert shown == (tags[:2] if size == 3 else tags[2:4])
+    assert ("weight[2]" in layout["90 % intervals"]) == (size == 3)
+    start, _ = hyperparameters(bank, {})
+    assert set(start) == {"em_start/gain", *(f"em_start/{tag[3:]}" for tag in em_tags(bank))}
+
+    class Bank(Duck):
+        def on_train_batch_end(self, *args: Any) -> None:
+            self.em_parameters.write(self.em_parameters.state)
+
+    _, events = fit(tmp_path, Bank(bank), EMDashboard(every_n_epochs=3))
+    assert ("em/table/weight" in events.Tags()["images"]) == (size == 40)
+    assert bank_map(bank, "weight").axes[0].images[0].get_array().shape == (3, size)
+
+
+def em_tags(bank: ParameterTable) -> list[str]:
+    """Tags of the bank's global values."""
+    labels = bank.column_names[bank.columns("weight")]
+    return (
+        [f"em/{label}" for label in labels]
+        if len(labels) <= 16
+        else [f"em/weight/{p}" for p in ("min", "median", "max")]
+    )
 
 
 def test_a_module_without_parameters_is_told_so(tmp_path: Path) -> None:

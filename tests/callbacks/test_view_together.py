@@ -71,11 +71,12 @@ def test_every_curve_of_the_page_has_a_tag_or_none_was_written(run: tuple) -> No
 def test_the_exported_file_starts_the_next_run_from_the_command_line(run: tuple) -> None:
     trainer, module = run
     exported = Path(trainer.log_dir) / FILE_NAME
-    bounds = "--model.init_args.em_parameters.init_args.bounds.radius=[1.0, 4.0]"
-    following = build(["-c", str(DEMO), "-c", str(exported), bounds, "--trainer.logger=false"]).model
+    following = build(["-c", str(DEMO), "-c", str(exported), "--trainer.logger=false"]).model
     torch.testing.assert_close(following.em_parameters.values(), module.em_parameters.values(), rtol=1e-11, atol=0)
     assert isinstance(following, GraphDiffusionReconstruction)
-    assert following.em_parameters.learned == ("sigma", "tau", "radius", "sigma_s", "sigma_f"), "the demo's own, kept"
+    assert following.em_parameters.learned == ("sigma", "tau", "sigma_f"), "those of the run, not the demo's"
+    assert following.em_parameters.bounds == module.em_parameters.bounds
+    assert following.em_parameters.per_row == module.em_parameters.per_row
     assert (
         yaml.safe_load(exported.read_text())["model"]["class_path"] == "lightning_modules.GraphDiffusionReconstruction"
     )

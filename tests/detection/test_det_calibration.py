@@ -9,16 +9,24 @@ from sklearn import metrics
 from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
-from lightning_modules.detection import Calibration, ClassDensities, Evaluated, Predictions, cross_judge, judge, scores
-from lightning_modules.detection.calibration import fit_temperature, most_accurate_boundary
+from lightning_modules.detection import (
+    BufferedPredictions,
+    Calibration,
+    ClassDensities,
+    PredictionBuffer,
+    cross_fit,
+    evaluate,
+    scores,
+)
+from lightning_modules.detection.calibration import best_threshold, fit_temperature
 
 
-def evaluated(count: int = 120, spread: float = 2.0, width: int = 6) -> Evaluated:
+def evaluated(count: int = 120, spread: float = 2.0, width: int = 6) -> BufferedPredictions:
     generator = torch.Generator().manual_seed(0)
     label = (torch.arange(count) % 3 == 0).long()
     logit = (2.0 * label - 1) + spread * torch.randn(count, generator=generator)
     features = torch.randn(count, width, generator=generator) + 3 * label[:, None]
-    return Evaluated(logit.double(), label, features.double())
+    return BufferedPredictions(logit.double(), label, features.double())
 
 
 class TestTemperature:
@@ -49,12 +57,13 @@ class TestTemperature:
 
 
 class TestThreshold:
-    def test_no_boundary_is_better(self) -> None:
+    def test_no_threshold_is_better(self) -> None:
         seen = evaluated(spread=3.0)
-        boundary = most_accurate_boundary(seen.logit - 1.5, seen.label)
+        accuracy, threshold = best_threshold(seen.logit - 1.5, seen.label)
         candidates = [float(z) + step for z in seen.logit - 1.5 for step in (-1e-9, 1e-9)]
-        called = ((seen.logit - 1.5 > boundary) == (seen.label > 0)).sum()
-        assert called == max(((seen.logit - 1.5 > c) == (seen.label > 0)).sum() for c in candidates)
+        right = ((seen.logit - 1.5 > threshold) == (seen.label > 0)).sum()
+        assert float(accuracy) == int(right) / len(seen.label)
+        assert right == max(((seen.logit - 1.5 > c) == (seen.label > 0)).sum() for c in candidates)
 
     @pytest.mark.parametrize(
         ("logit", "label", "expected"),
@@ -66,7 +75,7 @@ class TestThreshold:
         ids=["zero where it separates", "halfway", "never between equals"],
     )
     def test_by_hand(self, logit: list[float], label: list[int], expected: float) -> None:
-        assert float(most_accurate_boundary(torch.tensor(logit), torch.tensor(label))) == pytest.approx(expected)
+        assert float(best_threshold(torch.tensor(logit), torch.tensor(label))[1]) == pytest.approx(expected)
 
 
 class TestDensities:
@@ -94,12 +103,12 @@ class TestDensities:
             ours = float(densities.log_densities(features[own])[:, number].mean())
             assert ours == pytest.approx(peer.score(rows[own]), abs=0.01)
 
-    def test_an_image_like_no_other_is_novel(self) -> None:
+    def test_an_image_like_no_other_is_out_of_distribution(self) -> None:
         seen = evaluated()
-        densities = ClassDensities(6, explained=0.9)
+        densities = ClassDensities(6, inlier_quantile=0.9)
         densities.fit(seen.features, seen.label)
-        assert float((densities.novelty(seen.features) > 0).double().mean()) == pytest.approx(0.1, abs=0.01)
-        assert (densities.novelty(torch.full((1, 6), 20.0)) > 0).all()
+        assert float((densities.ood_score(seen.features) > 0).double().mean()) == pytest.approx(0.1, abs=0.01)
+        assert (densities.ood_score(torch.full((1, 6), 20.0)) > 0).all()
 
     def test_too_few_images_change_nothing(self) -> None:
         seen = evaluated(24)  # 8 generated ones, of 9 that 8 directions ask for
@@ -108,7 +117,7 @@ class TestDensities:
         assert not densities.fit(seen.features.repeat(1, 3)[:, :16], seen.label)
         for name, value in densities.state_dict().items():
             torch.testing.assert_close(value, before[name], equal_nan=True)
-        assert densities.novelty(torch.zeros(2, 16)).isnan().all()
+        assert densities.ood_score(torch.zeros(2, 16)).isnan().all()
 
     def test_features_that_are_constant_do_no_harm(self) -> None:
         seen = evaluated()
@@ -126,7 +135,7 @@ class TestDensities:
         other = features.clone()
         other[:, 6] += 1e-8
         other[:, 7] += 1e-3
-        torch.testing.assert_close(densities.novelty(other), densities.novelty(features), rtol=0, atol=1e-2)
+        torch.testing.assert_close(densities.ood_score(other), densities.ood_score(features), rtol=0, atol=1e-2)
 
 
 def test_what_is_fitted_keeps_its_digits_in_a_module_of_lower_precision() -> None:
@@ -134,20 +143,20 @@ def test_what_is_fitted_keeps_its_digits_in_a_module_of_lower_precision() -> Non
     calibration, densities = Calibration(), ClassDensities(6)
     calibration.fit(seen.logit, seen.label)
     densities.fit(seen.features, seen.label)
-    expected = judge(seen, calibration, densities)
+    expected = evaluate(seen, calibration, densities)
     lower = torch.nn.ModuleList([calibration, densities]).bfloat16()
     for name, value in lower.named_buffers():
         assert not value.is_floating_point() or value.dtype == torch.float64, name
-    for found, wanted in zip(judge(seen, calibration, densities), expected, strict=True):
+    for found, wanted in zip(evaluate(seen, calibration, densities), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
 
 def test_repeats_and_unlabelled_images_are_left_out_and_the_rest_put_in_order() -> None:
-    predictions = Predictions()
+    buffer = PredictionBuffer()
     label, weight = torch.tensor([1, 0, -1, 0]), torch.tensor([1.0, 2.0, 1.0, 0.0])
-    predictions.update(torch.tensor([5, 2, 3, 2]), torch.arange(4.0), label, torch.arange(8.0).view(4, 2), weight)
-    predictions.update(torch.tensor([0]), torch.tensor([9.0]), torch.tensor([1]), torch.zeros(1, 2), torch.ones(1))
-    seen = predictions.compute()
+    buffer.update(torch.tensor([5, 2, 3, 2]), torch.arange(4.0), label, torch.arange(8.0).view(4, 2), weight)
+    buffer.update(torch.tensor([0]), torch.tensor([9.0]), torch.tensor([1]), torch.zeros(1, 2), torch.ones(1))
+    seen = buffer.compute()
     assert seen.logit.tolist() == [9.0, 1.0, 0.0]
     assert seen.label.tolist() == [1, 0, 1]
     assert seen.features.tolist() == [[0.0, 0.0], [2.0, 3.0], [0.0, 1.0]]
@@ -158,9 +167,9 @@ def test_scores_are_those_of_scikit_learn() -> None:
     calibration, densities = Calibration(), ClassDensities(6)
     calibration.fit(seen.logit, seen.label)
     densities.fit(seen.features, seen.label)
-    judged = judge(seen, calibration, densities)
-    found = {name: float(value) for name, value in scores(seen, judged).items()}
-    z, y, p = seen.logit.numpy(), seen.label.numpy(), judged.probability.numpy()
+    evaluation = evaluate(seen, calibration, densities)
+    found = {name: float(value) for name, value in scores(seen, evaluation).items()}
+    z, y, p = seen.logit.numpy(), seen.label.numpy(), evaluation.probability.numpy()
     assert found["accuracy"] == pytest.approx(metrics.accuracy_score(y, z > 0), abs=1e-6)
     assert found["auroc"] == pytest.approx(metrics.roc_auc_score(y, z), abs=1e-6)
     assert found["average_precision"] == pytest.approx(metrics.average_precision_score(y, z), abs=1e-6)
@@ -175,7 +184,7 @@ def test_scores_are_those_of_scikit_learn() -> None:
 
 def test_one_class_alone_has_an_accuracy_but_no_curve() -> None:
     seen = evaluated().select(torch.arange(0, 120, 3))
-    found = scores(seen, judge(seen, Calibration(), ClassDensities(6)))
+    found = scores(seen, evaluate(seen, Calibration(), ClassDensities(6)))
     assert found["accuracy"].isfinite()
     assert found["auroc"].isnan()
     assert found["average_precision"].isnan()
@@ -184,29 +193,29 @@ def test_one_class_alone_has_an_accuracy_but_no_curve() -> None:
 @pytest.mark.parametrize(
     ("generated", "undefined"),
     [
-        (1, {"loss", "ece", "accuracy_at_threshold", "generative_accuracy", "novel"}),
-        (10, {"generative_accuracy", "novel"}),
+        (1, {"loss", "ece", "accuracy_at_threshold", "generative_accuracy", "ood_fraction"}),
+        (10, {"generative_accuracy", "ood_fraction"}),
         (14, set()),
     ],
 )
-def test_what_a_half_is_too_small_to_fit_is_not_told(generated: int, undefined: set[str]) -> None:
-    """Six directions take seven images of a class. An earlier fit, which was made to these very images, is no judge."""
+def test_what_a_half_is_too_small_to_fit_is_not_defined(generated: int, undefined: set[str]) -> None:
+    """Six directions take seven images of a class. An earlier fit was made to these very images."""
     seen = evaluated(count=120)
     seen = seen.select((seen.label == 0) | ((seen.label == 1).cumsum(0) <= generated))
     calibration, densities = Calibration(), ClassDensities(6)
     calibration.fit(seen.logit, seen.label)
     densities.fit(seen.features, seen.label)
-    found = scores(seen, cross_judge(seen, calibration, densities))
+    found = scores(seen, cross_fit(seen, calibration, densities))
     assert {name for name, value in found.items() if value.isnan()} == undefined
     assert densities.fitted == (generated > 1), "the fit itself is left alone"
 
 
-def test_images_of_one_class_are_judged_by_what_there_is() -> None:
+def test_images_of_one_class_are_evaluated_by_what_there_is() -> None:
     whole = evaluated()
     seen, calibration = whole.select(whole.label == 1), Calibration()
     calibration.fit(whole.logit, whole.label)
-    judged = cross_judge(seen, calibration, ClassDensities(6))
-    torch.testing.assert_close(judged.probability, calibration(seen.logit))
+    evaluation = cross_fit(seen, calibration, ClassDensities(6))
+    torch.testing.assert_close(evaluation.probability, calibration(seen.logit))
 
 
 @pytest.mark.parametrize("shift", [0.0, 30.0])
@@ -216,24 +225,24 @@ def test_one_order_of_the_images_everywhere(shift: float) -> None:
     seen = seen._replace(logit=seen.logit.float().double() + shift)
     calibration = Calibration()
     calibration.temperature.fill_(1.5)
-    judged = judge(seen, calibration, ClassDensities(6))
-    expected = metrics.roc_auc_score(seen.label.numpy(), judged.probability.numpy())
-    assert float(scores(seen, judged)["auroc"]) == pytest.approx(expected, abs=1e-6)
+    evaluation = evaluate(seen, calibration, ClassDensities(6))
+    expected = metrics.roc_auc_score(seen.label.numpy(), evaluation.probability.numpy())
+    assert float(scores(seen, evaluation)["auroc"]) == pytest.approx(expected, abs=1e-6)
     assert expected == pytest.approx(metrics.roc_auc_score(seen.label.numpy(), seen.logit.numpy()), abs=1e-6)
 
 
-def test_no_image_is_judged_by_a_fit_to_itself() -> None:
+def test_no_image_is_evaluated_by_a_fit_to_itself() -> None:
     seen = evaluated(count=120)
     first, second = seen.halves()
     assert seen.label[first].sum() == seen.label[second].sum() == 20
-    judged = cross_judge(seen, Calibration(), ClassDensities(6))
+    evaluation = cross_fit(seen, Calibration(), ClassDensities(6))
 
     def changed(where: Tensor) -> Tensor:
-        """Judgements with the logits of one half changed, in the other half."""
-        other = Evaluated(torch.where(where, 3 * seen.logit + 1, seen.logit), seen.label, seen.features)
-        return cross_judge(other, Calibration(), ClassDensities(6)).probability
+        """Probabilities with the logits of one half changed, in the other half."""
+        other = BufferedPredictions(torch.where(where, 3 * seen.logit + 1, seen.logit), seen.label, seen.features)
+        return cross_fit(other, Calibration(), ClassDensities(6)).probability
 
-    assert not torch.equal(changed(first)[second], judged.probability[second]), "the fit to the first half judges"
+    assert not torch.equal(changed(first)[second], evaluation.probability[second]), "the fit to the first half is used"
     alone = Calibration()
     alone.fit(seen.logit[first], seen.label[first])
-    torch.testing.assert_close(judged.probability[second], alone(seen.logit[second]))
+    torch.testing.assert_close(evaluation.probability[second], alone(seen.logit[second]))

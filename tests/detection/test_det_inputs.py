@@ -1,4 +1,4 @@
-"""The views of a detector: against loops, against the diffusion itself, and with parameters from elsewhere."""
+"""The inputs of a detector: against loops, against the diffusion itself, and with parameters from elsewhere."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from lightning_modules import (
     ParameterTable,
     TraceNetwork,
 )
-from lightning_modules.detection import Colours, DetectorInputs, NeighborDifferences, RestorationResidual
+from lightning_modules.detection import DetectorInputs, NeighborDifferences, RawPixels, RestorationResidual
 
 
 @pytest.fixture
@@ -29,49 +29,49 @@ def test_neighbor_differences_are_those_of_plain_loops(images: Tensor, cell: int
         for column in range(31):
             corner = images[:, :, cell * (row // cell), cell * (column // cell)]
             expected[:, :, row, column] = 7 * (images[:, :, row, column] - corner)
-    torch.testing.assert_close(NeighborDifferences(cell, gain=7)(images), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(NeighborDifferences(cell, scale=7)(images), expected, rtol=0, atol=1e-6)
 
 
 def test_neighbor_differences_are_those_of_the_paper_where_cells_are_whole(images: Tensor) -> None:
     even = images[..., :36, :30]
     smaller = torch.nn.functional.interpolate(even, scale_factor=0.5, mode="nearest", recompute_scale_factor=True)
     up = torch.nn.functional.interpolate(smaller, scale_factor=2, mode="nearest")
-    torch.testing.assert_close(NeighborDifferences(gain=1)(even), even - up, rtol=0, atol=0)
+    torch.testing.assert_close(NeighborDifferences(scale=1)(even), even - up, rtol=0, atol=0)
 
 
 def test_the_residual_is_what_the_diffusion_takes_away(images: Tensor) -> None:
     diffusion = GraphDiffusion(patch_size=3)
     numbers = {"sigma": 0.2, "tau": 0.2, "radius": 2.0, "sigma_s": 1.0, "sigma_f": 0.3, "smooth_steps": 3}
     table = ParameterTable(initial=numbers, bounds={"radius": (1.5, 2.0), "sigma_s": (0.5, 2.0)}, learned=[])
-    view = RestorationResidual(diffusion, table, gain=5.0)
-    torch.testing.assert_close(view.view(images), images - diffusion(images, **numbers), rtol=0, atol=1e-6)
-    torch.testing.assert_close(view(images), 5 * view.view(images), rtol=0, atol=0)
+    residual = RestorationResidual(diffusion, table, scale=5.0)
+    torch.testing.assert_close(residual.featurize(images), images - diffusion(images, **numbers), rtol=0, atol=1e-6)
+    torch.testing.assert_close(residual(images), 5 * residual.featurize(images), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("learn", [False, True])
 def test_a_gradient_is_computed_only_where_it_is_used(images: Tensor, learn: bool) -> None:
-    view = RestorationResidual(learn=learn)
-    residual = view(0.5 + 0.02 * (images - 0.5))  # of white noise at full strength no two patches are alike
+    part = RestorationResidual(learn=learn)
+    residual = part(0.5 + 0.02 * (images - 0.5))  # of white noise at full strength no two patches are alike
     assert residual.requires_grad == learn
     if learn:
         residual.square().sum().backward()
-        gradient = view.em_parameters.pop_gradient()
-        moved = [name for name, column in zip(view.em_parameters.names, gradient.T, strict=True) if column.any()]
+        gradient = part.em_parameters.pop_gradient()
+        moved = [name for name, column in zip(part.em_parameters.names, gradient.T, strict=True) if column.any()]
         assert moved == ["sigma", "tau", "sigma_s", "sigma_f"]
 
 
-def test_views_stand_side_by_side(images: Tensor) -> None:
-    views = [Colours(), NeighborDifferences(), RestorationResidual()]
-    result = DetectorInputs(views)(images)
-    for number, view in enumerate(views):
-        torch.testing.assert_close(result[:, 3 * number : 3 * number + 3], view(images))
+def test_inputs_stand_side_by_side(images: Tensor) -> None:
+    inputs = [RawPixels(), NeighborDifferences(), RestorationResidual()]
+    result = DetectorInputs(inputs)(images)
+    for number, part in enumerate(inputs):
+        torch.testing.assert_close(result[:, 3 * number : 3 * number + 3], part(images))
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: DetectorInputs([]), "inputs is empty"),
-        (lambda: Colours(gain=0), "gain must be positive, got 0"),
+        (lambda: RawPixels(scale=0), "scale must be positive, got 0"),
         (lambda: NeighborDifferences(cell=1), "from 2 pixels on, got cell=1"),
     ],
 )
@@ -92,20 +92,22 @@ class TestParametersOfAReconstruction:
         trainer.save_checkpoint(path)
         return str(path)
 
-    def test_they_are_taken_over(self, tmp_path: Path, images: Tensor) -> None:
+    def test_they_are_loaded(self, tmp_path: Path, images: Tensor) -> None:
         path = self.saved(tmp_path / "reconstruction.ckpt", sigma=0.37)
-        view = RestorationResidual(checkpoint=path)
-        before = view(images)
-        view.take_over()
-        assert view.em_parameters.get_parameters()["sigma"] == pytest.approx(0.37)
-        assert view.em_parameters.get_parameters()["smooth_steps"] == 5, "an integer that nobody learns is read again"
-        assert (view(images) - before).abs().max() > 0.01
+        residual = RestorationResidual(checkpoint=path)
+        before = residual(images)
+        residual.load_from_checkpoint()
+        assert residual.em_parameters.get_parameters()["sigma"] == pytest.approx(0.37)
+        assert residual.em_parameters.get_parameters()["smooth_steps"] == 5, (
+            "an integer that nobody learns is read again"
+        )
+        assert (residual(images) - before).abs().max() > 0.01
 
-    def test_every_restoration_of_a_detector_takes_over_its_own(self, tmp_path: Path) -> None:
+    def test_every_restoration_of_a_detector_loads_its_own(self, tmp_path: Path) -> None:
         paths = [self.saved(tmp_path / f"{sigma}.ckpt", sigma=sigma) for sigma in (0.2, 0.6)]
         detector = GeneratedImageDetector([RestorationResidual(checkpoint=path) for path in paths])
         detector.on_fit_start()
-        found = [view.em_parameters.get_parameters()["sigma"] for view in detector.inputs.views]
+        found = [residual.em_parameters.get_parameters()["sigma"] for residual in detector.inputs]
         assert found == pytest.approx([0.2, 0.6])
 
     def test_a_fit_that_resumes_needs_no_reconstruction(self, tmp_path: Path) -> None:
@@ -139,12 +141,12 @@ class TestParametersOfAReconstruction:
     def test_values_outside_the_bounds_are_refused(self, tmp_path: Path) -> None:
         path = self.saved(tmp_path / "reconstruction.ckpt", sigma=0.5)
         table = ParameterTable({"radius": 2.0, "sigma_s": 3.0}, BOUNDS | {"sigma": (0.1, 0.4)})
-        with pytest.raises(ValueError, match=r"values of sigma in .* lie outside the bounds"):
-            RestorationResidual(em_parameters=table, checkpoint=path).take_over()
+        with pytest.raises(ValueError, match=r"values of sigma in .* are outside the bounds"):
+            RestorationResidual(em_parameters=table, checkpoint=path).load_from_checkpoint()
 
     def test_a_file_that_is_missing_or_another_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match=r"nowhere\.ckpt does not exist"):
-            RestorationResidual(checkpoint=str(tmp_path / "nowhere.ckpt")).take_over()
+            RestorationResidual(checkpoint=str(tmp_path / "nowhere.ckpt")).load_from_checkpoint()
         torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
-        with pytest.raises(ValueError, match=r"other\.ckpt holds no parameter table"):
-            RestorationResidual(checkpoint=str(tmp_path / "other.ckpt")).take_over()
+        with pytest.raises(ValueError, match=r"other\.ckpt has no parameter table"):
+            RestorationResidual(checkpoint=str(tmp_path / "other.ckpt")).load_from_checkpoint()

@@ -1,6 +1,8 @@
 """Regimes and prototypes: against scikit-learn, by hand, and with input that cannot be right."""
 
+import copy
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -343,6 +345,27 @@ def test_the_embedding_stays_as_it_is() -> None:
     assignment(torch.rand(5, 3, 8, 8), torch.zeros(5, dtype=torch.long), torch.zeros(5), 2)
     assert all(torch.equal(before[name], tensor) for name, tensor in embedding.state_dict().items())
     assert not any(parameter.requires_grad for parameter in assignment.parameters())
+
+
+def test_the_embedding_stays_out_of_checkpoints_old_and_new_ones_load(tmp_path: Path) -> None:
+    tower = nn.Sequential(nn.Flatten(), nn.Linear(48, 1000))
+    assignment = SimilarityAssignment(tower, 1000, 3)
+    module = nn.Sequential(assignment)
+    assert list(module.state_dict()) == ["0.totals"]
+    assert "0.embedding.1.weight" in dict(module.named_parameters())  # it goes to the device with the module
+    torch.save(module.state_dict(), tmp_path / "new.ckpt")
+    assert (tmp_path / "new.ckpt").stat().st_size < 100_000
+    images, labels = torch.rand(6, 3, 4, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+    e_step = assignment.e_step(images, labels, torch.zeros(6), torch.zeros(6, 3))
+    assignment.m_step(e_step.sum(0), YES)
+    again = nn.Sequential(SimilarityAssignment(copy.deepcopy(tower), 1000, 3))
+    again.load_state_dict(module.state_dict())
+    for batch in (images, torch.rand(5, 3, 4, 4)):
+        empty = torch.full((len(batch),), -1), torch.zeros(len(batch)), 3
+        torch.testing.assert_close(again[0](batch, *empty), assignment(batch, *empty))
+    old = {**module.state_dict(), **{f"0.embedding.{k}": v + 1 for k, v in tower.state_dict().items()}}
+    again.load_state_dict(old)  # of version 0.1, which holds its tower
+    assert torch.equal(again[0].embedding[1].weight, tower[1].weight + 1)
 
 
 def test_an_embedding_of_the_wrong_shape_is_named() -> None:

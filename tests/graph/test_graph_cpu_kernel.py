@@ -34,16 +34,15 @@ def results(
     base = (0.7, 0.15, 0.9 * reach, 2.0, 0.8)
     leaves = [(v * (0.8 + 0.4 * torch.rand(batch, dtype=dtype, generator=generator))).requires_grad_() for v in base]
     noise = torch.linspace(0.01, 0.1, batch, dtype=dtype).requires_grad_()
-    diffusion = GraphDiffusion(patch_size)
+    diffusion = GraphDiffusion(patch_size, reach=reach)
     restored = diffusion(
         images,
         **dict(zip(NAMES, leaves, strict=True)),
         smooth_steps=steps,
-        noise_std=noise,
-        max_radius=reach,
-        features=guide if features else None,
+        noise=noise,
+        guide=guide if features else None,
     )
-    smoothness = diffusion.smoothness(images, leaves[0], reach).similarity
+    smoothness = diffusion.smoothness(images, sigma=leaves[0]).similarity
     score = (restored * restored.detach().cos()).sum() + smoothness.sum()
     inputs = (images, guide, noise, *leaves)
     return [restored, smoothness, *torch.autograd.grad(score, inputs, allow_unused=True, materialize_grads=True)]
@@ -62,7 +61,7 @@ def results(
 )
 def test_kernel_equals_torch(case: Any, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
     found = results(*case, dtype=dtype)
-    monkeypatch.setattr(image_operator, "serves", lambda *_, **__: False)
+    monkeypatch.setattr(image_operator, "is_supported", lambda *_, **__: False)
     for one, expected in zip(found, results(*case, dtype=dtype), strict=True):
         torch.testing.assert_close(
             one, expected, rtol=tolerance, atol=tolerance * max(1, float(expected.detach().abs().max()))

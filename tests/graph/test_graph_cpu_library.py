@@ -3,6 +3,7 @@
 import ctypes
 import logging
 import multiprocessing
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -55,14 +56,27 @@ def test_compiled_once_for_each_content(source: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.usefixtures("compiler")
-def test_a_broken_file_in_the_cache_is_replaced(source: Path) -> None:
+@pytest.mark.parametrize("damage", ["truncated", "empty", "one bit"])
+def test_a_damaged_file_in_the_cache_is_replaced(source: Path, damage: str) -> None:
+    """Mapped into memory, a truncated library would end this process."""
     folder = source.parent / "cache" / "lightning-em"
     context = multiprocessing.get_context("fork")
     with context.Pool(1) as pool:  # elsewhere: what this process has loaded once it does not read again
         assert pool.apply(answer, (source,)) == 42
     (kept,) = folder.iterdir()
-    kept.write_bytes(kept.read_bytes()[:100])
-    assert answer(source) == 42
+    content = bytearray(kept.read_bytes())
+    content[len(content) // 2] ^= 1
+    lengths = range(100, len(content), len(content) // 8) if damage == "truncated" else (0,)
+    for damaged in [bytes(content)] if damage == "one bit" else [bytes(content[:length]) for length in lengths]:
+        kept.write_bytes(damaged)
+        with context.Pool(1) as pool:
+            assert pool.apply_async(answer, (source,)).get(timeout=60) == 42
+        assert library._is_intact(kept)
+
+
+def test_a_system_without_users(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "getuid")
+    assert answer(source) is None
 
 
 @pytest.mark.usefixtures("compiler")
@@ -148,7 +162,7 @@ def test_without_it_the_log_says_why(
         assert answer(source) is None
     (record,) = caplog.records
     assert said in record.message
-    assert "torch serves instead" in record.message
+    assert "torch is used instead" in record.message
 
 
 @pytest.mark.usefixtures("compiler")

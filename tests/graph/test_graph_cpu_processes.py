@@ -17,16 +17,16 @@ def compiled() -> None:
 
 def test_what_it_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.rand(1, 3, 8, 8)
-    assert kernel.serves(images, images, beside=(0.5, torch.ones(1)))
-    assert not kernel.serves(images.bfloat16())
-    assert not kernel.serves(images, images.double())
-    assert not kernel.serves(images.to("meta"))
+    assert kernel.is_supported(images, images, torch.ones(1))
+    assert not kernel.is_supported(images.bfloat16())
+    assert not kernel.is_supported(images, images.double())
+    assert not kernel.is_supported(images.to("meta"))
     with monkeypatch.context() as compiling:
         compiling.setattr(torch.compiler, "is_compiling", lambda: True)
-        assert not kernel.serves(images)
+        assert not kernel.is_supported(images)
     with monkeypatch.context() as tracing:
         tracing.setattr(torch.jit, "is_tracing", lambda: True)
-        assert not kernel.serves(images)
+        assert not kernel.is_supported(images)
 
 
 class Restored(Dataset[Tensor]):

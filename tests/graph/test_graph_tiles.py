@@ -8,7 +8,7 @@ import torch
 from lightning_modules.graph import GraphDiffusion
 from lightning_modules.graph.tiles import in_tiles
 
-PARAMETERS = {"tau": 0.2, "radius": 2.5, "sigma_s": 2.0, "noise_std": 0.05, "max_radius": 2.3}
+PARAMETERS = {"tau": 0.2, "radius": 2.5, "sigma_s": 2.0, "noise": 0.05}
 
 
 @pytest.mark.parametrize("geometry", [(3, 1, "image"), (5, 1, "image"), (4, 3, "patches"), (3, 2, "patches")])
@@ -23,7 +23,7 @@ def test_tiles_leave_no_seam(geometry: Any, laplacian: Any, steps: Any) -> None:
         for tile_size in (None, 8):
             sigma, sigma_f = (torch.tensor([0.7, 0.9], dtype=torch.float64, requires_grad=True) for _ in range(2))
             diffusion = GraphDiffusion(*geometry, laplacian=laplacian, tile_size=tile_size)
-            restored = diffusion(images, sigma=sigma, sigma_f=sigma_f, smooth_steps=steps, features=guide, **PARAMETERS)
+            restored = diffusion(images, sigma=sigma, sigma_f=sigma_f, smooth_steps=steps, guide=guide, **PARAMETERS)
             gradients = torch.autograd.grad(
                 (restored * images).sum(), (sigma, sigma_f), allow_unused=True, materialize_grads=True
             )
@@ -39,8 +39,8 @@ def test_a_halo_that_is_too_small_is_seen() -> None:
         return torch.nn.functional.avg_pool2d(images, 7, 1, 3, count_include_pad=False)
 
     whole = smooth(images, images)
-    torch.testing.assert_close(in_tiles(smooth, images, images, 9, 3), whole)
-    assert (in_tiles(smooth, images, images, 9, 2) - whole).abs().max() > 1e-3
+    torch.testing.assert_close(in_tiles(smooth, (images, images), 9, 3), whole)
+    assert (in_tiles(smooth, (images, images), 9, 2) - whole).abs().max() > 1e-3
 
 
 def test_refuses_tiles_without_pixels() -> None:

@@ -1,4 +1,4 @@
-"""Decoding and crops are those of the DataModule: an image is judged alike wherever it comes from."""
+"""Decoding and crops are those of the DataModule: an image is evaluated alike wherever it comes from."""
 
 import re
 from pathlib import Path

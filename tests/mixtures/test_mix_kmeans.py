@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from sklearn.cluster import KMeans as Reference
 from torch import Tensor
 
-from lightning_modules.em import best_clustering
+from lightning_modules.mixtures import best_clustering
 from lightning_modules.mixtures.brute_force import all_clusterings
-from lightning_modules.mixtures.initialization import StreamSample, kmeans_plus_plus, random_rows, row_keys
-from lightning_modules.mixtures.kmeans.em import accumulate, assign, update
+from lightning_modules.mixtures.initialization import Reservoir, kmeans_plus_plus, random_samples, sample_keys
+from lightning_modules.mixtures.kmeans.em import e_step, m_step
 from lightning_modules.mixtures.kmeans.model import KMeansModel
-from lightning_modules.mixtures.lloyd import lloyd
+from lightning_modules.mixtures.lloyd import assign, lloyd
 from lightning_modules.mixtures.model import fit_in_memory
 
 
@@ -95,9 +95,10 @@ def test_streaming_equals_lloyd(standardize: bool) -> None:
     x = 1e4 + 30 * blobs()
     model = KMeansModel(5, centers_init=x[:5], tol=0.0, max_iter=7, standardize=standardize)
     fit_in_memory(model, x, batch_size=64)
-    z = model.frame.enter(x)
+    z = model.standardizer.transform(x)
     result = lloyd(z, z[:5], int(model.iterations))
-    torch.testing.assert_close(model.reported(), model.frame.leave(result.centers), rtol=1e-12, atol=1e-9)
+    centers = model.standardizer.inverse_transform(result.centers)
+    torch.testing.assert_close(model.best_parameters().centers, centers, rtol=1e-12, atol=1e-9)
 
 
 @settings(max_examples=40)
@@ -129,7 +130,7 @@ def test_a_centre_without_rows_restarts_far_away() -> None:
     x = torch.cat([torch.zeros(50, 2), torch.tensor([[10.0, 0.0]])]).double()
     x += 0.01 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     centers = torch.tensor([[[0.0, 0.0], [-99.0, -99.0]]], dtype=torch.float64)
-    moved = update(accumulate(centers, x), centers)
+    moved = m_step(e_step(centers, x), centers)
     torch.testing.assert_close(moved[0, 1], x[50])
 
 
@@ -137,12 +138,12 @@ def test_sample_of_a_stream_depends_on_neither_order_nor_batches() -> None:
     x = blobs(700)
     samples = []
     for order, size in ((torch.arange(700), 700), (torch.randperm(700), 13)):
-        sample = StreamSample(50)
+        sample = Reservoir(50)
         for part in x[order].split(size):
-            sample.add(part, row_keys(part, 3))
+            sample.add(part, sample_keys(part, 3))
         samples.append(sample.result()[0])
     torch.testing.assert_close(samples[0], samples[1], rtol=0, atol=0)
-    keys = row_keys(torch.arange(20_000.0)[:, None], 0)
+    keys = sample_keys(torch.arange(20_000.0)[:, None], 0)
     assert float(keys.mean()) == pytest.approx(0.5, abs=0.01)
     histogram = torch.histc(keys.float(), 20, 0, 1)
     assert float((histogram - 1000).abs().max()) < 150
@@ -150,7 +151,7 @@ def test_sample_of_a_stream_depends_on_neither_order_nor_batches() -> None:
 
 def test_starts_are_rows_of_the_data() -> None:
     x = blobs(100)
-    for choose in (kmeans_plus_plus, random_rows):
+    for choose in (kmeans_plus_plus, random_samples):
         centers = choose(x, 7, torch.Generator().manual_seed(0))
         _, squares = assign(x[None], centers)
         assert float(squares.max()) == 0.0

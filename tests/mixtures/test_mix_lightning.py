@@ -120,7 +120,7 @@ def test_rows_of_weight_zero_do_not_count() -> None:
         trainer(4).fit(module, DataLoader(data, 64))  # type: ignore[arg-type]
         modules.append(module)
     torch.testing.assert_close(modules[0].means, modules[1].means, rtol=1e-10, atol=1e-10)
-    assert int(modules[1].model.num_rows) == 300
+    assert int(modules[1].model.num_samples) == 300
 
 
 def test_trainer_equals_scikit_learn_and_says_what_it_took() -> None:
@@ -155,7 +155,7 @@ def test_the_run_stops_at_tol_or_warns_at_the_ceiling(recwarn: pytest.WarningsRe
     assert module.converged
     short = GaussianMixture(3, tol=0.0, max_iter=3, init="random")
     run = trainer(1000)
-    with pytest.warns(UserWarning, match=r"did not converge.*tol 0, 300 rows, 1 initialisation pass"):
+    with pytest.warns(UserWarning, match=r"did not converge.*tol 0, 300 samples, 1 initialisation pass"):
         run.fit(short, DataLoader(rows(), 64))
     assert run.current_epoch == 3
     assert not short.converged
@@ -230,7 +230,7 @@ def test_given_start_survives_the_checkpoint(tmp_path: Path) -> None:
 def test_data_that_is_not_finite(value: float, module_class: Any) -> None:
     x = rows()
     x[17, 1] = value
-    with pytest.raises(ValueError, match=r"NaN or infinity in 1 row.*Remove those rows, impute.*look at"):
+    with pytest.raises(ValueError, match=r"NaN or infinity in 1 sample.*Remove them, impute.*look at"):
         trainer().fit(module_class(3), DataLoader(x, 50))
     module = module_class(3)
     trainer(3).fit(module, DataLoader(rows(), 50))
@@ -312,7 +312,7 @@ def test_more_components_than_distinct_points_is_named() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer(3).fit(KMeans(4), DataLoader(x, 50))
-    assert any("have no rows" in str(warning.message) for warning in caught)
+    assert any("have no samples" in str(warning.message) for warning in caught)
 
 
 def test_half_precision_is_refused() -> None:

@@ -12,7 +12,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture as Reference
 from torch import Tensor
 
-from lightning_modules.em import (
+from lightning_modules.mixtures import (
     MixtureParameters,
     enumerated_log_likelihood,
     evidence_lower_bound,
@@ -22,9 +22,9 @@ from lightning_modules.em import (
 from lightning_modules.mixtures.gaussian.density import fold_quadratic, unfold_quadratic
 from lightning_modules.mixtures.gaussian.em import (
     CovarianceType,
-    expectation,
+    e_step,
     expected_log_joint,
-    maximisation,
+    m_step,
     statistics_of,
 )
 from lightning_modules.mixtures.gaussian.model import GaussianMixtureModel
@@ -57,15 +57,15 @@ def start(kind: CovarianceType, x: Tensor, components: int = 3) -> tuple[Mixture
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("centred", [False, True])
-def test_ten_iterations_equal_scikit_learn(kind: CovarianceType, centred: bool) -> None:
+@pytest.mark.parametrize("centered", [False, True])
+def test_ten_iterations_equal_scikit_learn(kind: CovarianceType, centered: bool) -> None:
     x = blobs()
     theta, given_start = start(kind, x)
     theta = theta.batched()
     reg = torch.full((x.shape[1],), 1e-6, dtype=torch.float64)
     for _ in range(10):
-        statistics = expectation(theta.components(centred), x)
-        theta = maximisation(statistics, reg, theta)
+        statistics = e_step(theta.components(centered), x)
+        theta = m_step(statistics, reg, theta)
     reference = Reference(3, covariance_type=kind, max_iter=10, tol=0, **given_start)
     with pytest.warns(ConvergenceWarning):
         reference.fit(x.numpy())
@@ -85,8 +85,8 @@ def test_model_equals_scikit_learn_from_a_given_start_without_a_pass_to_initiali
         reference.fit(x.numpy())
     assert int(model.initialization_passes) == 0
     assert reports[-1].objective == pytest.approx(reference.lower_bound_, abs=1e-8)
-    np.testing.assert_allclose(model.reported().means, reference.means_, rtol=1e-6)
-    np.testing.assert_allclose(model.reported().covariances, reference.covariances_, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(model.best_parameters().means, reference.means_, rtol=1e-6)
+    np.testing.assert_allclose(model.best_parameters().covariances, reference.covariances_, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(
         torch.logsumexp(model.log_joint(x), 1).numpy(), reference.score_samples(x.numpy()), rtol=1e-6
     )
@@ -97,10 +97,10 @@ def test_both_forms_of_the_e_step_agree(kind: CovarianceType) -> None:
     x = blobs(width=11)
     theta, _ = start(kind, x)
     mask = torch.arange(len(x)) % 3 > 0
-    product, centred = (expectation(theta.components(form), x, mask) for form in (False, True))
+    product, centered = (e_step(theta.components(form), x, mask) for form in (False, True))
     for name in ("weight", "first", "second", "log_likelihood", "entropy", "count"):
-        torch.testing.assert_close(getattr(product, name), getattr(centred.about_origin(), name), rtol=1e-9, atol=1e-8)
-    only = expectation(theta.components(), x[mask])
+        torch.testing.assert_close(getattr(product, name), getattr(centered.about_origin(), name), rtol=1e-9, atol=1e-8)
+    only = e_step(theta.components(), x[mask])
     torch.testing.assert_close(product.flat(), only.flat())
 
 
@@ -118,7 +118,7 @@ def test_symmetric_features_fold_and_unfold() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_statistics_of_a_mixture_give_the_mixture_back(kind: CovarianceType) -> None:
     theta = start(kind, blobs())[0].batched()
-    again = maximisation(statistics_of(theta, 50.0), torch.zeros(5, dtype=torch.float64))
+    again = m_step(statistics_of(theta, 50.0), torch.zeros(5, dtype=torch.float64))
     for name in ("weights", "means", "covariances"):
         torch.testing.assert_close(getattr(again, name), getattr(theta, name), rtol=1e-7, atol=1e-7)
 
@@ -147,10 +147,10 @@ def test_bound_touches_the_likelihood_at_the_posterior_and_nowhere_else(kind: Co
 
 def test_bound_from_statistics_is_the_bound_from_rows() -> None:
     x = blobs(60)
-    for kind, centred in itertools.product(KINDS, (False, True)):
+    for kind, centered in itertools.product(KINDS, (False, True)):
         theta = start(kind, x)[0].batched()
-        statistics = expectation(theta.components(centred), x)
-        moved = maximisation(statistics, torch.full((5,), 1e-6, dtype=torch.float64), theta)
+        statistics = e_step(theta.components(centered), x)
+        moved = m_step(statistics, torch.full((5,), 1e-6, dtype=torch.float64), theta)
         by_rows = evidence_lower_bound(posterior(theta.select(0), x), moved.select(0), x)
         by_sums = expected_log_joint(statistics, moved) + statistics.entropy
         torch.testing.assert_close(by_sums[0], by_rows, rtol=1e-10, atol=1e-8)
@@ -235,7 +235,7 @@ def test_far_from_the_origin_and_from_each_other_all_digits_stay() -> None:
     x = torch.cat([1e6 + 1e-3 * noise, -1e6 + 1e-3 * noise])
     model = GaussianMixtureModel(2, covariance_type="diag", reg_covar=0.0, max_iter=20)
     fit_in_memory(model, x)
-    np.testing.assert_allclose(model.reported().covariances, 1e-6, rtol=1e-6)
+    np.testing.assert_allclose(model.best_parameters().covariances, 1e-6, rtol=1e-6)
 
 
 def test_an_empty_component_keeps_its_place_and_is_named() -> None:
@@ -251,7 +251,7 @@ def test_an_empty_component_keeps_its_place_and_is_named() -> None:
     )
     reports = fit_in_memory(model, x)
     assert reports[0].empty == [1]
-    torch.testing.assert_close(model.reported().means[1], far[0])
+    torch.testing.assert_close(model.best_parameters().means[1], far[0])
 
 
 def test_starts_run_side_by_side_and_the_best_is_kept() -> None:
@@ -271,12 +271,12 @@ def test_standardised_parameters_are_reported_in_units_of_the_data(kind: Covaria
     x = blobs() * factor
     model = GaussianMixtureModel(3, covariance_type=kind, standardize=True, max_iter=50, means_init=x[:3])
     fit_in_memory(model, x)
-    theta = model.reported()
+    theta = model.best_parameters()
     density = log_likelihood(theta, x) / len(x)
     torch.testing.assert_close(density, torch.logsumexp(model.log_joint(x), 1).mean(), rtol=1e-8, atol=1e-8)
     rescaled = GaussianMixtureModel(3, covariance_type=kind, standardize=True, max_iter=50, means_init=x[:3] / factor)
     fit_in_memory(rescaled, x / factor)
-    torch.testing.assert_close(theta.means, rescaled.reported().means * factor, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(theta.means, rescaled.best_parameters().means * factor, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -300,7 +300,7 @@ def test_samples_have_the_moments_of_the_mixture() -> None:
         x = blobs()
         fit_in_memory(model, x)
         rows, labels = model.sample(40_000, torch.Generator().manual_seed(0))
-        theta = model.reported()
+        theta = model.best_parameters()
         torch.testing.assert_close(rows.mean(0), theta.weights @ theta.means, rtol=0.05, atol=0.1)
         torch.testing.assert_close(labels.bincount() / 40_000, theta.weights.float(), rtol=0.05, atol=0.01)
         score = float(torch.logsumexp(model.log_joint(rows), 1).mean())

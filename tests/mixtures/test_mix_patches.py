@@ -61,7 +61,7 @@ def test_patches_are_pieces_of_the_images_and_the_same_every_time(photographs: P
 def test_patches_of_another_data_module() -> None:
     images = PhotoCropsDataModule(train_crops=20, val_crops=10)
     assert patches_of(PatchDataModule(images=images, patches_per_image=3)).shape == (60, 1, 8, 8)
-    assert patches_of(PatchDataModule(images=images, patches_per_image=3, grey=False)).shape == (60, 3, 8, 8)
+    assert patches_of(PatchDataModule(images=images, patches_per_image=3, gray=False)).shape == (60, 3, 8, 8)
     held = PatchDataModule(images=images, patches_per_image=3, val_fraction=0.4)
     training = len(patches_of(held))
     assert 0 < training < 60
@@ -72,9 +72,26 @@ def test_patches_of_another_data_module() -> None:
 def test_rows_of_a_file(tmp_path: Path, shuffle: bool) -> None:
     x = np.random.default_rng(0).normal(size=(103, 5)).astype(np.float32)
     np.save(tmp_path / "rows.npy", x)
-    read = patches_of(PatchDataModule(rows=str(tmp_path / "rows.npy"), batch_size=10, shuffle=shuffle))
+    read = patches_of(PatchDataModule(array=str(tmp_path / "rows.npy"), batch_size=10, shuffle=shuffle))
     assert sorted(read[:, 0].tolist()) == sorted(x[:, 0].tolist())
     assert (torch.equal(read, torch.from_numpy(x))) != shuffle
+
+
+def test_former_names_warn_and_work(tmp_path: Path) -> None:
+    np.save(tmp_path / "rows.npy", np.ones((3, 5), np.float32))
+    with pytest.warns(FutureWarning, match="rows is now array"):
+        assert patches_of(PatchDataModule(rows=str(tmp_path / "rows.npy"))).shape == (3, 5)
+    with pytest.warns(FutureWarning, match="grey is now gray"):
+        assert not PatchDataModule(grey=False).gray
+
+
+def test_the_images_follow_the_seed_of_the_patches() -> None:
+    def patches(of_images: int | None) -> torch.Tensor:
+        images = PhotoCropsDataModule(train_crops=20, val_crops=10, seed=of_images)
+        return patches_of(PatchDataModule(images=images, patches_per_image=3, seed=1))
+
+    assert torch.equal(patches(None), patches(1))
+    assert not torch.equal(patches(None), patches(2))
 
 
 def test_without_a_source_the_photographs_of_the_installation_serve() -> None:
@@ -84,15 +101,15 @@ def test_without_a_source_the_photographs_of_the_installation_serve() -> None:
 
 
 def test_impossible_sources(photographs: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"one of root, images and rows, got \['root', 'rows'\]"):
-        PatchDataModule(str(photographs), rows="rows.npy")
+    with pytest.raises(ValueError, match=r"one of root, images and array, got \['root', 'array'\]"):
+        PatchDataModule(str(photographs), array="rows.npy")
     with pytest.raises(ValueError, match=r"37×31 is smaller than patch_size=40"):
         patches_of(PatchDataModule(str(photographs), patch_size=40))
     with pytest.raises(FileNotFoundError, match=r"numpy\.save"):
-        patches_of(PatchDataModule(rows=str(tmp_path / "absent.npy")))
+        patches_of(PatchDataModule(array=str(tmp_path / "absent.npy")))
     np.save(tmp_path / "cube.npy", np.zeros((2, 2, 2)))
     with pytest.raises(ValueError, match=r"must hold numbers \[N, D\]"):
-        patches_of(PatchDataModule(rows=str(tmp_path / "cube.npy")))
+        patches_of(PatchDataModule(array=str(tmp_path / "cube.npy")))
 
 
 # --------------------------------------------------------------------------------------------- the prior
@@ -188,7 +205,7 @@ def test_rows_stream_through_the_command_line_in_flat_memory(tmp_path: Path) -> 
     for count in (200_000, 600_000):  # both long enough for the allocator to have settled
         np.save(tmp_path / "rows.npy", np.random.default_rng(0).normal(size=(count, 64)).astype(np.float32))
         words = ["fit", "-c", str(PROJECT / "configs/gaussian_mixture.yaml")]
-        words += [f"--data.rows={tmp_path / 'rows.npy'}", "--trainer.max_epochs=1", "--model.num_components=2"]
+        words += [f"--data.array={tmp_path / 'rows.npy'}", "--trainer.max_epochs=1", "--model.num_components=2"]
         words += ["--model.covariance_type=diag", "--model.init_size=5000", "--trainer.logger=false"]
         words += ["--trainer.callbacks=null", "--trainer.enable_checkpointing=false", "--trainer.accelerator=cpu"]
         words += ["--trainer.enable_progress_bar=false"]

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from datamodules._sampler import EpochBatches
 from lightning_modules import GaussianMixture, KMeans
+from tests.mixtures.student_t import StudentTMixture
 
 ROWS = 401  # odd: one rank has a row less
 
@@ -55,6 +56,8 @@ CASES: dict[str, tuple[str, type[Any], dict[str, Any]]] = {
     # which rows share a batch matters here, and Lightning shuffles a plain loader for several processes
     "stepwise": ("weighted", GaussianMixture, {"algorithm": "stepwise"}),
     "k-means": ("plain", KMeans, {"num_components": 6, "init": "random", "n_init": 2}),
+    "a family of one's own": ("plain", StudentTMixture, {"n_init": 2, "init_size": 40}),
+    "its steps": ("weighted", StudentTMixture, {"covariance_type": "diag", "algorithm": "stepwise"}),
     "mini-batch": ("weighted", KMeans, {"algorithm": "stepwise"}),
 }
 

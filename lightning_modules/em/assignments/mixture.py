@@ -9,12 +9,12 @@ from lightning_modules.em.assignments.assignment import Assignment
 from lightning_modules.em.image_features import ImageFeature, ImageFeatures, NoiseLevel
 from lightning_modules.mixtures.gaussian.density import GaussianComponents
 from lightning_modules.mixtures.gaussian.em import (
+    GaussianStatistics,
     MixtureParameters,
-    MixtureStatistics,
-    maximisation,
+    m_step,
     statistics_of,
 )
-from lightning_modules.mixtures.standardizer import CONSTANT_FEATURE_ULPS, ReferenceFrame
+from lightning_modules.mixtures.standardizer import CONSTANT_FEATURE_ULPS, Standardizer
 
 # A regime with less than this part of an equal share starves.
 STARVING_SHARE = 0.02
@@ -157,12 +157,12 @@ class MixtureAssignment(Assignment):
         return torch.cat([features, outer, *regimes, log_norm, entropy, one], dim=1)
 
     def _enter(self, features: Tensor) -> Tensor:
-        return ReferenceFrame(self.offset, self.scale).enter(features) * self.informative
+        return Standardizer(self.offset, self.scale).transform(features) * self.informative
 
     def _log_joint(self, z: Tensor) -> Tensor:
         theta = self._theta()
         components = GaussianComponents.prepare(
-            "full", theta.weights, theta.means, theta.covariances, centred=True, check=False
+            "full", theta.weights, theta.means, theta.covariances, centered=True, check=False
         )
         return components.log_joint(components.encode(z))[0].T
 
@@ -181,7 +181,7 @@ class MixtureAssignment(Assignment):
         rate = (self.steps + 2) ** -self.step_exponent
         average = torch.lerp(self.average, flat / count.clamp_min(1), rate)
         reg_covar = torch.full_like(self.scale, self.reg_covar)
-        theta = maximisation(self._from_flat(average), reg_covar, self._theta())
+        theta = m_step(self._from_flat(average), reg_covar, self._theta())
         theta, average, rescued = self._rescue(theta, average)
         # the mixture of the start has not seen a likelihood: the first step's is taken whole
         likelihood = torch.lerp(
@@ -251,10 +251,10 @@ class MixtureAssignment(Assignment):
         )
         return split.batched(), torch.where(rescued, statistics_of(split).flat(), average), rescued
 
-    def _from_flat(self, flat: Tensor) -> MixtureStatistics:
+    def _from_flat(self, flat: Tensor) -> GaussianStatistics:
         width = len(self.offset)
         zero = flat.new_zeros(1)
-        like = MixtureStatistics(
+        like = GaussianStatistics(
             "full",
             weight=flat.new_zeros(1, self.num_regimes),
             first=flat.new_zeros(1, self.num_regimes, width),
@@ -263,7 +263,7 @@ class MixtureAssignment(Assignment):
             entropy=zero,
             count=zero[0],
             center=flat.new_zeros(1, self.num_regimes, width),
-            centred=False,
+            centered=False,
         )
         return like.with_flat(flat)
 
@@ -271,7 +271,7 @@ class MixtureAssignment(Assignment):
 
     def diagnostics(self) -> dict[str, float]:
         """Weights and means of the regimes, in units of the features, and how many were re-seeded."""
-        means = ReferenceFrame(self.offset, self.scale).leave(self.means).tolist()
+        means = Standardizer(self.offset, self.scale).inverse_transform(self.means).tolist()
         numbers = {f"weight/{k}": weight for k, weight in enumerate(self.weights.tolist())}
         for k, row in enumerate(means):
             numbers |= {f"mean_{f}/{k}": value for f, value in enumerate(row)}

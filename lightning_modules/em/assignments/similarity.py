@@ -1,5 +1,7 @@
 """Rows by similarity to the classes' prototypes in an embedding."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,11 +15,12 @@ class SimilarityAssignment(Assignment):
     .. math:: r_{ik} \propto \exp(\cos(e_i, p_k) / T)
 
     A prototype :math:`p_k` is the running mean of the unit embeddings of the training images with label k (prototypical
-    networks; Snell, Swersky & Zemel, NeurIPS 2017). Labels are needed in training alone. A class whose images have not
-    been seen yet takes no part; before any has been, the global set serves.
+    networks; Snell, Swersky & Zemel, NeurIPS 2017). Labels are needed in training only. A class whose images have not
+    been seen yet takes no part; before any has been, images use the global set.
 
     Args:
-        embedding: Maps images `[B, C, H, W]` to vectors `[B, E]`; it is used as it is, and does not learn.
+        embedding: Maps images `[B, C, H, W]` to vectors `[B, E]`; it is used as it is, does not learn, and has no part
+            in checkpoints.
         embedding_size: Length E of the vectors.
         num_classes: Classes K, as many as the table has rows.
         temperature: T, the difference of cosines that matters by a factor e.
@@ -57,6 +60,7 @@ class SimilarityAssignment(Assignment):
         self.embedding_size, self.num_classes = embedding_size, num_classes
         self.temperature, self.decay = temperature, decay
         self.register_buffer("totals", torch.zeros(num_classes, 1 + embedding_size, dtype=torch.float64))
+        self.register_state_dict_post_hook(_without_embedding)
 
     def train(self, mode: bool = True) -> "SimilarityAssignment":
         """As `nn.Module.train`, but the embedding stays in evaluation: its batch statistics are not ours to move."""
@@ -109,6 +113,11 @@ class SimilarityAssignment(Assignment):
         """How many images each prototype is the mean of, older ones counted for less."""
         return {f"images/{k}": count for k, count in enumerate(self.totals[:, 0].tolist())}
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, tensor in self.embedding.state_dict().items():
+            state_dict.setdefault(f"{prefix}embedding.{name}", tensor)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _embed(self, images: Tensor) -> Tensor:
         vectors = self.embedding(images)
         expected = (len(images), self.embedding_size)
@@ -118,3 +127,9 @@ class SimilarityAssignment(Assignment):
                 f"{list(expected)}: set embedding_size to the length of its vectors, or pool them to one for each image"
             )
         return F.normalize(vectors.double(), dim=1)
+
+
+def _without_embedding(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """A tower that does not learn would add its whole size to every checkpoint."""
+    for name in [name for name in state_dict if name.startswith(f"{prefix}embedding.")]:
+        del state_dict[name]

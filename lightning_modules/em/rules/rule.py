@@ -23,6 +23,9 @@ class Rule(ABC):
     no parameter by its name: P counts the table's columns, of which a parameter of several values has several.
     """
 
+    #: whether it learns from gradients, so that a parameter without one is a mistake
+    needs_gradient = True
+
     @abstractmethod
     def initial_state(self, table: ParameterTable) -> RuleState:
         """Tensors to carry from step to step, on the table's device."""

@@ -41,6 +41,8 @@ class SignRule(Rule):
         10
     """
 
+    needs_gradient = False
+
     def __init__(
         self,
         rates: dict[str, float] | None = None,

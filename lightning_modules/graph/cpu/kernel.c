@@ -1,7 +1,7 @@
 /* The image operator and its gradients, fused: all of an image's steps while its maps are in the cache.
  *
- * The mathematics and the names are those of image_operator.py and window_average.py. Each phase runs over blocks of rows;
- * where a phase reads what another has written around its block, the team waits in between. Small images go to the
+ * The mathematics and the names are those of image_operator.py and window_average.py. Each phase runs over blocks of
+ * rows; where a phase reads what another has written around its block, the team waits in between. Small images go to the
  * threads one by one; large ones are worked on by all threads together. No sum depends on the number of threads.
  */
 #include "planes.h"
@@ -16,11 +16,12 @@ typedef struct {
     int64_t batch, channels, features, height, width, patch, offsets, steps, threads;
     const int64_t *rows, *columns;                           /* [M] */
     const real *images, *guide;                              /* [B, C, H, W], [B, F, H, W] */
-    const real *noise, *similarity, *weight, *spatial, *tau; /* [B], [B], [B], [B, M], [B, k] */
+    const real *bias, *similarity, *weight;                  /* [B, M], [B], [B] */
+    const real *within, *spatial, *tau;                      /* [M], [B, M], [B, k] */
     real *output, *first;                                    /* as images */
     real *sums;                                              /* [B] */
     const real *grad;                                        /* of the output, or of the sums */
-    real *grad_images, *grad_guide, *grad_noise, *grad_similarity, *grad_weight, *grad_spatial, *grad_tau;
+    real *grad_images, *grad_guide, *grad_bias, *grad_similarity, *grad_weight, *grad_spatial, *grad_tau;
     double self_similarity, self_weight;
     char *memory;                                            /* zeros; as many bytes as `memory_needed` says */
 } Call;
@@ -36,8 +37,8 @@ typedef struct {
     real *lines[3];                                  /* of this thread: the rows of a block and those around it */
     long slots;
     double *sums;                                    /* [blocks, slots] */
-    real *guide, *signals, *outflows, *averages, *flow; /* planes of each channel, and of each step */
-    real *distance, *half, *there, *back, *grad;     /* planes of each offset */
+    real *guide, *signals, *cotangents, *averages, *grad_output; /* planes of each channel and step */
+    real *distance, *weights, *forward, *backward, *grad; /* planes of each offset */
     real *share, *own, *inverse_norm;                /* a plane each: 1/t, o and 1/n */
     real *through, *grad_own;                        /* a plane each */
 } Worker;
@@ -64,7 +65,7 @@ static void write_rows(const Worker *w, const real *from, long planes, real *ima
 }
 
 /* Squared distances of the windows, without what noise is expected to add. */
-static void distances(const Worker *w, real noise) {
+static void distances(const Worker *w, const real *bias) {
     const Grid *g = w->grid;
     long reach = g->reach, features = w->call->features;
     real *lines = w->lines[0], *sums = w->lines[1];
@@ -89,13 +90,13 @@ static void distances(const Worker *w, real noise) {
             for (long row = top; row < least(bottom, end); row++)
                 EACH_VECTOR(g, column) {
                     vector sum = sum_across(g, sums + (row - top) * g->pitch + column);
-                    vector found = sum * (load(across + column) * g->down[m * g->height + row]) - noise;
+                    vector found = sum * (load(across + column) * g->down[m * g->height + row]) - bias[m];
                     store(w->distance + m * g->stride + row * g->pitch + column, drop(found, found < 0));
                 }
         }
 }
 
-/* The kernel of the pairs: 2^(slope D + constant of the offset). */
+/* The kernel of the pairs: 2^(slope D + constant of the offset); without constants, where there are none. */
 static void kernels(const Worker *w, real slope, const real *constants) {
     const Grid *g = w->grid;
     EACH_BLOCK(w, g)
@@ -105,20 +106,21 @@ static void kernels(const Worker *w, real slope, const real *constants) {
                 EACH_VECTOR(g, column) {
                     long place = m * g->stride + row * g->pitch + column;
                     vector power = power_of_two(load(w->distance + place) * slope + constant);
-                    store(w->half + place, power * load(g->valid + m * g->span + column));
+                    store(w->weights + place, power * load(g->valid + m * g->span + column));
                 }
         }
 }
 
-/* 1/t of the weights in `half`. */
+/* 1/t of the weights in `weights`. */
 static void shares(const Worker *w, real self) {
     const Grid *g = w->grid;
     EACH_BLOCK(w, g)
         for (long row = top; row < bottom; row++)
             EACH_VECTOR(g, column) {
-                const real *half = w->half + row * g->pitch + column;
+                const real *weights = w->weights + row * g->pitch + column;
                 vector total = every(self);
-                for (long m = 0; m < g->offsets; m++, half += g->stride) total += load(half) + load(half - g->shifts[m]);
+                for (long m = 0; m < g->offsets; m++, weights += g->stride)
+                    total += load(weights) + load(weights - g->shifts[m]);
                 store(w->share + row * g->pitch + column, load(g->inside + column) / total);
             }
 }
@@ -157,22 +159,23 @@ ALWAYS void smooth_lines(const Worker *w, const real *lines, long m, long top, l
 /* The weights c of the operator in both directions. */
 static void fold(const Worker *w) {
     const Grid *g = w->grid;
-    real *ahead = w->lines[0], *behind = w->lines[1];
+    real *forward = w->lines[0], *backward = w->lines[1];
     EACH_BLOCK(w, g)
         for (long m = 0; m < g->offsets; m++) {
             const real *valid = g->valid + m * g->span;
             for (long row = top - g->reach; row < bottom + g->reach; row++) {
                 long line = (row - top + g->reach) * g->pitch;
-                if (cleared(g, row, end_of(g, m), ahead + line) + cleared(g, row, end_of(g, m), behind + line)) continue;
+                long end = end_of(g, m);
+                if (cleared(g, row, end, forward + line) + cleared(g, row, end, backward + line)) continue;
                 EACH_VECTOR(g, column) {
                     long place = row * g->pitch + column;
-                    vector half = load(w->half + m * g->stride + place);
-                    store(ahead + line + column, half * load(w->share + place));
-                    store(behind + line + column, half * load(w->share + place + g->shifts[m]));
+                    vector weights = load(w->weights + m * g->stride + place);
+                    store(forward + line + column, weights * load(w->share + place));
+                    store(backward + line + column, weights * load(w->share + place + g->shifts[m]));
                 }
             }
-            smooth_lines(w, ahead, m, top, bottom, valid, 0, w->there);
-            smooth_lines(w, behind, m, top, bottom, valid, 0, w->back);
+            smooth_lines(w, forward, m, top, bottom, valid, 0, w->forward);
+            smooth_lines(w, backward, m, top, bottom, valid, 0, w->backward);
         }
 }
 
@@ -185,7 +188,8 @@ static void norms(const Worker *w) {
                 long place = row * g->pitch + column;
                 vector norm = load(w->own + place), inside = load(g->inside + column);
                 for (long m = 0; m < g->offsets; m++)
-                    norm += load(w->there + m * g->stride + place) + load(w->back + m * g->stride + place - g->shifts[m]);
+                    norm += load(w->forward + m * g->stride + place) +
+                            load(w->backward + m * g->stride + place - g->shifts[m]);
                 store(w->inverse_norm + place, inside / (norm + (1 - inside)));
             }
 }
@@ -202,14 +206,15 @@ static void prepare(const Worker *w, real slope, const real *constants, real sel
     norms(w);
 }
 
-/* o x + sum of c x over the neighbours of one vector of pixels; with `ahead` and `behind` exchanged the adjoint. */
-ALWAYS void gather(const Worker *w, const real *ahead, const real *behind, const real *source, long place,
+/* o x + sum of c x over the neighbours of one vector of pixels; with `forward` and
+ * `backward` exchanged the adjoint. */
+ALWAYS void gather(const Worker *w, const real *forward, const real *backward, const real *source, long place,
                    const long channels, vector *sums) {
     const Grid *g = w->grid;
     for (long c = 0; c < channels; c++) sums[c] = load(w->own + place) * load(source + c * g->stride + place);
     for (long m = 0; m < g->offsets; m++) {
         long shift = g->shifts[m];
-        vector to = load(ahead + m * g->stride + place), from = load(behind + m * g->stride + place - shift);
+        vector to = load(forward + m * g->stride + place), from = load(backward + m * g->stride + place - shift);
         for (long c = 0; c < channels; c++) {
             const real *pixel = source + c * g->stride + place;
             sums[c] += to * load(pixel + shift) + from * load(pixel - shift);
@@ -221,22 +226,23 @@ ALWAYS void gather(const Worker *w, const real *ahead, const real *behind, const
 typedef struct {
     real *average; /* A x */
     real *moved;   /* (1 - tau) x + tau A x */
-    real *flow;    /* the adjoint: (1 - tau) flow + A' x */
+    real *grad_output;    /* the adjoint: (1 - tau) grad_output + A' x */
     real tau;
 } Target;
 
 ALWAYS void apply_channels(const Worker *w, const real *source, Target t, long first, const long channels) {
     const Grid *g = w->grid;
-    const real *ahead = t.flow ? w->back : w->there, *behind = t.flow ? w->there : w->back;
+    const real *forward = t.grad_output ? w->backward : w->forward;
+    const real *backward = t.grad_output ? w->forward : w->backward;
     EACH_BLOCK(w, g)
         for (long row = top; row < bottom; row++)
             EACH_VECTOR(g, column) {
                 vector sums[4];
                 long place = row * g->pitch + column, entry = first * g->stride + place;
-                gather(w, ahead, behind, source + first * g->stride, place, channels, sums);
+                gather(w, forward, backward, source + first * g->stride, place, channels, sums);
                 for (long c = 0; c < channels; c++, entry += g->stride) {
-                    if (t.flow) {
-                        store(t.flow + entry, load(t.flow + entry) * (1 - t.tau) + sums[c]);
+                    if (t.grad_output) {
+                        store(t.grad_output + entry, load(t.grad_output + entry) * (1 - t.tau) + sums[c]);
                         continue;
                     }
                     vector average = sums[c] * load(w->inverse_norm + place);
@@ -262,8 +268,8 @@ static void restore(const Worker *w, long image) {
     read_rows(w, q->guide + image * q->features * g->height * g->width, q->features, w->guide);
     read_rows(w, q->images + image * pixels, q->channels, signal);
     wait_for_all(w->team);
-    distances(w, q->noise[image]);
-    prepare(w, q->similarity[image], 0, q->self_similarity);
+    distances(w, q->bias + image * g->offsets);
+    prepare(w, q->similarity[image], q->within, q->self_similarity);
     apply(w, signal, (Target){.average = next});
     if (q->first) write_rows(w, next, q->channels, q->first + image * pixels);
     if (q->steps) prepare(w, q->weight[image], q->spatial + image * g->offsets, q->self_weight);
@@ -278,7 +284,7 @@ static void restore(const Worker *w, long image) {
 }
 
 /* What the sums over a block are of: one for each offset, then one for each step. */
-enum { SPATIAL, WEIGHT, SIMILAR, NOISE, SECTIONS };
+enum { SPATIAL, WEIGHT, SIMILAR, DEBIAS, SECTIONS };
 
 ALWAYS double *slot(const Worker *w, long block, int section, long m) {
     return w->sums + block * w->slots + section * w->grid->offsets + m;
@@ -293,8 +299,8 @@ static double total_of(const Worker *w, int section, long m, long count) {
 }
 
 /* What flows back into one application: g/n times tau, and through n; at the same time the gradient of tau. */
-static void outflow(const Worker *w, const real *signals, const real *averages, real *outflows, real tau, int add,
-                    int step) {
+static void cotangent_of(const Worker *w, const real *signals, const real *averages, real *cotangents, real tau,
+                         int add, int step) {
     const Grid *g = w->grid;
     EACH_BLOCK(w, g) {
         vector grad_tau = every(0);
@@ -305,10 +311,10 @@ static void outflow(const Worker *w, const real *signals, const real *averages, 
                 vector through = add ? load(w->through + place) : every(0);
                 vector own = add ? load(w->grad_own + place) : every(0);
                 for (long c = 0; c < w->call->channels; c++, place += g->stride) {
-                    vector flow = load(w->flow + place), out = flow * inverse;
+                    vector grad_output = load(w->grad_output + place), out = grad_output * inverse;
                     vector difference = load(averages + place) - load(signals + place);
-                    store(outflows + place, out);
-                    grad_tau += difference * flow;
+                    store(cotangents + place, out);
+                    grad_tau += difference * grad_output;
                     through -= out * load(averages + place);
                     own -= out * difference;
                 }
@@ -319,31 +325,33 @@ static void outflow(const Worker *w, const real *signals, const real *averages, 
     }
 }
 
-/* Gradients of c of `count` planes of applications, in both directions, smoothed, times w; to `there` and `back`. */
+/* Gradients of c of `count` planes of applications, in both directions, smoothed, times w; to `forward`
+ * and `backward`. */
 static void correlate(const Worker *w, long count) {
     const Grid *g = w->grid;
-    real *ahead = w->lines[0], *behind = w->lines[1];
+    real *forward = w->lines[0], *backward = w->lines[1];
     EACH_BLOCK(w, g)
         for (long m = 0; m < g->offsets; m++) {
             long shift = g->shifts[m];
-            const real *half = w->half + m * g->stride;
+            const real *weights = w->weights + m * g->stride;
             for (long row = top - g->reach; row < bottom + g->reach; row++) {
                 long line = (row - top + g->reach) * g->pitch;
-                if (cleared(g, row, end_of(g, m), ahead + line) + cleared(g, row, end_of(g, m), behind + line)) continue;
+                long end = end_of(g, m);
+                if (cleared(g, row, end, forward + line) + cleared(g, row, end, backward + line)) continue;
                 EACH_VECTOR(g, column) {
                     long place = row * g->pitch + column;
                     vector valid = load(g->valid + m * g->span + column);
-                    vector there = load(w->through + place), back = load(w->through + place + shift);
+                    vector to = load(w->through + place), from = load(w->through + place + shift);
                     for (long i = 0; i < count; i++, place += g->stride) {
-                        there += load(w->outflows + place) * load(w->signals + place + shift);
-                        back += load(w->signals + place) * load(w->outflows + place + shift);
+                        to += load(w->cotangents + place) * load(w->signals + place + shift);
+                        from += load(w->signals + place) * load(w->cotangents + place + shift);
                     }
-                    store(ahead + line + column, there * valid);
-                    store(behind + line + column, back * valid);
+                    store(forward + line + column, to * valid);
+                    store(backward + line + column, from * valid);
                 }
             }
-            smooth_lines(w, ahead, m, top, bottom, half, g->pitch, w->there);
-            smooth_lines(w, behind, m, top, bottom, half, g->pitch, w->back);
+            smooth_lines(w, forward, m, top, bottom, weights, g->pitch, w->forward);
+            smooth_lines(w, backward, m, top, bottom, weights, g->pitch, w->backward);
         }
 }
 
@@ -356,12 +364,13 @@ static void through_totals(const Worker *w, real self) {
                 long place = row * g->pitch + column;
                 vector total = load(w->own + place) * self, share = load(w->share + place);
                 for (long m = 0; m < g->offsets; m++)
-                    total += load(w->there + m * g->stride + place) + load(w->back + m * g->stride + place - g->shifts[m]);
+                    total += load(w->forward + m * g->stride + place) +
+                            load(w->backward + m * g->stride + place - g->shifts[m]);
                 store(w->through + place, -total * share * share);
             }
 }
 
-/* Gradients of w / t and s / t, in `there`, `back` and `through`, for `count` planes of applications. */
+/* Gradients of w / t and s / t, in `forward`, `backward` and `through`, for `count` planes of applications. */
 static void averaging_backward(const Worker *w, long count, real self) {
     wait_for_all(w->team);
     correlate(w, count);
@@ -380,9 +389,9 @@ static void kernels_backward(const Worker *w, real slope, int section, int add) 
             for (long row = top; row < least(bottom, end_of(g, m)); row++)
                 EACH_VECTOR(g, column) {
                     long pixel = row * g->pitch + column, neighbor = pixel + g->shifts[m], place = m * g->stride + pixel;
-                    vector power = load(w->there + place) * load(w->share + pixel);
-                    power += load(w->back + place) * load(w->share + neighbor);
-                    power += load(w->half + place) * (load(w->through + pixel) + load(w->through + neighbor));
+                    vector power = load(w->forward + place) * load(w->share + pixel);
+                    power += load(w->backward + place) * load(w->share + neighbor);
+                    power += load(w->weights + place) * (load(w->through + pixel) + load(w->through + neighbor));
                     power *= (real)LN2;
                     store(w->grad + place, power * slope + (add ? load(w->grad + place) : every(0)));
                     constant += power, sloped += power * load(w->distance + place);
@@ -392,21 +401,21 @@ static void kernels_backward(const Worker *w, real slope, int section, int add) 
         }
 }
 
-/* Gradient of the guide, and of the noise, given that of the distances, in `grad`; overwrites `half`. */
+/* Gradient of the guide, and of the bias, given that of the distances, in `grad`; overwrites `weights`. */
 static void distances_backward(const Worker *w, real *grad_guide) {
     const Grid *g = w->grid;
     real *lines = w->lines[0];
     EACH_BLOCK(w, g)
         for (long m = 0; m < g->offsets; m++) {
-            vector noise = every(0);
+            vector bias = every(0);
             for (long row = top; row < least(bottom, end_of(g, m)); row++)
                 EACH_VECTOR(g, column) {
                     long place = m * g->stride + row * g->pitch + column;
                     vector grad = drop(load(w->grad + place), ~(load(w->distance + place) > 0));
                     store(w->grad + place, grad);
-                    noise -= grad;
+                    bias -= grad;
                 }
-            *slot(w, index, NOISE, m) = sum_of(noise);
+            *slot(w, index, DEBIAS, m) = sum_of(bias);
         }
     wait_for_all(w->team);
     if (!grad_guide) return;
@@ -420,7 +429,7 @@ static void distances_backward(const Worker *w, real *grad_guide) {
                     store(line + column, load(w->grad + m * g->stride + row * g->pitch + column) * scale);
                 }
             }
-            smooth_lines(w, lines, m, top, bottom, g->valid + m * g->span, 0, w->half);
+            smooth_lines(w, lines, m, top, bottom, g->valid + m * g->span, 0, w->weights);
         }
     wait_for_all(w->team);
     EACH_BLOCK(w, g)
@@ -429,12 +438,12 @@ static void distances_backward(const Worker *w, real *grad_guide) {
                 real line[LANES];
                 EACH_VECTOR(g, column) {
                     long place = row * g->pitch + column;
-                    const real *pixel = w->guide + c * g->stride + place, *half = w->half + place;
+                    const real *pixel = w->guide + c * g->stride + place, *weights = w->weights + place;
                     vector here = load(pixel), sum = every(0);
-                    for (long m = 0; m < g->offsets; m++, half += g->stride) {
+                    for (long m = 0; m < g->offsets; m++, weights += g->stride) {
                         long shift = g->shifts[m];
-                        sum += load(half) * (here - load(pixel + shift));
-                        sum += load(half - shift) * (here - load(pixel - shift));
+                        sum += load(weights) * (here - load(pixel + shift));
+                        sum += load(weights - shift) * (here - load(pixel - shift));
                     }
                     store(line, sum * 2);
                     memcpy(grad_guide + (c * g->height + row) * g->width + column, line,
@@ -451,9 +460,9 @@ static void restore_backward(const Worker *w, long image) {
     const real *tau = q->tau + image * steps;
     read_rows(w, q->guide + image * q->features * g->height * g->width, q->features, w->guide);
     read_rows(w, q->first + image * pixels, channels, w->signals);
-    read_rows(w, q->grad + image * pixels, channels, w->flow);
+    read_rows(w, q->grad + image * pixels, channels, w->grad_output);
     wait_for_all(w->team);
-    distances(w, q->noise[image]);
+    distances(w, q->bias + image * g->offsets);
     if (steps) prepare(w, q->weight[image], q->spatial + image * g->offsets, q->self_weight);
     for (long step = 0; step < steps; step++) {
         real *signal = w->signals + step * planes;
@@ -463,23 +472,23 @@ static void restore_backward(const Worker *w, long image) {
         wait_for_all(w->team);
     }
     for (long step = steps - 1; step >= 0; step--) {
-        real *signal = w->signals + step * planes, *out = w->outflows + step * planes;
-        outflow(w, signal, w->averages + step * planes, out, tau[step], step < steps - 1, step);
+        real *signal = w->signals + step * planes, *out = w->cotangents + step * planes;
+        cotangent_of(w, signal, w->averages + step * planes, out, tau[step], step < steps - 1, step);
         wait_for_all(w->team);
-        apply(w, out, (Target){.flow = w->flow, .tau = tau[step]});
+        apply(w, out, (Target){.grad_output = w->grad_output, .tau = tau[step]});
     }
     if (steps) {
         averaging_backward(w, steps * channels, q->self_weight);
         kernels_backward(w, q->weight[image], WEIGHT, 0);
     }
-    prepare(w, q->similarity[image], 0, q->self_similarity);
+    prepare(w, q->similarity[image], q->within, q->self_similarity);
     read_rows(w, q->images + image * pixels, channels, w->signals);
     read_rows(w, q->first + image * pixels, channels, w->averages);
-    outflow(w, w->signals, w->averages, w->outflows, 1, 0, -1);
+    cotangent_of(w, w->signals, w->averages, w->cotangents, 1, 0, -1);
     wait_for_all(w->team);
     if (q->grad_images) {
-        apply(w, w->outflows, (Target){.flow = w->flow, .tau = 1});
-        write_rows(w, w->flow, channels, q->grad_images + image * pixels);
+        apply(w, w->cotangents, (Target){.grad_output = w->grad_output, .tau = 1});
+        write_rows(w, w->grad_output, channels, q->grad_images + image * pixels);
         wait_for_all(w->team);
     }
     averaging_backward(w, channels, q->self_similarity);
@@ -488,11 +497,11 @@ static void restore_backward(const Worker *w, long image) {
     if (w->rank == 0) {
         for (long m = 0; steps && m < g->offsets; m++)
             q->grad_spatial[image * g->offsets + m] = total_of(w, SPATIAL, m, 1);
+        for (long m = 0; m < g->offsets; m++) q->grad_bias[image * g->offsets + m] = total_of(w, DEBIAS, m, 1);
         for (long step = 0; step < steps; step++)
             q->grad_tau[image * steps + step] = total_of(w, SECTIONS, step, 1);
         if (steps) q->grad_weight[image] = total_of(w, WEIGHT, 0, g->offsets);
         q->grad_similarity[image] = total_of(w, SIMILAR, 0, g->offsets);
-        q->grad_noise[image] = total_of(w, NOISE, 0, g->offsets);
     }
     wait_for_all(w->team);
 }
@@ -505,7 +514,7 @@ static void similarity(const Worker *w, long image) {
     long pixels = q->features * g->height * g->width;
     read_rows(w, q->guide + image * pixels, q->features, w->guide);
     wait_for_all(w->team);
-    distances(w, q->noise[image]);
+    distances(w, q->bias + image * g->offsets);
     kernels(w, slope, 0);
     EACH_BLOCK(w, g)
         for (long m = 0; m < g->offsets; m++) {
@@ -513,9 +522,9 @@ static void similarity(const Worker *w, long image) {
             for (long row = top; row < least(bottom, end_of(g, m)); row++)
                 EACH_VECTOR(g, column) {
                     long place = m * g->stride + row * g->pitch + column;
-                    vector half = load(w->half + place);
-                    sum += q->grad ? half * load(w->distance + place) : half;
-                    if (q->grad) store(w->grad + place, half * (factor * slope));
+                    vector weights = load(w->weights + place);
+                    sum += q->grad ? weights * load(w->distance + place) : weights;
+                    if (q->grad) store(w->grad + place, weights * (factor * slope));
                 }
             *slot(w, index, SIMILAR, m) = sum_of(sum);
         }
@@ -533,25 +542,25 @@ static void similarity(const Worker *w, long image) {
 static void take_planes_of(Worker *w, Task task, char **memory) {
     const Grid *g = w->grid;
     long channels = w->call->channels, features = w->call->features, steps = w->call->steps, offsets = g->offsets;
-    int backward = task == RESTORE_BACKWARD, restores = task == RESTORE || backward;
-    long applications = backward ? most(steps, 1) : 2; /* of a forward pass two signals at a time */
+    int goes_back = task == RESTORE_BACKWARD, restores = task == RESTORE || goes_back;
+    long applications = goes_back ? most(steps, 1) : 2; /* of a forward pass two signals at a time */
     w->slots = SECTIONS * offsets + steps;
     w->sums = take(memory, g->blocks * w->slots * sizeof(double));
     w->guide = take_planes(memory, g, features);
     w->distance = take_planes(memory, g, offsets);
-    w->half = take_planes(memory, g, offsets);
-    if (backward || task == SIMILARITY_BACKWARD) w->grad = take_planes(memory, g, offsets);
+    w->weights = take_planes(memory, g, offsets);
+    if (goes_back || task == SIMILARITY_BACKWARD) w->grad = take_planes(memory, g, offsets);
     if (!restores) return;
-    w->there = take_planes(memory, g, offsets);
-    w->back = take_planes(memory, g, offsets);
+    w->forward = take_planes(memory, g, offsets);
+    w->backward = take_planes(memory, g, offsets);
     w->share = take_planes(memory, g, 1);
     w->own = take_planes(memory, g, 1);
     w->inverse_norm = take_planes(memory, g, 1);
     w->signals = take_planes(memory, g, applications * channels);
-    if (!backward) return;
-    w->outflows = take_planes(memory, g, applications * channels);
+    if (!goes_back) return;
+    w->cotangents = take_planes(memory, g, applications * channels);
     w->averages = take_planes(memory, g, applications * channels);
-    w->flow = take_planes(memory, g, channels);
+    w->grad_output = take_planes(memory, g, channels);
     w->through = take_planes(memory, g, 1);
     w->grad_own = take_planes(memory, g, 1);
 }

@@ -1,4 +1,4 @@
-"""C sources of the package as shared libraries: compiled by the machine's own compiler at first use, then cached."""
+"""C sources as shared libraries: compiled by the machine's own compiler at first use, then cached."""
 
 import ctypes
 import hashlib
@@ -23,6 +23,7 @@ _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-pthread", "-fno-math-errno"
 _MACHINE_FLAGS = ("-march=native", "-mcpu=native", "")
 _SECONDS_TO_COMPILE = 120
 _SECONDS_TO_ANSWER = 30
+_DIGEST_BYTES = 32  # of SHA-256
 
 
 def load_library(source: Path, includes: tuple[Path, ...], defines: tuple[str, ...]) -> ctypes.CDLL | None:
@@ -37,21 +38,24 @@ def load_library(source: Path, includes: tuple[Path, ...], defines: tuple[str, .
         defines: Macros to define.
     """
     if os.environ.get(SWITCH) == "0":
-        _logger.info("%s=0: %s is not compiled, torch serves instead", SWITCH, source.name)
+        _logger.info("%s=0: %s is not compiled, torch is used instead", SWITCH, source.name)
+        return None
+    if not hasattr(os, "getuid"):
+        _logger.info("%s is compiled on POSIX systems only, torch is used instead", source.name)
         return None
     try:
         compiler = _compiler()
         if compiler is None:
-            _logger.info("no C compiler (cc, gcc, clang, $CC): %s is not compiled, torch serves instead", source.name)
+            _logger.info("no C compiler (cc, gcc, clang, $CC): %s is not compiled, torch is used instead", source.name)
             return None
-        asked = _said([*compiler, "--version"], _SECONDS_TO_ANSWER)
+        version = check_output([*compiler, "--version"], _SECONDS_TO_ANSWER)
         texts = [path.read_text(encoding="utf-8") for path in (source, *includes)]
-        parts = [*compiler, asked, _processor(), *_FLAGS, *defines, *texts]
+        parts = [*compiler, version, _processor(), *_FLAGS, *defines, *texts]
         key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
         return _cached(source, compiler, [f"-D{name}" for name in defines], f"{source.stem}-{key}.so")
-    except (OSError, ValueError, subprocess.SubprocessError) as error:  # ValueError: a $CC that is no shell word
-        said = getattr(error, "stderr", "") or ""
-        _logger.info("%s cannot be compiled, torch serves instead: %s\n%s", source.name, error, said[-2000:])
+    except (OSError, ValueError, subprocess.SubprocessError) as error:  # ValueError: a $CC that is not a shell word
+        complaints = getattr(error, "stderr", "") or ""
+        _logger.info("%s cannot be compiled, torch is used instead: %s\n%s", source.name, error, complaints[-2000:])
         return None
 
 
@@ -76,7 +80,9 @@ def _cached(source: Path, compiler: list[str], defines: list[str], name: str) ->
     kept = None if folder is None else folder / name
     if kept is not None and kept.exists():
         try:
-            return ctypes.CDLL(str(kept))
+            if _is_intact(kept):
+                return ctypes.CDLL(str(kept))
+            _logger.info("%s is damaged and is compiled again", kept)
         except OSError:
             _logger.info("%s cannot be loaded and is compiled again", kept)
     # Nowhere to keep it, or nothing there may be executed: once for each process, then. A library that is loaded needs
@@ -84,6 +90,7 @@ def _cached(source: Path, compiler: list[str], defines: list[str], name: str) ->
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         built = _compile(source, compiler, defines, Path(scratch) / f"new-{name}")
         if kept is not None:
+            _seal(built)
             built = built.replace(kept)
         try:
             return ctypes.CDLL(str(built))
@@ -92,6 +99,21 @@ def _cached(source: Path, compiler: list[str], defines: list[str], name: str) ->
                 raise
             with tempfile.TemporaryDirectory() as elsewhere:
                 return ctypes.CDLL(shutil.copy(built, elsewhere))
+
+
+def _seal(library: Path) -> None:
+    """Append the digest of a library, which a loader does not look at, and wait until all of it is on the disk."""
+    with library.open("r+b") as file:
+        digest = hashlib.sha256(file.read()).digest()
+        file.write(digest)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _is_intact(library: Path) -> bool:
+    """Whether a kept library is as it was written: running a truncated one would end the process."""
+    content = library.read_bytes()
+    return hashlib.sha256(content[:-_DIGEST_BYTES]).digest() == content[-_DIGEST_BYTES:]
 
 
 def _cache() -> Path | None:
@@ -103,7 +125,7 @@ def _cache() -> Path | None:
     except (OSError, RuntimeError):  # RuntimeError: a user without a home
         return None
     if found.st_uid != os.getuid() or found.st_mode & 0o022:
-        _logger.info("%s is not this user's alone: no library is kept there", folder)
+        _logger.info("others may write to %s: no library is kept there", folder)
         return None
     return folder if os.access(folder, os.W_OK | os.X_OK) else None
 
@@ -112,7 +134,7 @@ def _compile(source: Path, compiler: list[str], defines: list[str], target: Path
     for index, machine in enumerate(_MACHINE_FLAGS):
         command = [*compiler, *_FLAGS, *([machine] if machine else []), *defines, str(source), "-o", str(target), "-lm"]
         try:
-            _said(command, _SECONDS_TO_COMPILE)
+            check_output(command, _SECONDS_TO_COMPILE)
             return target
         except subprocess.CalledProcessError:
             if index == len(_MACHINE_FLAGS) - 1:
@@ -120,10 +142,10 @@ def _compile(source: Path, compiler: list[str], defines: list[str], target: Path
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
-def _said(command: list[str], seconds: float) -> str:
-    """What a command says on its standard output; ends it, and all that it has started, where it takes too long.
+def check_output(command: list[str], seconds: float) -> str:
+    """Standard output of a command, which is ended, with all that it has started, where it takes too long.
 
-    `subprocess.run` would end the command alone, and leave what a compiler's driver has started running for ever.
+    `subprocess.check_output` would end the command only, and leave what a compiler's driver has started running.
     """
     pipe = subprocess.PIPE
     process = subprocess.Popen(

@@ -1,4 +1,4 @@
-/* What the image operator's kernel stands on: images as padded planes, a team of threads, windows.
+/* Under the kernel: images as padded planes, a team of threads, windows.
  *
  * An image, or a map with one value for each pair (p, p + d) of a half offset d, is a plane: rows `pitch` apart, with
  * enough zeros after each row and enough rows of zeros above and below that the neighbour of a pixel lies `shift`

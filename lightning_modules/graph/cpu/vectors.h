@@ -1,4 +1,4 @@
-/* What our kernels for the CPU stand on: real numbers and vectors of them in either precision, 2^x, memory, threads. */
+/* Under the kernel: real numbers and vectors of them in either precision, 2^x, memory, threads. */
 #pragma once
 #include <pthread.h>
 #include <stdint.h>
@@ -54,34 +54,6 @@ ALWAYS double sum_of(vector value) {
     double total = 0;
     for (long lane = 0; lane < LANES; lane++) total += value[lane];
     return total;
-}
-
-typedef real quarter __attribute__((vector_size(16)));
-typedef real half __attribute__((vector_size(32)));
-
-/* Sum of the lanes, by halves. */
-ALWAYS real across(vector value) {
-    quarter sum;
-#if VECTOR_BYTES == 16
-    sum = value;
-#else
-    half wide;
-#if VECTOR_BYTES == 32
-    wide = value;
-#else
-    half halves[2];
-    memcpy(halves, &value, sizeof value);
-    wide = halves[0] + halves[1];
-#endif
-    quarter quarters[2];
-    memcpy(quarters, &wide, sizeof wide);
-    sum = quarters[0] + quarters[1];
-#endif
-#ifdef DOUBLE
-    return sum[0] + sum[1];
-#else
-    return (sum[0] + sum[2]) + (sum[1] + sum[3]);
-#endif
 }
 
 #define LN2 0.693147180559945309417232121458176568

@@ -9,7 +9,7 @@ from lightning_modules.mixtures.gaussian.em import MixtureParameters, log_joint
 
 
 def evidence_lower_bound(q: Tensor, theta: MixtureParameters, x: Tensor) -> Tensor:
-    r"""Jensen's lower bound on the log-likelihood of a mixture, equal to it exactly where ``q`` is the posterior.
+    r"""Jensen's lower bound on the log-likelihood of a mixture, equal to it exactly where `q` is the posterior.
 
     .. math:: J(q, \theta) = \sum_n \sum_k q_{nk} \log \frac{p(x_n, z_n = k; \theta)}{q_{nk}} \le \sum_n \log p(x_n;
     \theta)
@@ -17,11 +17,14 @@ def evidence_lower_bound(q: Tensor, theta: MixtureParameters, x: Tensor) -> Tens
     Dempster, Laird and Rubin 1977; Neal and Hinton 1998.
 
     Args:
-        q: a distribution over the components for each row.
-        theta: one mixture.
-        x: data.
+        q: A distribution over the components for each sample.
+        theta: One mixture.
+        x: Data.
 
-    Shape: ``q`` ``[N, K]``, ``x`` ``[N, D]``; result a scalar in float64.
+    Shape:
+        - q: `[N, K]`
+        - x: `[N, D]`
+        - output: float64 `[]`
 
     Example:
         >>> x = torch.tensor([[0.0], [1.0]])
@@ -31,11 +34,12 @@ def evidence_lower_bound(q: Tensor, theta: MixtureParameters, x: Tensor) -> Tens
         True
     """
     q = q.double()
-    rows = q.sum(dim=1)
-    if q.shape != (x.shape[0], theta.weights.shape[-1]) or bool((q < 0).any()) or bool(((rows - 1).abs() > 1e-6).any()):
+    total = q.sum(dim=1)
+    expected_shape = (x.shape[0], theta.weights.shape[-1])
+    if q.shape != expected_shape or bool((q < 0).any()) or bool(((total - 1).abs() > 1e-6).any()):
         raise ValueError(
-            f"q must hold, for each of the {x.shape[0]} rows, {theta.weights.shape[-1]} probabilities that sum to 1; "
-            f"got shape {tuple(q.shape)} with sums from {rows.min():.6g} to {rows.max():.6g}"
+            f"q must hold, for each of the {x.shape[0]} samples, {theta.weights.shape[-1]} probabilities that sum to 1;"
+            f" got shape {tuple(q.shape)} with sums from {total.min():.6g} to {total.max():.6g}"
         )
     joint = log_joint(theta, x)
     # 0 log p = 0, also where p = 0
@@ -44,9 +48,11 @@ def evidence_lower_bound(q: Tensor, theta: MixtureParameters, x: Tensor) -> Tens
 
 
 def posterior(theta: MixtureParameters, x: Tensor) -> Tensor:
-    r""":math:`p(z_n = k \mid x_n; \theta)`, the ``q`` for which the bound is tight.
+    r""":math:`p(z_n = k \mid x_n; \theta)`, the `q` for which the bound is tight.
 
-    Shape: ``x`` ``[N, D]``; result ``[N, K]``.
+    Shape:
+        - x: `[N, D]`
+        - output: `[N, K]`
     """
     return torch.softmax(log_joint(theta, x), dim=1)
 
@@ -54,6 +60,8 @@ def posterior(theta: MixtureParameters, x: Tensor) -> Tensor:
 def log_likelihood(theta: MixtureParameters, x: Tensor) -> Tensor:
     r""":math:`\sum_n \log p(x_n; \theta)`.
 
-    Shape: ``x`` ``[N, D]``; result a scalar in float64.
+    Shape:
+        - x: `[N, D]`
+        - output: float64 `[]`
     """
     return torch.logsumexp(log_joint(theta, x), dim=1).sum()

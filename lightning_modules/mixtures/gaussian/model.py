@@ -1,50 +1,41 @@
-"""A Gaussian mixture that learns from passes over a stream: state and flow around the pure functions."""
+"""Gaussian mixture that learns from epochs over a stream."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_modules.mixtures.collectives import Collectives
-from lightning_modules.mixtures.gaussian.density import CovarianceType
+from lightning_modules.mixtures.gaussian.density import CovarianceType, GaussianComponents
 from lightning_modules.mixtures.gaussian.em import (
-    EMPTY_COUNT,
+    GaussianStatistics,
     MixtureParameters,
-    MixtureStatistics,
     check_positive_definite,
-    expectation,
+    e_step,
     expected_log_joint,
     hard_statistics,
-    maximisation,
+    m_step,
     num_free_parameters,
     statistics_of,
 )
-from lightning_modules.mixtures.initialization import Initialization, Stream
-from lightning_modules.mixtures.kmeans.em import assign
-from lightning_modules.mixtures.lloyd import lloyd
-from lightning_modules.mixtures.model import ClusteringModel, PassReport
-from lightning_modules.mixtures.standardizer import ReferenceFrame
-
-# Lloyd iterations on the sample before the mixture starts.
-SAMPLE_ITERATIONS = 20
+from lightning_modules.mixtures.model import MixtureModel
+from lightning_modules.mixtures.standardizer import Standardizer
 
 
-class GaussianMixtureModel(ClusteringModel):
-    """The state of a Gaussian mixture; arguments as :class:`lightning_modules.GaussianMixture` has them."""
+class GaussianMixtureModel(MixtureModel[MixtureParameters]):
+    """The state of a Gaussian mixture; arguments as `lightning_modules.GaussianMixture` has them."""
 
+    chunks_itself = True
     #: [S, K]
     weights: Tensor
-    #: in the frame, [S, K, D]
+    #: standardized, [S, K, D]
     means: Tensor
-    #: in the frame; the shape is that of the covariance type, after S
+    #: standardized; the shape is that of the covariance type, after S
     covariances: Tensor
-    #: mini-batch updates so far
-    steps: Tensor
-    #: running mean of the statistics, flat (stepwise)
-    average: Tensor
 
     def __init__(
         self,
@@ -56,101 +47,120 @@ class GaussianMixtureModel(ClusteringModel):
         weights_init: Sequence[Any] | Tensor | None = None,
         means_init: Sequence[Any] | Tensor | None = None,
         precisions_init: Sequence[Any] | Tensor | None = None,
-        step_exponent: float = 0.7,
-        init: Initialization = "k-means++",
-        n_init: int = 1,
         **options: Any,
     ) -> None:
         if covariance_type not in ("full", "diag", "tied", "spherical"):
             raise ValueError(f"covariance_type must be 'full', 'diag', 'tied' or 'spherical', got {covariance_type!r}")
         if not reg_covar >= 0:
             raise ValueError(f"reg_covar must be at least 0, got {reg_covar!r}")
-        if not 0.5 < step_exponent <= 1:
-            raise ValueError(f"step_exponent must be in (0.5, 1] for stepwise EM to converge, got {step_exponent!r}")
-        # plain values: nn.Module takes them before its own __init__
-        self.covariance_type, self.reg_covar, self.step_exponent = covariance_type, reg_covar, step_exponent
-        super().__init__(num_components, num_features, init=init, n_init=n_init, **options)
-        if self.standardize is False and covariance_type == "spherical":
+        self.covariance_type, self.reg_covar = covariance_type, reg_covar
+        self.make_parameters = partial(MixtureParameters, covariance_type)
+        super().__init__(num_components, num_features, **options)
+        if not self.standardize and covariance_type == "spherical":
             self.scaling = "common"
-        self._given = self._check_given(weights_init, means_init, precisions_init, num_features)
-        self._statistics: MixtureStatistics | None = None
+        self._initial = self._check_initial(weights_init, means_init, precisions_init, num_features)
 
-    def _shapes(self, num_features: int) -> dict[str, tuple[tuple[int, ...], Tensor]]:
-        starts, k, d = self.n_init, self.num_components, num_features
-        shape = {"full": (k, d, d), "tied": (d, d), "diag": (k, d), "spherical": (k,)}[self.covariance_type]
-        zero = torch.tensor(0.0, dtype=torch.float64)
-        second = (k, d) if self.covariance_type == "spherical" else shape
-        size = starts * (k + k * d + torch.Size(second).numel() + 2) + 1 if self.algorithm == "stepwise" else 0
-        return super()._shapes(num_features) | {
-            "weights": ((starts, k), torch.tensor(1.0 / k, dtype=torch.float64)),
-            "means": ((starts, k, d), zero),
-            "covariances": ((starts, *shape), zero),
-            "steps": ((), torch.tensor(0, dtype=torch.long)),
-            "average": ((size,), zero),
-        }
+    # --------------------------------------------------------------- EM
 
-    # -------------------------------------------------------- parameters
+    def parameter_shapes(self, num_features: int) -> dict[str, tuple[int, ...]]:
+        """Name and shape of each parameter of one restart."""
+        return MixtureParameters.shapes(self.covariance_type, self.num_components, num_features)
 
-    def _theta(self, start: Tensor | int | slice = slice(None)) -> MixtureParameters:
-        return MixtureParameters(
-            self.covariance_type, self.weights[start], self.means[start], self.covariances[start]
-        )  # fmt: skip
+    def start(self, centers: Tensor) -> MixtureParameters:
+        """Equal weights and unit covariances at given centers.
 
-    def _reg(self) -> Tensor:
-        """``reg_covar`` in units of the frame, ``[D]``."""
-        reg = torch.full_like(self.scale, self.reg_covar)
-        return reg if self.standardize else reg / self.scale.square()
-
-    def reported(self) -> MixtureParameters:
-        """The best start in units of the data, unbatched.
-
-        A spherical mixture of standardised features is diagonal in the data's units, and is reported as such.
+        Shape:
+            - centers: `[S, K, D]`
         """
-        self.require_initialized()
-        theta, scale = self._theta(int(self.best)), self.scale
-        kind = theta.covariance_type
-        if kind == "spherical" and self.standardize:
-            covariances = theta.covariances[:, None] * scale.square()
-            return MixtureParameters("diag", theta.weights.clone(), self.frame.leave(theta.means), covariances)
-        factor = {"diag": scale.square(), "spherical": scale.square().mean()}.get(kind, scale[:, None] * scale)
-        return MixtureParameters(kind, theta.weights.clone(), self.frame.leave(theta.means), theta.covariances * factor)
+        return MixtureParameters.at(centers, self.covariance_type)
 
-    def _check_given(
-        self,
-        weights: Any,
-        means: Any,
-        precisions: Any,
-        num_features: int | None,
-    ) -> dict[str, Tensor]:
-        given = {}
+    def prepare(self, theta: MixtureParameters) -> GaussianComponents:
+        """The densities, factorised."""
+        return theta.components()
+
+    def e_step(
+        self, prepared: GaussianComponents, z: Tensor, mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> GaussianStatistics:
+        """Moments under the posterior, or under given labels.
+
+        Shape:
+            - z: `[N, D]`
+            - mask: `[N]`
+            - labels: `[S, N]`
+        """
+        if labels is not None:
+            return hard_statistics(self.covariance_type, prepared.means, labels, z, mask)
+        return e_step(prepared, z, mask)
+
+    def m_step(self, statistics: GaussianStatistics, previous: MixtureParameters | None = None) -> MixtureParameters:
+        """Weights, means and covariances in closed form."""
+        return m_step(statistics, self.standardized_variance(self.reg_covar), previous)
+
+    def log_densities(self, prepared: GaussianComponents, z: Tensor) -> Tensor:
+        r""":math:`\log \pi_k N(z_n; \mu_k, \Sigma_k)`.
+
+        Shape:
+            - z: `[N, D]`, standardized
+            - output: `[S, K, N]`
+        """
+        return prepared.log_densities(z)
+
+    def expected_statistics(self, theta: MixtureParameters) -> GaussianStatistics:
+        """Statistics of one sample drawn from the mixtures."""
+        return statistics_of(theta)
+
+    def inverse_transform(self, theta: MixtureParameters) -> MixtureParameters:
+        """One mixture in units of the data.
+
+        A spherical mixture of standardized features is diagonal there, and is reported as such.
+        """
+        if self.covariance_type == "spherical" and self.standardize:
+            wide = theta.covariances[:, None].expand_as(theta.means)
+            theta = MixtureParameters("diag", theta.weights, theta.means, wide)
+        return theta.inverse_transform(self.standardizer)
+
+    def check_parameters(self, theta: MixtureParameters) -> None:
+        """Raise where a covariance is not positive definite."""
+        check_positive_definite(theta, self.reg_covar)
+
+    def numbers(self, statistics: GaussianStatistics, theta: MixtureParameters, restart: int) -> dict[str, float]:
+        """Entropy of the responsibilities and, where the M-step was exact, the bound after it; means of a sample."""
+        count = float(statistics.count)
+        numbers = {"entropy": float(statistics.entropy[restart]) / count}
+        if self.algorithm == "exact":
+            bound = expected_log_joint(statistics, theta)[restart] + statistics.entropy[restart]
+            numbers["bound"] = float(bound / count - self.standardizer.log_volume)
+        return numbers
+
+    def num_free_parameters(self) -> int:
+        """Free parameters, as BIC and AIC count them."""
+        return num_free_parameters(self.covariance_type, self.num_components, self.num_features)
+
+    # ----------------------------------------------------- known parameters
+
+    def _check_initial(self, weights: Any, means: Any, precisions: Any, num_features: int | None) -> dict[str, Tensor]:
+        initial = {}
         for name, value in (("weights", weights), ("means", means), ("precisions", precisions)):
             if value is not None:
-                given[name] = torch.as_tensor(value, dtype=torch.float64)
-                if not bool(torch.isfinite(given[name]).all()):
+                initial[name] = torch.as_tensor(value, dtype=torch.float64)
+                if not bool(torch.isfinite(initial[name]).all()):
                     raise ValueError(f"{name}_init must be finite")
-        k = self.num_components
-        width = num_features or next((given[n].shape[-1] for n in ("means", "precisions") if n in given), 0)
-        shapes = {
-            "weights": (k,),
-            "means": (k, width),
-            "precisions": {"full": (k, width, width), "tied": (width, width), "diag": (k, width), "spherical": (k,)}[
-                self.covariance_type
-            ],
-        }
-        for name, value in given.items():
+        width = num_features or next((initial[n].shape[-1] for n in ("means", "precisions") if n in initial), 0)
+        shapes = self.parameter_shapes(width)
+        shapes["precisions"] = shapes["covariances"]
+        for name, value in initial.items():
             if value.shape != shapes[name]:
                 raise ValueError(
                     f"The parameter '{name}_init' should have the shape of {shapes[name]}, but got {tuple(value.shape)}"
                 )
-        if "weights" in given and (bool((given["weights"] < 0).any()) or abs(float(given["weights"].sum()) - 1) > 1e-6):
-            raise ValueError(
-                f"weights_init must be non-negative and sum to 1, got sum {float(given['weights'].sum()):.6g}"
-            )
-        if "precisions" in given:
-            self._check_precisions(given["precisions"])
-        if "means" in given and self.n_init > 1:
-            raise ValueError(f"n_init={self.n_init} starts would all be the given means_init: use n_init=1")
-        return given
+        given = initial.get("weights")
+        if given is not None and (bool((given < 0).any()) or abs(float(given.sum()) - 1) > 1e-6):
+            raise ValueError(f"weights_init must be non-negative and sum to 1, got sum {float(given.sum()):.6g}")
+        if "precisions" in initial:
+            self._check_precisions(initial["precisions"])
+        if "means" in initial and self.n_init > 1:
+            raise ValueError(f"n_init={self.n_init} restarts would all be the given means_init: use n_init=1")
+        return initial
 
     def _check_precisions(self, precisions: Tensor) -> None:
         if self.covariance_type in ("diag", "spherical"):
@@ -163,23 +173,17 @@ class GaussianMixtureModel(ClusteringModel):
                 f"precisions_init should be symmetric, positive-definite for covariance_type={self.covariance_type!r}"
             )
 
-    def _given_covariances(self) -> Tensor:
-        precisions = self._given["precisions"].to(self.offset.device)
+    def _initial_covariances(self) -> Tensor:
+        precisions = self._initial["precisions"].to(self.offset.device)
         return torch.linalg.inv(precisions) if self.covariance_type in ("full", "tied") else 1 / precisions
 
-    def _write(self, theta: MixtureParameters, active: Tensor | slice = slice(None)) -> None:
-        self.weights[active] = theta.weights
-        self.means[active] = theta.means
-        self.covariances[active] = theta.covariances
-
-    # ---------------------------------------------------- initialisation
-
-    def _start_without_data(self) -> bool:
-        if len(self._given) < 3 or self.standardize:
-            return False
-        means, weights = self._given["means"].to(self.offset.device), self._given["weights"].to(self.offset.device)
+    def known_start(self) -> MixtureParameters | None:
+        """The mixture, where all of it is known."""
+        if len(self._initial) < 3 or self.standardize:
+            return None
+        weights, means = (self._initial[name].to(self.offset.device) for name in ("weights", "means"))
         self._allocate(means.shape[1])
-        covariances = self._given_covariances()
+        covariances = self._initial_covariances()
         within = {
             "full": lambda: weights @ covariances.diagonal(dim1=-2, dim2=-1),
             "tied": covariances.diagonal,
@@ -189,190 +193,56 @@ class GaussianMixtureModel(ClusteringModel):
         offset = weights @ means
         scale = (within + weights @ (means - offset).square()).sqrt()
         scale = scale.square().mean().sqrt().expand_as(scale) if self.scaling == "common" else scale
-        self._set_frame(ReferenceFrame(offset, scale))
-        self._write(MixtureParameters(self.covariance_type, *self._given_in_frame()))
-        self._start_average()
-        return True
+        self._set_standardizer(Standardizer(offset, scale))
+        return self.current_parameters()
 
-    def _given_in_frame(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Given weights, means and covariances in the frame; what is not given is what the buffers hold."""
-        weights, means, covariances = self.weights, self.means, self.covariances
-        if "weights" in self._given:
-            weights = self._given["weights"].to(weights).expand_as(weights)
-        if "means" in self._given:
-            means = self.frame.enter(self._given["means"].to(means.device)).expand_as(means)
-        if "precisions" in self._given:
+    def initial_centers(self) -> Tensor | None:
+        """Known means, standardized.
+
+        Shape:
+            - output: `[1, K, D]`
+        """
+        means = self._initial.get("means")
+        return None if means is None else self.standardizer.transform(means.to(self.offset.device))[None]
+
+    def with_initial(self, theta: MixtureParameters) -> MixtureParameters:
+        """The start, with the parameters that are known in place of those that were found."""
+        if "weights" in self._initial:
+            theta = replace(theta, weights=self._initial["weights"].to(theta.weights).expand_as(theta.weights))
+        means = self.initial_centers()
+        if means is not None:
+            theta = replace(theta, means=means.expand_as(theta.means))
+        if "precisions" in self._initial:
             scale = self.scale
             factor = {"diag": scale.square(), "spherical": scale.square().mean()}
-            covariances = self._given_covariances() / factor.get(self.covariance_type, scale[:, None] * scale)
-            covariances = covariances.expand_as(self.covariances)
-        return weights, means, covariances
+            covariances = self._initial_covariances() / factor.get(self.covariance_type, scale[:, None] * scale)
+            theta = replace(theta, covariances=covariances.expand_as(theta.covariances))
+        return theta
 
-    def _given_centers(self) -> Tensor | None:
-        return self.frame.enter(self._given["means"].to(self.offset.device))[None] if "means" in self._given else None
-
-    def _choose_centers(self, sample: Tensor, stream: Stream, collectives: Collectives) -> Tensor:
-        centers = super()._choose_centers(sample, stream, collectives)
-        if self.init != "k-means++":
-            return centers
-        return torch.stack([lloyd(sample, start, SAMPLE_ITERATIONS).centers for start in centers])
-
-    def _start_from(self, centers: Tensor, rows: Tensor | None, stream: Stream, collectives: Collectives) -> None:
-        """Parameters of the hard assignment to ``centers``: from the sample if it is all the data, else by one more
-        pass.
-        """
-        if rows is not None:
-            statistics = hard_statistics(self.covariance_type, centers, assign(centers, rows)[0], rows)
-        else:
-            total: MixtureStatistics | None = None
-            for x, mask, _ in stream():
-                z = self.frame.enter(self.check_rows(x))
-                part = hard_statistics(self.covariance_type, centers, assign(centers, z)[0], z, mask)
-                total = part if total is None else total.with_flat(total.flat() + part.flat())
-            assert total is not None
-            statistics = total.with_flat(collectives.reduce(total.flat()))
-            self.initialization_passes += 1
-        theta = maximisation(statistics, self._reg())
-        # the centre of a component without rows is where it was put
-        empty = (statistics.weight <= EMPTY_COUNT)[..., None]
-        theta.means = torch.where(empty, centers, theta.means)
-        self._write(theta)
-        self._write(MixtureParameters(self.covariance_type, *self._given_in_frame()))
-        check_positive_definite(self._theta(), self.reg_covar)
-        self._start_average()
-
-    def _start_average(self) -> None:
-        if self.algorithm == "stepwise":
-            self.average.copy_(statistics_of(self._theta()).flat())
-
-    # ------------------------------------------------------------ passes
-
-    @torch.no_grad()
-    def begin_pass(self) -> None:
-        """Forget the sums and prepare the densities of the starts that still move."""
-        self._active = self._active_starts()
-        self._tally = self.weights.new_zeros(int(self._active.sum()) + 2)
-        self._prepare()
-
-    def _prepare(self) -> None:
-        self._components = self._theta(self._active).components()
-        self._statistics = MixtureStatistics.zeros_for(self._components)
-        self._invalid = self.weights.new_zeros(())
-
-    @torch.no_grad()
-    def accumulate(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """E-step: add the sufficient statistics of ``x`` ``[N, D]``."""
-        for z, part in self._blocks(x, mask):
-            expectation(self._components, z, part, into=self._statistics)
-
-    def _reduced(self, collectives: Collectives | None) -> MixtureStatistics:
-        """The sums over all processes: the one reduction."""
-        assert self._statistics is not None
-        assert self._invalid is not None
-        flat = torch.cat([self._invalid.view(1), self._statistics.flat()])
-        flat = (collectives or Collectives()).reduce(flat)
-        if int(flat[0]):
-            self._check_count(self.num_components, int(flat[0]))
-        statistics = self._statistics.with_flat(flat[1:])
-        if not bool(statistics.count > 0):
-            raise ValueError("Found array with 0 sample(s) while a minimum of 1 is required: the data is empty.")
-        return statistics
-
-    @torch.no_grad()
-    def end_step(self, collectives: Collectives | None = None) -> None:
-        r"""Stepwise M-step (Cappé and Moulines 2009): :math:`s \leftarrow (1-\gamma_t) s + \gamma_t \hat s_t`,
-        :math:`\gamma_t = (t+2)^{-\alpha}`.
-        """
-        statistics = self._reduced(collectives)
-        self._tally += torch.cat([statistics.log_likelihood, statistics.entropy.sum()[None], statistics.count[None]])
-        batch = statistics.about_origin()
-        rate = float(self.steps + 2) ** -self.step_exponent
-        self.average.mul_(1 - rate).add_(batch.flat() / batch.count, alpha=rate)
-        self.steps += 1
-        theta = maximisation(batch.with_flat(self.average), self._reg())
-        check_positive_definite(theta, self.reg_covar)
-        self._write(theta, self._active)
-        self._prepare()
-
-    @torch.no_grad()
-    def end_pass(self, collectives: Collectives | None = None) -> PassReport:
-        """M-step, after one reduction over the processes."""
-        if self.algorithm == "stepwise":
-            return self._end_stepwise_pass()
-        statistics = self._reduced(collectives)
-        count = int(statistics.count)
-        self._check_count(count, 0)
-        previous = self._theta(self._active)
-        theta = maximisation(statistics, self._reg(), previous)
-        check_positive_definite(theta, self.reg_covar)
-        bound = (expected_log_joint(statistics, theta) + statistics.entropy) / count - self.frame.log_volume
-        likelihood = statistics.log_likelihood / count - self.frame.log_volume
-        change = (likelihood - self.objective[self._active]).abs().nan_to_num(nan=torch.inf)
-        self._write(theta, self._active)
-        converged, moved = self._settle(likelihood, change, count, self._active)
-        report = PassReport(int(self.iterations.max()), float(self.objective[self.best]), moved, converged, count)
-        # the best start may have come to rest in an earlier pass; then there is nothing new to say of it
-        place = int(self._active[: int(self.best)].sum())
-        if bool(self._active[self.best]):
-            report.numbers = {"bound": float(bound[place]), "entropy": float(statistics.entropy[place]) / count}
-            report.empty = (statistics.weight[place] <= EMPTY_COUNT).nonzero()[:, 0].tolist()
-        return report
-
-    def _end_stepwise_pass(self) -> PassReport:
-        count = int(self._tally[-1])
-        likelihood = self._tally[:-2] / count - self.frame.log_volume
-        change = (likelihood - self.objective[self._active]).abs().nan_to_num(nan=torch.inf)
-        converged, moved = self._settle(likelihood, change, count, self._active)
-        entropy = float(self._tally[-2]) / (count * len(likelihood))
-        best = float(self.objective[self.best])
-        return PassReport(int(self.iterations.max()), best, moved, converged, count, {"entropy": entropy})
-
-    # --------------------------------------------------------- inference
-
-    @torch.no_grad()
-    def log_joint(self, x: Tensor) -> Tensor:
-        r""":math:`\log \pi_k + \log N(x_n; \mu_k, \Sigma_k)` under the best start.
-
-        Shape: ``x`` ``[N, D]``; result ``[N, K]`` float64.
-        """
-        self.require_initialized()
-        x = self.check_rows(x)
-        components = self._theta(int(self.best)).components()
-        result = x.new_empty(x.shape[0], self.num_components, dtype=torch.float64)
-        step = components.rows_per_chunk
-        for first in range(0, x.shape[0], step):
-            z = self.frame.enter(x[first : first + step])
-            result[first : first + step] = components.log_joint(components.encode(z))[0].T
-        return result - self.frame.log_volume
+    # ------------------------------------------------------------ sampling
 
     @torch.no_grad()
     def sample(self, count: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Rows drawn from the mixture, in units of the data, and the components they came from.
+        """Samples drawn from the mixture, in units of the data, and the components they came from.
 
-        Shape: result ``[count, D]`` and ``[count]``.
+        Shape:
+            - output: `[count, D]` and `[count]`
         """
         self.require_initialized()
         if count < 1:
             raise ValueError(f"Invalid value for 'n_samples': {count}. The sampling requires at least one sample.")
-        theta, device = self._theta(int(self.best)), self.offset.device
-        labels = (
-            torch.multinomial(theta.weights.cpu(), count, replacement=True, generator=generator)
-            .sort()
-            .values.to(device)
-        )
+        theta, device = self.current_parameters(int(self.best)), self.offset.device
+        labels = torch.multinomial(theta.weights.cpu(), count, replacement=True, generator=generator).sort().values
+        labels = labels.to(device)
         noise = torch.randn(count, self.num_features, generator=generator, dtype=torch.float64).to(device)
         covariances = theta.covariances
         if self.covariance_type == "full":
-            rows = torch.zeros_like(noise)
+            samples = torch.zeros_like(noise)
             for k, factor in enumerate(torch.linalg.cholesky(covariances)):
-                rows[labels == k] = noise[labels == k] @ factor.T
+                samples[labels == k] = noise[labels == k] @ factor.T
         elif self.covariance_type == "tied":
-            rows = noise @ torch.linalg.cholesky(covariances).T
+            samples = noise @ torch.linalg.cholesky(covariances).T
         else:
             deviations = covariances.sqrt()
-            rows = noise * (deviations[labels] if self.covariance_type == "diag" else deviations[labels, None])
-        return self.frame.leave(rows + theta.means[labels]), labels
-
-    def num_free_parameters(self) -> int:
-        """Free parameters, as BIC and AIC count them."""
-        return num_free_parameters(self.covariance_type, self.num_components, self.num_features)
+            samples = noise * (deviations[labels] if self.covariance_type == "diag" else deviations[labels, None])
+        return self.standardizer.inverse_transform(samples + theta.means[labels]), labels

@@ -38,16 +38,16 @@ def choose_num_components(x: Tensor, candidates: Sequence[int] = range(1, 11), *
     r"""Fit a mixture for each number of components and compare :math:`-2 \log L + p \log N` (Schwarz 1978).
 
     Args:
-        x: rows.
-        candidates: numbers of components to try.
-        options: further arguments of :class:`lightning_modules.GaussianMixture`, such as ``covariance_type`` or
-        ``n_init``.
+        x: Samples.
+        candidates: Numbers of components to try.
+        options: Further arguments of `lightning_modules.GaussianMixture`, such as `covariance_type` or `n_init`.
 
-    Shape: ``x`` ``[N, D]``.
+    Shape:
+        - x: `[N, D]`
 
     Example:
-        >>> rows = torch.cat([torch.randn(200, 2) - 5, torch.randn(200, 2) + 5])
-        >>> choose_num_components(rows, [1, 2, 3], covariance_type="spherical").best
+        >>> samples = torch.cat([torch.randn(200, 2) - 5, torch.randn(200, 2) + 5])
+        >>> choose_num_components(samples, [1, 2, 3], covariance_type="spherical").best
         2
     """
     if not candidates:

@@ -1,6 +1,5 @@
-"""Gaussian mixtures by exact, streaming expectation-maximisation."""
+"""Gaussian mixture as a LightningModule."""
 
-import math
 from typing import Any
 
 import torch
@@ -11,13 +10,13 @@ from lightning_modules.mixtures.gaussian.em import MixtureParameters
 from lightning_modules.mixtures.gaussian.model import GaussianMixtureModel
 from lightning_modules.mixtures.initialization import Initialization
 from lightning_modules.mixtures.model import Algorithm
-from lightning_modules.mixtures.module import ClusteringModule
+from lightning_modules.mixtures.module import MixtureModule
 
 Vector = list[float]
 Matrix = list[Vector]
 
 
-class GaussianMixture(ClusteringModule):
+class GaussianMixture(MixtureModule):
     """A mixture of Gaussians, learned by EM from any DataModule or DataLoader, on any number of processes.
 
     The E-step is the `training_step` and keeps sums only; the M-step is the end of the epoch, after one reduction over
@@ -30,29 +29,29 @@ class GaussianMixture(ClusteringModule):
         tol: The run has converged when the mean log-likelihood changes by no more.
         max_iter: Iterations at most.
         reg_covar: Added to the variances, in units of the data (of the standardised data with `standardize`).
-        init: `k-means++` on a sample of the data, refined there by K-means; `k-means||`, on all of the data in six
-            passes; or `random` rows.
-        n_init: Starts, side by side in the same passes; the best is kept.
-        init_size: Rows that the sample for the initialisation may hold; by default 32 MiB of them.
-        weights_init: Weights to start from, [K].
-        means_init: Means to start from, [K, D].
+        init: `k-means++` on a random choice of the data, refined there by K-means; `k-means||`, on all of the data in
+            six passes; or `random` samples.
+        n_init: Restarts, side by side in the same epochs; the best is kept.
+        init_size: Samples that the choice for the initialisation may hold; by default 32 MiB of them.
+        weights_init: Weights to start from, `[K]`.
+        means_init: Means to start from, `[K, D]`.
         precisions_init: Precisions to start from, shaped as the covariance type has it. With weights and means given
             too, the initialisation needs no pass.
         algorithm: `exact` updates once an epoch; `stepwise` once an optimiser step, which takes fewer passes over much
             data (Cappé and Moulines 2009).
         step_exponent: How fast stepwise EM forgets: step t has weight `(t + 2)^-step_exponent`; above 0.5, at most 1.
         standardize: Scale the features to variance 1 inside. Reported parameters are in the units of the data.
-        seed: Seed of the starts.
+        seed: Seed of the restarts.
 
     Example:
         >>> from lightning.pytorch import Trainer
         >>> from torch.utils.data import DataLoader
-        >>> rows = torch.cat([torch.randn(100, 2) - 5, torch.randn(100, 2) + 5])
+        >>> samples = torch.cat([torch.randn(100, 2) - 5, torch.randn(100, 2) + 5])
         >>> mixture = GaussianMixture(num_components=2)
         >>> quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         >>> trainer = Trainer(max_epochs=50, accelerator="cpu", enable_model_summary=False, **quiet)
-        >>> trainer.fit(mixture, DataLoader(rows, 64))
-        >>> mixture.predict(rows).shape, mixture.weights.shape
+        >>> trainer.fit(mixture, DataLoader(samples, 64))
+        >>> mixture.predict(samples).shape, mixture.weights.shape
         (torch.Size([200]), torch.Size([2]))
     """
 
@@ -97,132 +96,45 @@ class GaussianMixture(ClusteringModule):
             standardize=standardize,
             seed=seed,
         )
-        super().__init__(model, "log_likelihood")
-        self.save_hyperparameters()
-
-    # ------------------------------------------------------- parameters
+        super().__init__(model)
 
     @property
     def parameters_in_data_units(self) -> MixtureParameters:
-        """The learned mixture, for the functions of `lightning_modules.em`."""
-        return self.model.reported()
+        """The learned mixture, for the functions of `lightning_modules.mixtures`."""
+        return self.model.best_parameters()
 
     @property
     def weights(self) -> Tensor:
         """Weights of the components, `[K]`."""
-        return self.model.reported().weights
+        return self.model.best_parameters().weights
 
     @property
     def means(self) -> Tensor:
         """Means in units of the data, `[K, D]`."""
-        return self.model.reported().means
+        return self.model.best_parameters().means
 
     @property
     def covariances(self) -> Tensor:
         """Covariances in units of the data, `[K, D, D]`, `[D, D]`, `[K, D]` or `[K]` by covariance type."""
-        return self.model.reported().covariances
+        return self.model.best_parameters().covariances
 
     @property
     def precisions(self) -> Tensor:
         """Inverses of the covariances."""
-        theta = self.model.reported()
-        matrices = theta.covariance_type in ("full", "tied")
-        return torch.linalg.inv(theta.covariances) if matrices else 1 / theta.covariances
-
-    @property
-    def lower_bound(self) -> float:
-        """Mean log-likelihood of a row in the last pass, under the parameters before its M-step."""
-        return float(self.model.objective[self.model.best])
-
-    # -------------------------------------------------------- inference
-
-    def predict_proba(self, x: Tensor) -> Tensor:
-        """Returns the responsibilities of the components.
-
-        Shape:
-            - x: [N, D].
-            - returns: [N, K].
-        """
-        return torch.softmax(self.model.log_joint(self._input(x)), dim=1)
-
-    def predict(self, x: Tensor) -> Tensor:
-        """Returns the most probable component of each row.
-
-        Shape:
-            - x: [N, D].
-            - returns: [N].
-        """
-        return self.model.log_joint(self._input(x)).argmax(dim=1)
-
-    def score_samples(self, x: Tensor) -> Tensor:
-        """Returns the log-likelihood of each row.
-
-        Shape:
-            - x: [N, D].
-            - returns: [N].
-        """
-        return torch.logsumexp(self.model.log_joint(self._input(x)), dim=1)
-
-    def score(self, x: Tensor) -> float:
-        """Returns the mean log-likelihood of the rows `x` `[N, D]`."""
-        return float(self.score_samples(x).mean())
+        return self.model.best_parameters().precisions
 
     def sample(self, num_samples: int = 1, seed: int | None = None) -> tuple[Tensor, Tensor]:
-        """Draws rows from the mixture.
+        """Draws samples from the mixture, and the components they came from.
 
         Args:
             num_samples: How many.
             seed: Seed of the draw; the global generator where not given.
 
         Shape:
-            - returns: [num_samples, D] in units of the data, and the components they came from, [num_samples].
+            - output: `[num_samples, D]` in units of the data, and `[num_samples]`
         """
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         return self.model.sample(num_samples, generator)
-
-    def bic(self, x: Tensor) -> float:
-        """Returns the Bayesian information criterion on `x` `[N, D]`; lower is better."""
-        return self._criterion(x, math.log(len(x)))
-
-    def aic(self, x: Tensor) -> float:
-        """Returns Akaike's information criterion on `x` `[N, D]`; lower is better."""
-        return self._criterion(x, 2.0)
-
-    def _criterion(self, x: Tensor, price: float) -> float:
-        return -2.0 * float(self.score_samples(x).sum()) + price * self.model.num_free_parameters()
-
-    # ------------------------------------------------------- the Trainer
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns the responsibilities, as :meth:`predict_proba` does."""
-        return self.predict_proba(x)
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Logs the mean log-likelihood of a validation batch."""
-        self._log_score("val", batch)
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Logs the mean log-likelihood of a test batch."""
-        self._log_score("test", batch)
-
-    def _log_score(self, stage: str, batch: Any) -> None:
-        x, mask, _ = self._rows(batch)
-        x = x if mask is None else x[mask]
-        if bool(self.model.initialized) and len(x):
-            self.log(f"{stage}/log_likelihood", self.score_samples(x).mean(), batch_size=len(x), sync_dist=True)
-
-    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Returns `component` `[B]`, `probability` `[B, K]` and `log_likelihood` `[B]`, and `index` where it is
-        known.
-        """
-        x, _, index = self._rows(batch)
-        joint = self.model.log_joint(self._input(x))
-        result = {
-            "component": joint.argmax(dim=1),
-            "probability": torch.softmax(joint, dim=1),
-            "log_likelihood": torch.logsumexp(joint, dim=1),
-        }
-        return result if index is None else result | {"index": index}
 
 
 def _plain(value: Any) -> Any:

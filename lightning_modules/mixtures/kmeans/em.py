@@ -1,27 +1,32 @@
-"""K-means as pure functions: assignment, sums, centres."""
+"""EM of K-means as pure functions: sums of the nearest samples, and the centers that they move to."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from lightning_modules.mixtures.collectives import FlatSums
-from lightning_modules.mixtures.gaussian.density import chunk_rows
+from lightning_modules.mixtures.chunks import chunk_size
+from lightning_modules.mixtures.collectives import Collectives, SufficientStatistics
+from lightning_modules.mixtures.lloyd import assign
 
-# How many of the farthest rows a pass remembers, to restart centres that have lost all their rows.
-FARTHEST_ROWS = 16
+# How many of the farthest samples an epoch remembers, to restart centers that have lost all their samples.
+FARTHEST_SAMPLES = 16
 
 
 @dataclass
-class KMeansStatistics(FlatSums):
-    """What the assignment hands to the update, summed over the rows; the sums are about the centres, so no digits are
-    lost.
+class KMeansStatistics(SufficientStatistics):
+    """What the E-step hands to the M-step; the sums are about the centers, so that no digits are lost.
 
-    Shape: ``weight`` ``[S, K]``, ``first`` ``[S, K, D]``, ``inertia`` ``[S]``, ``count`` ``[]``; not summed but kept:
-    the farthest rows of each start, ``far_rows`` ``[S, M, D]`` at squared distance ``far_squares`` ``[S, M]``,
-    farthest first.
+    Attributes:
+        weight: Samples of each center, `[S, K]`.
+        first: Sum of their differences from it, `[S, K, D]`.
+        inertia: Sum of squared distances, `[S]`.
+        count: Samples, `[]`.
+        farthest: The farthest samples of each restart, farthest first, which are kept and not summed, `[S, M, D]`.
+        farthest_squares: Their squared distances, `[S, M]`.
     """
 
     SUMS = ("weight", "first", "inertia", "count")
@@ -30,118 +35,127 @@ class KMeansStatistics(FlatSums):
     first: Tensor
     inertia: Tensor
     count: Tensor
-    far_rows: Tensor
-    far_squares: Tensor
+    farthest: Tensor
+    farthest_squares: Tensor
 
     @classmethod
     def zeros_for(cls, centers: Tensor) -> KMeansStatistics:
-        """Empty statistics for ``centers`` ``[S, K, D]``."""
-        starts, num_components, num_features = centers.shape
-        size = min(num_components, FARTHEST_ROWS)
+        """Empty statistics.
+
+        Shape:
+            - centers: `[S, K, D]`
+        """
+        restarts, num_components, num_features = centers.shape
+        size = min(num_components, FARTHEST_SAMPLES)
         return cls(
-            weight=centers.new_zeros(starts, num_components),
+            weight=centers.new_zeros(restarts, num_components),
             first=torch.zeros_like(centers),
-            inertia=centers.new_zeros(starts),
+            inertia=centers.new_zeros(restarts),
             count=centers.new_zeros(()),
-            far_rows=centers.new_zeros(starts, size, num_features),
-            far_squares=centers.new_full((starts, size), -1.0),
+            farthest=centers.new_zeros(restarts, size, num_features),
+            farthest_squares=centers.new_full((restarts, size), -1.0),
         )
 
-    def keep_farthest(self, rows: Tensor, squares: Tensor) -> None:
-        """Merge more rows ``[S, N, D]`` at ``squares`` ``[S, N]`` into the farthest ones, in place.
+    def add(self, other: Self) -> None:
+        """Add the sums of more samples, and keep the farthest of all, in place."""
+        super().add(other)
+        for restart in range(len(self.weight)):
+            self.keep_farthest(restart, other.farthest[restart], other.farthest_squares[restart])
 
-        Ties are broken by the rows' own values, so that the result does not depend on the order of the stream.
+    def keep_farthest(self, restart: int, samples: Tensor, squares: Tensor) -> None:
+        """Merge more samples of one restart into the farthest ones, in place.
+
+        Ties are broken by the samples' own values, so that the result does not depend on the order of the stream.
+
+        Shape:
+            - samples: `[N, D]`
+            - squares: `[N]`
         """
-        size = self.far_squares.shape[1]
-        rows = torch.cat([self.far_rows, rows], dim=1)
-        squares = torch.cat([self.far_squares, squares], dim=1)
-        for start in range(rows.shape[0]):
-            order = torch.arange(rows.shape[1], device=rows.device)
-            for feature in range(min(rows.shape[2], 4)):
-                order = order[rows[start, order, feature].argsort(stable=True)]
-            order = order[squares[start, order].argsort(stable=True, descending=True)][:size]
-            self.far_rows[start], self.far_squares[start] = rows[start, order], squares[start, order]
+        samples = torch.cat([self.farthest[restart], samples])
+        squares = torch.cat([self.farthest_squares[restart], squares])
+        order = torch.arange(samples.shape[0], device=samples.device)
+        for feature in range(min(samples.shape[1], 4)):
+            order = order[samples[order, feature].argsort(stable=True)]
+        order = order[squares[order].argsort(stable=True, descending=True)][: self.farthest.shape[1]]
+        self.farthest[restart], self.farthest_squares[restart] = samples[order], squares[order]
+
+    def pack(self, collectives: Collectives) -> Tensor:
+        """The sums, and the farthest samples in a slot that each process has to itself.
+
+        Shape:
+            - output: `[M]`
+        """
+        farthest = torch.cat([self.farthest, self.farthest_squares[..., None]], dim=2)
+        slots = farthest.new_zeros(collectives.world, farthest.numel())
+        slots[collectives.rank] = farthest.flatten()
+        return torch.cat([self.flat(), slots.flatten()])
+
+    def unpack(self, vector: Tensor, collectives: Collectives) -> KMeansStatistics:
+        """Statistics of all processes from the sum of their packed vectors.
+
+        Shape:
+            - vector: `[M]`
+        """
+        size = self.flat().numel()
+        total = self.with_flat(vector[:size])
+        total.farthest = torch.zeros_like(self.farthest)
+        total.farthest_squares = torch.full_like(self.farthest_squares, -1.0)
+        restarts, kept, num_features = self.farthest.shape
+        for part in vector[size:].view(collectives.world, restarts, kept, num_features + 1):
+            for restart in range(restarts):
+                total.keep_farthest(restart, part[restart, :, :-1], part[restart, :, -1])
+        return total
 
 
-def assign(centers: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Nearest centre of each row, :math:`\arg\min_k \|z_n - c_k\|^2`, and that squared distance.
+def e_step(centers: Tensor, z: Tensor, mask: Tensor | None = None) -> KMeansStatistics:
+    """E-step: assign each sample to its nearest center, kept as sums.
 
-    Shape: ``centers`` ``[S, K, D]``, ``z`` ``[N, D]``; result ``[S, N]`` twice.
+    Shape:
+        - centers: `[S, K, D]`
+        - z: `[N, D]`
+        - mask: `[N]`, samples that count
     """
-    starts, num_components, _ = centers.shape
-    labels = torch.empty(starts, z.shape[0], dtype=torch.long, device=z.device)
-    squares = z.new_empty(starts, z.shape[0])
-    step = chunk_rows(starts * num_components + z.shape[1], z.device)
-    for first in range(0, z.shape[0], step):
-        chunk = z[first : first + step]
-        label = _scores(centers, chunk).min(dim=1).indices
-        labels[:, first : first + step] = label
-        for start in range(starts):
-            squares[start, first : first + step] = (chunk - centers[start, label[start]]).square_().sum(dim=1)
-    return labels, squares
-
-
-def _scores(centers: Tensor, z: Tensor) -> Tensor:
-    """Squared distances ``[S, K, N]`` up to a term of the row alone."""
-    flat = centers.flatten(0, 1)
-    scores = torch.addmm(flat.square().sum(dim=1, keepdim=True), flat, z.T, alpha=-2.0)
-    return scores.view(centers.shape[0], centers.shape[1], -1)
-
-
-def accumulate(
-    centers: Tensor, z: Tensor, mask: Tensor | None = None, into: KMeansStatistics | None = None
-) -> KMeansStatistics:
-    """E-step: assign each row to its nearest centre and keep the sums.
-
-    Shape: ``centers`` ``[S, K, D]``, ``z`` ``[N, D]``, ``mask`` ``[N]``.
-    """
-    statistics = KMeansStatistics.zeros_for(centers) if into is None else into
+    statistics = KMeansStatistics.zeros_for(centers)
     if mask is not None:
         z = z[mask]
     names = torch.arange(centers.shape[1], device=z.device)[:, None]
     labels, squares = assign(centers, z)
-    step = chunk_rows(centers.shape[1] + z.shape[1], z.device)
-    size = statistics.far_squares.shape[1]
-    for start in range(centers.shape[0]):
+    step = chunk_size(centers.shape[1] + z.shape[1], z.device)
+    size = statistics.farthest_squares.shape[1]
+    for restart in range(centers.shape[0]):
         for first in range(0, z.shape[0], step):
-            chunk, label = z[first : first + step], labels[start, first : first + step]
+            chunk, label = z[first : first + step], labels[restart, first : first + step]
             one_hot = (label == names).to(z.dtype)
-            statistics.weight[start] += one_hot.sum(dim=1)
-            statistics.first[start] += one_hot @ (chunk - centers[start, label])
-        statistics.inertia[start] += squares[start].sum()
-    if z.shape[0]:
-        # every row that ties with the last place is a candidate, or the choice would depend on the order
-        floor = squares.topk(min(size, z.shape[0]), dim=1).values[:, -1:]
-        for start in range(centers.shape[0]):
-            index = (squares[start] >= floor[start]).nonzero()[: 64 * size, 0]
-            far = replace(
-                statistics,
-                far_rows=statistics.far_rows[start : start + 1],
-                far_squares=statistics.far_squares[start : start + 1],
-            )
-            far.keep_farthest(z[index][None], squares[start : start + 1, index])
+            statistics.weight[restart] += one_hot.sum(dim=1)
+            statistics.first[restart] += one_hot @ (chunk - centers[restart, label])
+        statistics.inertia[restart] += squares[restart].sum()
+        if z.shape[0]:
+            # every sample that ties with the last place is a candidate, or the choice would depend on the order
+            floor = squares[restart].topk(min(size, z.shape[0])).values[-1]
+            index = (squares[restart] >= floor).nonzero()[: 64 * size, 0]
+            statistics.keep_farthest(restart, z[index], squares[restart, index])
     statistics.count += z.shape[0]
     return statistics
 
 
-def update(statistics: KMeansStatistics, centers: Tensor) -> Tensor:
-    r"""M-step: :math:`c_k + F_k / N_k`; centres without rows restart at the rows farthest from theirs, which lowers
-    the inertia.
+def m_step(statistics: KMeansStatistics, centers: Tensor) -> Tensor:
+    r"""M-step: :math:`c_k + F_k / N_k`; centers without samples restart at the samples farthest from theirs, which
+    lowers the inertia.
 
-    Shape: ``centers`` and result ``[S, K, D]``.
+    Shape:
+        - centers: `[S, K, D]`
+        - output: `[S, K, D]`
     """
-    weight, first = statistics.weight.clone(), statistics.first
+    weight, first = statistics.weight, statistics.first
     moved = torch.where(weight[..., None] > 0, centers + first / weight.clamp(min=1.0)[..., None], centers)
-    for start in range(centers.shape[0]):
-        empty = (weight[start] == 0).nonzero()[:, 0]
-        useful = statistics.far_squares[start] > 0
-        rows = (
-            torch.unique(statistics.far_rows[start][useful], dim=0) if bool(useful.any()) else centers.new_zeros(0, 1)
-        )
-        if len(empty) and len(rows):
+    for restart in range(centers.shape[0]):
+        empty = (weight[restart] == 0).nonzero()[:, 0]
+        useful = statistics.farthest[restart][statistics.farthest_squares[restart] > 0]
+        if len(empty) and len(useful):
             # farthest first, distinct
-            distance = torch.cdist(rows, centers[start]).amin(dim=1)
-            rows = rows[distance.argsort(descending=True, stable=True)]
-            count = min(len(empty), len(rows))
-            moved[start, empty[:count]] = rows[:count]
+            useful = torch.unique(useful, dim=0)
+            distance = torch.cdist(useful, centers[restart]).amin(dim=1)
+            useful = useful[distance.argsort(descending=True, stable=True)]
+            count = min(len(empty), len(useful))
+            moved[restart, empty[:count]] = useful[:count]
     return moved

@@ -1,4 +1,4 @@
-"""K-means in scikit-learn's manner."""
+"""K-means for data in memory, with scikit-learn's interface."""
 
 import warnings
 from numbers import Integral, Real
@@ -13,28 +13,27 @@ from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from lightning_modules.mixtures.initialization import kmeans_plus_plus, random_rows
-from lightning_modules.mixtures.kmeans.em import assign
-from lightning_modules.mixtures.lloyd import LloydResult, lloyd
-from lightning_modules.mixtures.standardizer import ReferenceFrame, StreamMoments
+from lightning_modules.mixtures.initialization import kmeans_plus_plus, random_samples
+from lightning_modules.mixtures.lloyd import LloydResult, assign, lloyd
+from lightning_modules.mixtures.standardizer import Standardizer, StreamMoments
 
 Array = NDArray[Any]
 
 
 class KMeansEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseEstimator):
-    """:class:`lightning_modules.KMeans` for data in memory, with scikit-learn's interface.
+    """`lightning_modules.KMeans` for data in memory, with scikit-learn's interface.
 
-    The data being in memory, rows whose bounds forbid a change of cluster are skipped (Hamerly 2010); the result is
+    The data being in memory, samples whose bounds forbid a change of cluster are skipped (Hamerly 2010); the result is
     that of plain K-means.
 
     Args:
         n_clusters: Clusters.
-        init: `k-means++`, `random` rows, or centres to start from, `[n_clusters, n_features]`.
-        n_init: Starts; the best is kept.
+        init: `k-means++`, `random` samples, or centers to start from, `[n_clusters, n_features]`.
+        n_init: Restarts; the best is kept.
         max_iter: Iterations at most.
-        tol: The fit has converged when the squared movement of the centres, summed, is at most this many mean variances
+        tol: The fit has converged when the squared movement of the centers, summed, is at most this many mean variances
             of a feature.
-        standardize: Scale the features to variance 1 inside; reported centres are in the units of the data.
+        standardize: Scale the features to variance 1 inside; reported centers are in the units of the data.
         random_state: Seed.
         device: Where to compute, such as `cpu` or `cuda`.
 
@@ -82,38 +81,38 @@ class KMeansEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Cluster
         """Finds the clusters.
 
         Args:
-            X: Rows, `[n_samples, n_features]`.
+            X: Samples, `[n_samples, n_features]`.
             y: Unused.
         """
         X = validate_data(self, X, dtype=[np.float64, np.float32])
         if X.shape[0] < self.n_clusters:
             raise ValueError(f"n_samples={X.shape[0]} should be >= n_clusters={self.n_clusters}.")
         # a view where numpy allows one: nothing writes to it
-        rows = (torch.from_numpy(X) if X.flags.writeable else torch.tensor(X)).to(self.device)
-        self._frame = StreamMoments.of(rows).frame("feature" if self.standardize else "common")
-        z = self._frame.enter(rows).to(rows.dtype)
-        starts = [lloyd(z, centers, self.max_iter, self.tol) for centers in self._starts(z, X.shape[1])]
-        best = min(starts, key=lambda result: result.inertia)
+        samples = (torch.from_numpy(X) if X.flags.writeable else torch.tensor(X)).to(self.device)
+        self._standardizer = StreamMoments.of(samples).standardizer("feature" if self.standardize else "common")
+        z = self._standardizer.transform(samples).to(samples.dtype)
+        restarts = [lloyd(z, centers, self.max_iter, self.tol) for centers in self._starts(z, X.shape[1])]
+        best = min(restarts, key=lambda result: result.inertia)
         self._publish(best, X)
         return self
 
     def _starts(self, z: torch.Tensor, num_features: int) -> list[torch.Tensor]:
         if not isinstance(self.init, str):
-            given = torch.tensor(np.asarray(self.init, dtype=np.float64), device=self.device)
-            if given.shape != (self.n_clusters, num_features):
+            initial = torch.tensor(np.asarray(self.init, dtype=np.float64), device=self.device)
+            if initial.shape != (self.n_clusters, num_features):
                 raise ValueError(
-                    f"The shape of the initial centers {tuple(given.shape)} does not match the number of clusters and "
-                    f"features {(self.n_clusters, num_features)}."
+                    f"The shape of the initial centers {tuple(initial.shape)} does not match the number of clusters "
+                    f"and features {(self.n_clusters, num_features)}."
                 )
-            return [self._frame.enter(given).to(z.dtype)]
-        choose = kmeans_plus_plus if self.init == "k-means++" else random_rows
+            return [self._standardizer.transform(initial).to(z.dtype)]
+        choose = kmeans_plus_plus if self.init == "k-means++" else random_samples
         state = check_random_state(self.random_state)
         seeds = [int(state.randint(np.iinfo(np.int32).max)) for _ in range(self.n_init)]
         return [choose(z, self.n_clusters, torch.Generator().manual_seed(seed)) for seed in seeds]
 
     def _publish(self, result: LloydResult, X: Array) -> None:
-        unit = 1.0 if self.standardize else float(self._frame.scale[0]) ** 2
-        self.cluster_centers_ = self._frame.leave(result.centers).cpu().numpy().astype(X.dtype)
+        unit = 1.0 if self.standardize else float(self._standardizer.scale[0]) ** 2
+        self.cluster_centers_ = self._standardizer.inverse_transform(result.centers).cpu().numpy().astype(X.dtype)
         self.labels_ = result.labels.cpu().numpy().astype(np.int32)
         self.inertia_ = result.inertia * unit
         self.n_iter_ = result.n_iter
@@ -133,26 +132,27 @@ class KMeansEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Cluster
     def _nearest(self, X: Any) -> tuple[torch.Tensor, torch.Tensor]:
         check_is_fitted(self)
         X = validate_data(self, X, reset=False, dtype=[np.float64, np.float32])
-        frame: ReferenceFrame = self._frame
-        centers = frame.enter(torch.tensor(self.cluster_centers_, device=self.device))
-        labels, squares = assign(centers[None], frame.enter(torch.tensor(X, device=self.device)))
+        samples, centers = self._standardized(X, self.cluster_centers_)
+        labels, squares = assign(centers[None], samples)
         return labels[0], squares[0]
 
+    def _standardized(self, *arrays: Array) -> list[torch.Tensor]:
+        standardizer: Standardizer = self._standardizer
+        return [standardizer.transform(torch.tensor(array, device=self.device)) for array in arrays]
+
     def predict(self, X: Any) -> Array:
-        """Returns the nearest cluster of each row of `X`."""
+        """Returns the nearest cluster of each sample of `X`."""
         return self._nearest(X)[0].cpu().numpy().astype(np.int32)
 
     def transform(self, X: Any) -> Array:
-        """Returns the distance of each row of `X` to each centre."""
+        """Returns the distance of each sample of `X` to each center."""
         check_is_fitted(self)
         X = validate_data(self, X, reset=False, dtype=[np.float64, np.float32])
-        rows, centers = (
-            self._frame.enter(torch.tensor(part, device=self.device)) for part in (X, self.cluster_centers_)
-        )
-        unit = 1.0 if self.standardize else float(self._frame.scale[0])
-        return (torch.cdist(rows, centers) * unit).cpu().numpy().astype(X.dtype)
+        unit = 1.0 if self.standardize else float(self._standardizer.scale[0])
+        samples, centers = self._standardized(X, self.cluster_centers_)
+        return (torch.cdist(samples, centers) * unit).cpu().numpy().astype(X.dtype)
 
     def score(self, X: Any, y: Any = None) -> float:
-        """Returns minus the sum of squared distances of the rows of `X` to their centres."""
-        unit = 1.0 if self.standardize else float(self._frame.scale[0]) ** 2
+        """Returns minus the sum of squared distances of the samples of `X` to their centers."""
+        unit = 1.0 if self.standardize else float(self._standardizer.scale[0]) ** 2
         return -float(self._nearest(X)[1].sum()) * unit

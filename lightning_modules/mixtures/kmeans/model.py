@@ -1,29 +1,38 @@
-"""K-means that learns from passes over a stream: state and flow around the pure functions."""
+"""K-means that learns from epochs over a stream."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_modules.mixtures.collectives import Collectives
-from lightning_modules.mixtures.initialization import Stream
-from lightning_modules.mixtures.kmeans.em import KMeansStatistics, accumulate, assign, update
-from lightning_modules.mixtures.model import ClusteringModel, PassReport
+from lightning_modules.mixtures.kmeans.em import KMeansStatistics, e_step, m_step
+from lightning_modules.mixtures.lloyd import assign
+from lightning_modules.mixtures.model import ClusteringModel
 from lightning_modules.mixtures.standardizer import Scaling
 
 
-class KMeansModel(ClusteringModel):
-    """The state of K-means; arguments as :class:`lightning_modules.KMeans` has them."""
+@dataclass
+class KMeansParameters:
+    """Centers `[(S,) K, D]`."""
 
-    # distances must stay distances: one scale for all features, unless they are to be standardised
+    centers: Tensor
+
+
+class KMeansModel(ClusteringModel[KMeansParameters]):
+    """The state of K-means; arguments as `lightning_modules.KMeans` has them."""
+
+    # distances must stay distances: one scale for all features, unless they are to be standardized
     scaling: Scaling = "common"
     direction: float = -1.0
-    #: in the frame, [S, K, D]
+    chunks_itself = True
+    make_parameters = KMeansParameters
+    #: standardized, [S, K, D]
     centers: Tensor
-    #: rows that each centre has seen (stepwise), [S, K]
+    #: samples that each center has seen (stepwise), [S, K]
     counts: Tensor
 
     def __init__(
@@ -36,139 +45,123 @@ class KMeansModel(ClusteringModel):
         **options: Any,
     ) -> None:
         super().__init__(num_components, num_features, tol=tol, **options)
-        self._given: Tensor | None = None
+        self.register_buffer("counts", torch.zeros(self.n_init, num_components, dtype=torch.float64))
+        self._initial: Tensor | None = None
         if centers_init is not None:
-            given = torch.as_tensor(centers_init, dtype=torch.float64)
-            width = num_features or given.shape[-1]
-            if given.shape != (num_components, width):
+            initial = torch.as_tensor(centers_init, dtype=torch.float64)
+            width = num_features or initial.shape[-1]
+            if initial.shape != (num_components, width):
                 raise ValueError(
-                    f"The shape of the initial centers {tuple(given.shape)} does not match the number of clusters "
+                    f"The shape of the initial centers {tuple(initial.shape)} does not match the number of clusters "
                     f"and features {(num_components, width)}."
                 )
-            if not bool(torch.isfinite(given).all()):
+            if not bool(torch.isfinite(initial).all()):
                 raise ValueError("centers_init must be finite")
             if self.n_init > 1:
-                raise ValueError(f"n_init={self.n_init} starts would all be the given centers_init: use n_init=1")
-            self._given = given
-        self._statistics: KMeansStatistics | None = None
+                raise ValueError(f"n_init={self.n_init} restarts would all be the given centers_init: use n_init=1")
+            self._initial = initial
 
-    def _shapes(self, num_features: int) -> dict[str, tuple[tuple[int, ...], Tensor]]:
-        zero = torch.tensor(0.0, dtype=torch.float64)
-        return super()._shapes(num_features) | {
-            "centers": ((self.n_init, self.num_components, num_features), zero),
-            "counts": ((self.n_init, self.num_components), zero),
-        }
+    # --------------------------------------------------------------- EM
 
-    def reported(self) -> Tensor:
-        """Centres of the best start in units of the data, ``[K, D]``."""
-        self.require_initialized()
-        return self.frame.leave(self.centers[self.best])
+    def parameter_shapes(self, num_features: int) -> dict[str, tuple[int, ...]]:
+        """Name and shape of the centers of one restart."""
+        return {"centers": (self.num_components, num_features)}
 
-    def _start_without_data(self) -> bool:
-        return False
+    def start(self, centers: Tensor) -> KMeansParameters:
+        """The centers themselves.
 
-    def _given_centers(self) -> Tensor | None:
-        if self._given is None:
+        Shape:
+            - centers: `[S, K, D]`
+        """
+        return KMeansParameters(centers)
+
+    def e_step(self, prepared: KMeansParameters, z: Tensor, mask: Tensor | None = None) -> KMeansStatistics:
+        """Sums of the samples nearest to each center.
+
+        Shape:
+            - z: `[N, D]`
+            - mask: `[N]`
+        """
+        return e_step(prepared.centers, z, mask)
+
+    def m_step(self, statistics: KMeansStatistics, previous: KMeansParameters | None = None) -> KMeansParameters:
+        """Centers to the means of their samples."""
+        assert previous is not None
+        return KMeansParameters(m_step(statistics, previous.centers))
+
+    def stepwise_m_step(self, statistics: KMeansStatistics) -> KMeansParameters:
+        """Mini-batch K-means (Sculley 2010): each center moves to the mean of all the samples it has been given."""
+        self.counts += statistics.weight
+        return KMeansParameters(self.centers + statistics.first / self.counts.clamp(min=1.0)[..., None])
+
+    def objective_of(self, statistics: KMeansStatistics) -> Tensor:
+        """Inertia, in squared units of the data.
+
+        Shape:
+            - output: `[S]`
+        """
+        return statistics.inertia * self._unit()
+
+    def change(self, objective: Tensor) -> Tensor:
+        """Squared movement of the centers in units of the mean variance of the features: scikit-learn's rule.
+
+        Shape:
+            - objective: `[S]`
+            - output: `[S]`
+        """
+        return (self.centers[self._selected] - self._before.centers).square().sum(dim=(1, 2))
+
+    def numbers(self, statistics: KMeansStatistics, theta: KMeansParameters, restart: int) -> dict[str, float]:
+        """Squared movement of the centers."""
+        return {"movement": float(self.change(statistics.inertia)[restart])}
+
+    def inverse_transform(self, theta: KMeansParameters) -> KMeansParameters:
+        """Centers in units of the data."""
+        return KMeansParameters(self.standardizer.inverse_transform(theta.centers))
+
+    def initial_centers(self) -> Tensor | None:
+        """Known centers, standardized.
+
+        Shape:
+            - output: `[1, K, D]`
+        """
+        if self._initial is None:
             return None
-        if self._given.shape[1] != self.num_features:
+        if self._initial.shape[1] != self.num_features:
             raise ValueError(
-                f"The shape of the initial centers {tuple(self._given.shape)} does not match the number of features "
+                f"The shape of the initial centers {tuple(self._initial.shape)} does not match the number of features "
                 f"of the data {self.num_features}."
             )
-        return self.frame.enter(self._given.to(self.offset.device))[None]
+        return self.standardizer.transform(self._initial.to(self.offset.device))[None]
 
-    def _start_from(self, centers: Tensor, rows: Tensor | None, stream: Stream, collectives: Collectives) -> None:
-        self.centers.copy_(centers)
-
-    @torch.no_grad()
-    def begin_pass(self) -> None:
-        """Forget the sums; the starts that still move take part."""
-        self._active = self._active_starts()
-        self._tally = self.centers.new_zeros(int(self._active.sum()) + 1)
-        self._first = self.centers.clone()
-        self._prepare()
-
-    def _prepare(self) -> None:
-        self._current = self.centers[self._active]
-        self._statistics = KMeansStatistics.zeros_for(self._current)
-        self._invalid = self.centers.new_zeros(())
-
-    @torch.no_grad()
-    def accumulate(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """E-step: assign the rows of ``x`` ``[N, D]`` and add their sums."""
-        for z, part in self._blocks(x, mask):
-            accumulate(self._current, z, part, into=self._statistics)
-
-    def _reduced(self, collectives: Collectives | None) -> KMeansStatistics:
-        """The sums over all processes, and the farthest rows of all, by one reduction in which each process has its
-        own slot.
-        """
-        collectives = collectives or Collectives()
-        statistics, invalid = self._statistics, self._invalid
-        assert statistics is not None
-        assert invalid is not None
-        far = torch.cat([statistics.far_rows, statistics.far_squares[..., None]], dim=2)
-        slots = far.new_zeros(collectives.world, far.numel())
-        slots[collectives.rank] = far.flatten()
-        flat = statistics.flat()
-        flat = collectives.reduce(torch.cat([invalid.view(1), flat, slots.flatten()]))
-        if int(flat[0]):
-            self._check_count(self.num_components, int(flat[0]))
-        size = flat.numel() - slots.numel()
-        total = statistics.with_flat(flat[1:size])
-        if not bool(total.count > 0):
-            raise ValueError("Found array with 0 sample(s) while a minimum of 1 is required: the data is empty.")
-        slots = flat[size:].view(collectives.world, *far.shape)
-        merged = KMeansStatistics.zeros_for(self._current)
-        for part in slots:
-            merged.keep_farthest(part[..., :-1], part[..., -1])
-        total.far_rows, total.far_squares = merged.far_rows, merged.far_squares
-        return total
-
-    @torch.no_grad()
-    def end_step(self, collectives: Collectives | None = None) -> None:
-        """Mini-batch K-means (Sculley 2010): each centre moves to the mean of all the rows it has been given so far."""
-        statistics = self._reduced(collectives)
-        self._tally += torch.cat([statistics.inertia, statistics.count[None]])
-        self.counts[self._active] += statistics.weight
-        rate = statistics.first / self.counts[self._active].clamp(min=1.0)[..., None]
-        self.centers[self._active] = self._current + rate
-        self._prepare()
-
-    @torch.no_grad()
-    def end_pass(self, collectives: Collectives | None = None) -> PassReport:
-        """M-step, after one reduction over the processes."""
-        if self.algorithm == "stepwise":
-            inertia, count = self._tally[:-1], int(self._tally[-1])
-            empty = (self.counts[self._active] == 0).any(dim=0).nonzero()[:, 0].tolist()
-        else:
-            statistics = self._reduced(collectives)
-            inertia, count = statistics.inertia, int(statistics.count)
-            self._check_count(count, 0)
-            empty = (statistics.weight == 0).any(dim=0).nonzero()[:, 0].tolist()
-            self.centers[self._active] = update(statistics, self._current)
-        # scikit-learn's rule: the centres' movement in units of the mean variance of the features
-        change = (self.centers - self._first)[self._active].square().sum(dim=(1, 2))
-        converged, moved = self._settle(inertia * self._unit(), change, count, self._active)
-        numbers = {"movement": float(change.max())}
-        best = float(self.objective[self.best])
-        return PassReport(int(self.iterations.max()), best, moved, converged, count, numbers, empty)
+    # --------------------------------------------------------- inference
 
     def _unit(self) -> Tensor:
-        """Squared units of the data in one of the frame; standardised features have no common unit, and keep the
-        frame's.
+        """Squared units of the data in one of the standardized data; with `standardize` there is none in common, and
+        the latter are kept.
         """
         return torch.ones_like(self.scale[0]) if self.standardize else self.scale[0].square()
 
     @torch.no_grad()
     def assign(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Labels ``[N]`` and squared distances ``[N]`` of rows ``x`` ``[N, D]`` under the best start."""
+        """Nearest center of each sample under the best restart, and the squared distance to it.
+
+        Shape:
+            - x: `[N, D]`
+            - output: `[N]` twice
+        """
         self.require_initialized()
-        labels, squares = assign(self.centers[self.best][None], self.frame.enter(self.check_rows(x)))
+        labels, squares = assign(self.centers[self.best][None], self.standardizer.transform(self.check_samples(x)))
         return labels[0], squares[0] * self._unit()
 
     @torch.no_grad()
     def distances(self, x: Tensor) -> Tensor:
-        """Distances ``[N, K]`` to the centres."""
+        """Distances to the centers of the best restart.
+
+        Shape:
+            - x: `[N, D]`
+            - output: `[N, K]`
+        """
         self.require_initialized()
-        return torch.cdist(self.frame.enter(self.check_rows(x)), self.centers[self.best]) * self._unit().sqrt()
+        z = self.standardizer.transform(self.check_samples(x))
+        return torch.cdist(z, self.centers[self.best]) * self._unit().sqrt()

@@ -1,6 +1,4 @@
-"""K-means by streaming passes."""
-
-from typing import Any
+"""K-means as a LightningModule."""
 
 import torch
 from torch import Tensor
@@ -14,36 +12,39 @@ from lightning_modules.mixtures.module import ClusteringModule
 class KMeans(ClusteringModule):
     """K-means (Lloyd's algorithm), learned from any DataModule or DataLoader, on any number of processes.
 
-    The assignment is the `training_step` and keeps sums only; the centres move at the end of the epoch, after one
-    reduction over the ranks. A centre that has lost its rows restarts at a row far from all centres.
+    The assignment is the `training_step` and keeps sums only; the centers move at the end of the epoch, after one
+    reduction over the ranks. A center that has lost its samples restarts at a sample far from all centers.
 
     Args:
         num_components: Clusters.
         num_features: Width of the data; found out from the first batch where not given.
-        tol: The run has converged when the squared movement of the centres, summed, is at most this many mean variances
+        tol: The run has converged when the squared movement of the centers, summed, is at most this many mean variances
             of a feature.
         max_iter: Iterations at most.
-        init: `k-means++` on a sample of the data; `k-means||`, on all of the data in six passes; or `random` rows.
-        n_init: Starts, side by side in the same passes; the best is kept.
-        init_size: Rows that the sample for the initialisation may hold; by default 32 MiB of them.
-        centers_init: Centres to start from, [K, D].
-        algorithm: `exact` moves the centres once an epoch; `stepwise` once an optimiser step (mini-batch K-means,
+        init: `k-means++` on a random choice of the data; `k-means||`, on all of the data in six passes; or `random`
+            samples.
+        n_init: Restarts, side by side in the same epochs; the best is kept.
+        init_size: Samples that the choice for the initialisation may hold; by default 32 MiB of them.
+        centers_init: Centers to start from, `[K, D]`.
+        algorithm: `exact` moves the centers once an epoch; `stepwise` once an optimiser step (mini-batch K-means,
             Sculley 2010).
-        standardize: Scale the features to variance 1 inside. Reported centres are in the units of the data.
-        seed: Seed of the starts.
+        standardize: Scale the features to variance 1 inside. Reported centers are in the units of the data.
+        seed: Seed of the restarts.
 
     Example:
         >>> from lightning.pytorch import Trainer
         >>> from torch.utils.data import DataLoader
-        >>> rows = torch.cat([torch.randn(100, 2) - 5, torch.randn(100, 2) + 5])
+        >>> samples = torch.cat([torch.randn(100, 2) - 5, torch.randn(100, 2) + 5])
         >>> kmeans = KMeans(num_components=2)
         >>> quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         >>> trainer = Trainer(max_epochs=50, accelerator="cpu", enable_model_summary=False, **quiet)
-        >>> trainer.fit(kmeans, DataLoader(rows, 64))
-        >>> kmeans.predict(rows).shape, kmeans.centers.shape
+        >>> trainer.fit(kmeans, DataLoader(samples, 64))
+        >>> kmeans.predict(samples).shape, kmeans.centers.shape
         (torch.Size([200]), torch.Size([2, 2]))
     """
 
+    objective = "inertia"
+    metric = "squared_distance"
     model: KMeansModel
 
     def __init__(
@@ -76,65 +77,52 @@ class KMeans(ClusteringModule):
             standardize=standardize,
             seed=seed,
         )
-        super().__init__(model, "inertia")
-        self.save_hyperparameters()
+        super().__init__(model)
 
     @property
     def centers(self) -> Tensor:
-        """Centres in units of the data, `[K, D]`."""
-        return self.model.reported()
+        """Centers in units of the data, `[K, D]`."""
+        return self.model.best_parameters().centers
 
     @property
     def inertia(self) -> float:
-        """Sum of squared distances in the last pass, under the centres before they moved; of standardised rows with
-        `standardize`.
+        """Sum of squared distances in the last epoch, under the centers before they moved; of standardized samples
+        with `standardize`.
         """
         return float(self.model.objective[self.model.best])
 
-    def predict(self, x: Tensor) -> Tensor:
-        """Returns the nearest centre of each row.
+    def infer(self, x: Tensor) -> dict[str, Tensor]:
+        """Returns the nearest center (`component`) of each sample and the `squared_distance` to it.
 
         Shape:
-            - x: [N, D].
-            - returns: [N].
+            - x: `[N, D]`
+            - output: `[N]` each
         """
-        return self.model.assign(self._input(x))[0]
+        labels, squares = self.model.assign(self._input(x))
+        return {"component": labels, "squared_distance": squares}
 
     def transform(self, x: Tensor) -> Tensor:
-        """Returns the distance of each row to each centre.
+        """Returns the distance of each sample to each center.
 
         Shape:
-            - x: [N, D].
-            - returns: [N, K].
+            - x: `[N, D]`
+            - output: `[N, K]`
         """
         return self.model.distances(self._input(x))
 
     def score(self, x: Tensor) -> float:
-        """Returns minus the sum of squared distances of the rows `x` `[N, D]` to their centres."""
-        return -float(self.model.assign(self._input(x))[1].sum())
+        """Returns minus the sum of squared distances of the samples to their centers.
+
+        Shape:
+            - x: `[N, D]`
+        """
+        return -float(self.infer(x)["squared_distance"].sum())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the nearest centre of each row, as :meth:`predict` does."""
+        """Returns the nearest center of each sample.
+
+        Shape:
+            - x: `[N, D]`
+            - output: `[N]`
+        """
         return self.predict(x)
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Logs the mean squared distance of a validation batch."""
-        self._log_distance("val", batch)
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Logs the mean squared distance of a test batch."""
-        self._log_distance("test", batch)
-
-    def _log_distance(self, stage: str, batch: Any) -> None:
-        x, mask, _ = self._rows(batch)
-        x = x if mask is None else x[mask]
-        if bool(self.model.initialized) and len(x):
-            distance = self.model.assign(self._input(x))[1].mean()
-            self.log(f"{stage}/squared_distance", distance, batch_size=len(x), sync_dist=True)
-
-    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Returns `component` `[B]` and `squared_distance` `[B]`, and `index` where it is known."""
-        x, _, index = self._rows(batch)
-        labels, squares = self.model.assign(self._input(x))
-        result = {"component": labels, "squared_distance": squares}
-        return result if index is None else result | {"index": index}

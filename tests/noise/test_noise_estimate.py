@@ -4,7 +4,7 @@ import pytest
 import torch
 from skimage.restoration import estimate_sigma
 
-from lightning_modules.graph import estimate_noise_std
+from lightning_modules.noise import estimate_noise_std
 
 
 @pytest.mark.parametrize("level", [5, 15, 25, 50])
