@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     )
     from lightning_modules.patch_mixture import PatchMixture
     from lightning_modules.reconstruction import GraphDiffusionReconstruction
+    from lightning_modules.restoration import restore
 
 _HOME = {
     "ConvAutoencoder": "networks",
@@ -48,6 +49,7 @@ _HOME = {
     "ResidualDenoiser": "networks",
     "RestorationResidual": "detection",
     "TraceNetwork": "networks",
+    "restore": "restoration",
 }
 
 __all__ = [
@@ -70,6 +72,7 @@ __all__ = [
     "ResidualDenoiser",
     "RestorationResidual",
     "TraceNetwork",
+    "restore",
 ]
 
 
