@@ -1,4 +1,4 @@
-"""What surrounds the network in a training step: batches of CIFAR-10, and the M-step."""
+"""Speed around the network in a training step: batches of CIFAR-10, and the M-step."""
 
 import argparse
 import logging

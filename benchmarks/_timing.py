@@ -1,4 +1,4 @@
-"""How long something takes, and how long it would have to take at the least."""
+"""Times, and the least time that the machine would need."""
 
 import gc
 import statistics
@@ -72,7 +72,7 @@ def record(
 def in_own_process(script: str, *words: str, threads: int | None = None) -> tuple[str, float]:
     """Run a script in a fresh interpreter; what it printed, and its peak resident memory in MiB (Linux).
 
-    The peak is that of the process alone: VmHWM starts anew with it, unlike `ru_maxrss`, which begins at its parent's.
+    The peak is that of the process only: VmHWM starts anew with it, unlike `ru_maxrss`, which begins at its parent's.
     """
     preamble = f"import sys; sys.path[:0] = [{str(PROJECT)!r}, {str(PROJECT / 'benchmarks')!r}]\n"
     preamble += f"import torch; torch.set_num_threads({threads or torch.get_num_threads()})\n"

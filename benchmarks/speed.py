@@ -1,4 +1,4 @@
-"""How fast is it, beside what one would use instead, and how far from the machine's limit?
+"""Speed beside what one would use instead, and beside the machine's limit.
 
 Prints each work's time beside its peer's with the ratio (how many times faster ours is), and the floor: the bytes that
 must move over the measured copy bandwidth, or the operations over the measured matrix rate, whichever is larger.

@@ -11,12 +11,12 @@ from torchvision.utils import make_grid
 
 from callbacks._display import require_positive, tensorboard_loggers
 
-_ROWS = ("clean", "noisy", "restored")
+_NAMES = ("clean", "noisy", "restored")
 _LEAST_SIDE = 96  # pixels; smaller images are enlarged by a whole factor
 
 
 class ImageGrid(Callback):
-    """Draws the first images of the validation set, the same ones every time, as rows clean, noisy, restored.
+    """Draws the first images of the validation set, the same ones every time, clean above noisy above restored.
 
     It takes them from what `validation_step` returns (`{"clean", "noisy", "restored"}`, `[B, C, H, W]` each), without a
     forward pass of its own. With several processes it draws those of the first process.
@@ -53,13 +53,13 @@ class ImageGrid(Callback):
         missing = self.num_images - len(self._samples)
         if missing <= 0 or dataloader_idx > 0 or not self._draws(trainer):
             return
-        if not isinstance(outputs, dict) or any(name not in outputs for name in _ROWS):
+        if not isinstance(outputs, dict) or any(name not in outputs for name in _NAMES):
             raise TypeError(
-                f"ImageGrid draws what validation_step returns, a dict with the images {', '.join(_ROWS)}; "
+                f"ImageGrid draws what validation_step returns, a dict with the images {', '.join(_NAMES)}; "
                 f"{type(pl_module).__name__}.validation_step returned "
                 f"{sorted(outputs) if isinstance(outputs, dict) else type(outputs).__name__}."
             )
-        images = (outputs[name][:missing].detach().float().cpu() for name in _ROWS)
+        images = (outputs[name][:missing].detach().float().cpu() for name in _NAMES)
         self._samples += zip(*images, strict=True)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -77,7 +77,7 @@ class ImageGrid(Callback):
 
 
 def image_grid(samples: list[tuple[Tensor, ...]]) -> Tensor:
-    """Lays samples out as the columns of a grid, their images as its rows; smaller images get a margin.
+    """Lays samples out as the columns of a grid, their images one below the other; smaller images get a margin.
 
     Shape:
         - samples: of each, its images `[C, H, W]` in [0, 1]
@@ -85,12 +85,12 @@ def image_grid(samples: list[tuple[Tensor, ...]]) -> Tensor:
     """
     height = max(image.shape[-2] for sample in samples for image in sample)
     width = max(image.shape[-1] for sample in samples for image in sample)
-    rows = [
+    padded = [
         F.pad(image, (0, width - image.shape[-1], 0, height - image.shape[-2]))
-        for row in zip(*samples, strict=True)
-        for image in row
+        for across in zip(*samples, strict=True)
+        for image in across
     ]
-    tiles = torch.stack(rows).clamp(0, 1)
+    tiles = torch.stack(padded).clamp(0, 1)
     factor = max(1, _LEAST_SIDE // max(height, width))
     tiles = tiles.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1)
     return make_grid(tiles, nrow=len(samples))

@@ -1,4 +1,4 @@
-"""Writes what `predict` restores: one PNG for each image, and one CSV for all."""
+"""Writer of what `predict` restores: one PNG for each image, and one CSV for all."""
 
 import csv
 from collections import Counter
@@ -21,7 +21,7 @@ class RestoredImageWriter(BasePredictionWriter):
     """Writes each restored image as a PNG of the same name and size, and `restored.csv` about all of them.
 
     It takes what `predict_step` returns: `{"restored", "noisy": [B, C, H, W], "name": list[str], "noise_std": [B],
-    "parameters": {name: [B]}}`, and `"clean"` where it is known. Images that differ in their suffix alone (`a.jpg`,
+    "parameters": {name: [B]}}`, and `"clean"` where it is known. Images that differ only in their suffix (`a.jpg`,
     `a.png`) keep it: `a.jpg.png`, `a.png.png`. A file that no earlier run has written is never overwritten.
 
     While it runs, files are called `NAME.part.png`: which names collide is known at the end. Every process writes its
@@ -44,13 +44,13 @@ class RestoredImageWriter(BasePredictionWriter):
         self.keep_predictions = keep_predictions
         self._directory = Path()
         self._earlier: set[str] = set()
-        self._rows: list[dict[str, Any]] = []
+        self._lines: list[dict[str, Any]] = []
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds the directory, and what an earlier run has left in it."""
         default = Path(run_directory(trainer) or trainer.default_root_dir) / "restored"
-        self._directory = default if self.output_dir is None else Path(self.output_dir)
-        self._rows = []
+        self._directory = default if self.output_dir is None else Path(self.output_dir).expanduser()
+        self._lines = []
         self._earlier = _outputs_of(self._directory / TABLE_NAME)
         keep_predictions(trainer, self.keep_predictions)
 
@@ -81,41 +81,41 @@ class RestoredImageWriter(BasePredictionWriter):
             self._refuse_foreign(self._directory / png_name(name))
             image = prediction["restored"][i]
             write_png(image, self._directory / _provisional(name))
-            order = (dataloader_idx, int(index[i]) if index is not None else len(self._rows))
+            order = (dataloader_idx, int(index[i]) if index is not None else len(self._lines))
             size = {"width": image.shape[-1], "height": image.shape[-2]}
             values = {column: value[i] for column, value in columns.items()}
-            self._rows.append({"order": order, "name": name, "output": "", **size, **values})
+            self._lines.append({"order": order, "name": name, "output": "", **size, **values})
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gives every file its name, and writes the CSV."""
-        rows = gather(self._rows)
-        count = Counter(row["name"] for row in rows)
+        lines = gather(self._lines)
+        count = Counter(line["name"] for line in lines)
         if repeated := [name for name in count if count[name] > 1]:
             raise ValueError(f"RestoredImageWriter: two images are called {repeated[0]!r}; names must be unique.")
         names = output_names(list(count))
-        for row in rows:
-            row["output"] = names[row["name"]]
+        for line in lines:
+            line["output"] = names[line["name"]]
         # The table comes first: it is what permits the next run to replace these files.
-        if trainer.is_global_zero and rows:
-            columns = list(dict.fromkeys(column for row in rows for column in row if column != "order"))
-            write_table(rows, self._directory / TABLE_NAME, columns)
-        for row in self._rows:
-            target = self._directory / names[row["name"]]
+        if trainer.is_global_zero and lines:
+            columns = list(dict.fromkeys(column for line in lines for column in line if column != "order"))
+            write_table(lines, self._directory / TABLE_NAME, columns)
+        for line in self._lines:
+            target = self._directory / names[line["name"]]
             self._refuse_foreign(target)
-            (self._directory / _provisional(row["name"])).replace(target)
-        rank_zero_info(f"restored {len(rows)} images into {self._directory}, described in {TABLE_NAME}")
-        self._rows = []
+            (self._directory / _provisional(line["name"])).replace(target)
+        rank_zero_info(f"restored {len(lines)} images into {self._directory}, described in {TABLE_NAME}")
+        self._lines = []
 
     def _refuse_foreign(self, path: Path) -> None:
         if path.exists() and path.relative_to(self._directory).as_posix() not in self._earlier:
             raise FileExistsError(
-                f"{path} exists and is no earlier result of RestoredImageWriter (it is not in "
+                f"{path} exists and is not an earlier result of RestoredImageWriter (it is not in "
                 f"{self._directory / TABLE_NAME}): set output_dir to another directory, or move the file away."
             )
 
 
 def _columns(prediction: dict[str, Any]) -> dict[str, list[float]]:
-    """Returns what the CSV says about a batch beside names and sizes."""
+    """Returns the columns of the CSV for a batch, beside names and sizes."""
     columns = {"noise_std": prediction["noise_std"], **prediction["parameters"]}
     if "clean" in prediction:
         for column, image in (("psnr_noisy", prediction["noisy"]), ("psnr", prediction["restored"])):
@@ -133,4 +133,4 @@ def _outputs_of(path: Path) -> set[str]:
     if not path.is_file():
         return set()
     with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:  # as it was written
-        return {row.get("output") or "" for row in csv.DictReader(file)}
+        return {line.get("output") or "" for line in csv.DictReader(file)}

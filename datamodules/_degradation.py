@@ -1,4 +1,4 @@
-"""What happens to pictures on their way through the world: rescaled, blurred, re-encoded; whole or only a window."""
+"""Degradation of pictures on their way through the world: rescaled, blurred, re-encoded; whole or only a window."""
 
 import io
 import math
@@ -41,11 +41,11 @@ class Degradation:
         if not 0 <= self.blur <= 100:
             raise ValueError(f"blur must be a standard deviation between 0 and 100 pixels, got {self.blur}")
         if self.quality is not None and not 1 <= self.quality <= 100:
-            raise ValueError(f"the quality of a JPEG lies between 1 and 100, got {self.quality}")
+            raise ValueError(f"quality must lie between 1 and 100, got {self.quality}")
 
     @classmethod
     def parse(cls, condition: str) -> "Degradation":
-        """Reads a condition: ``clean``, ``jpeg 75``, ``rescale 0.5`` or ``blur 1``.
+        """Reads a condition: `clean`, `jpeg 75`, `rescale 0.5` or `blur 1`.
 
         Example:
             >>> Degradation.parse("jpeg 75")
@@ -58,8 +58,8 @@ class Degradation:
             return cls(**{_KINDS[kind]: int(number) if kind == "jpeg" else float(number)})  # type: ignore[arg-type]
         except (KeyError, ValueError) as error:
             raise ValueError(
-                f"{condition!r} is no condition: {error}. Write clean, or jpeg, rescale or blur and a number, such as "
-                "'jpeg 75', 'rescale 0.5' (a factor) or 'blur 1' (a standard deviation in pixels)"
+                f"{condition!r} is not a condition: {error}. Write clean, or jpeg, rescale or blur and a number, such "
+                "as 'jpeg 75', 'rescale 0.5' (a factor) or 'blur 1' (a standard deviation in pixels)"
             ) from error
 
     def size(self, height: int, width: int) -> tuple[int, int]:
@@ -70,7 +70,7 @@ class Degradation:
 def degrade(image: Tensor, degradation: Degradation, window: tuple[Span, Span] | None = None) -> Tensor:
     """Degrades an image, or no more of it than a window of the result needs.
 
-    The window shows what the degraded whole image shows there: the blocks of the JPEG encoding lie as in the whole.
+    The window shows what the degraded whole image shows there, the blocks of the JPEG encoding included.
 
     Args:
         image: The image.
@@ -78,8 +78,8 @@ def degrade(image: Tensor, degradation: Degradation, window: tuple[Span, Span] |
         window: Rows and columns of the degraded image; None for all.
 
     Shape:
-        - image: [3, H, W], uint8.
-        - result: [3, H', W'], uint8.
+        - image: `[3, H, W]`, uint8
+        - output: `[3, H', W']`, uint8
     """
     pixels = image.permute(1, 2, 0).numpy()
     sizes = degradation.size(*pixels.shape[:2])

@@ -18,7 +18,12 @@ class View(Protocol):
     """What a detector sees of an image."""
 
     def __call__(self, image: Tensor, key: int) -> Tensor:
-        """Cuts crops [V, 3, S, S] out of an image [3, H, W]; all that is random follows from the key."""
+        """Cuts V crops out of an image; all that is random follows from the key.
+
+        Shape:
+            - image: `[3, H, W]`, uint8
+            - output: `[V, 3, S, S]`, uint8
+        """
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ class RandomCrop:
 class FixedCrops:
     """Crops at places that depend on the image's size only, the first in its middle.
 
-    An image is thus judged alike wherever it is found, alone or among others.
+    An image is thus judged alike wherever it is found.
     """
 
     size: int

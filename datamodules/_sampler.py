@@ -60,7 +60,7 @@ class EpochBatches(DistributedSampler[Any]):
         rank: The rank whose batches are wanted.
         shuffle: Draw the order anew in each epoch; otherwise it is sequential.
         seed: Seed of order and keys.
-        accumulation: Returns the number of batches per optimiser step and the number of batches after which the epoch
+        accumulation: Returns the number of batches per optimizer step and the number of batches after which the epoch
             is cut; asked when the epoch starts, because Lightning settles both late.
     """
 
@@ -118,7 +118,7 @@ class FixedBatches(EpochBatches, SequentialSampler):  # type: ignore[misc]
 class EpochLoader(DataLoader[Any]):
     """A `DataLoader` over `EpochBatches` that starts late and resumes in the middle of an epoch.
 
-    On resuming, Lightning makes the iterator before it tells the sampler the epoch, and worker processes fetch at
+    On resuming, Lightning makes the iterator before it gives the sampler the epoch, and worker processes fetch at
     once: they would fetch epoch 0. This loader begins with the first batch that is asked for. Its state is what lets
     Lightning continue an interrupted epoch with the batch that comes next, not with the first.
     """

@@ -114,7 +114,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
             self._dataset(split)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Returns the training batches: shuffled anew in each epoch, or fixed under ``overfit_batches``."""
+        """Returns the training batches: shuffled anew in each epoch, or fixed under `overfit_batches`."""
         overfit = self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
         sampler = FixedBatches if overfit else EpochBatches
         return self._loader("train", EpochLoader, sampler, shuffle=not overfit, accumulation=self._accumulation)

@@ -1,4 +1,4 @@
-"""Image files and their labels: from folders called after the classes, or from a table."""
+"""Labels of image files: from folders called after the classes, or from a table."""
 
 import csv
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_modules.imaging import find_images, permutation, read_image
 
-_Row = tuple[int, dict[str, str]]  # number of the line, and its columns
+_Line = tuple[int, dict[str, str]]  # its number, and its columns
 
 _PARTS = ("train", "val", "test")
 _NAMED = 3  # files that a message names before it says "and so on"
@@ -26,7 +26,10 @@ class LabelledFiles:
     Args:
         paths: Where they are.
         names: Their paths relative to the root of the data, with forward slashes.
-        labels: Index of the class of each, or −1 where it is unknown; [N], int64.
+        labels: Index of the class of each, or −1 where it is unknown.
+
+    Shape:
+        - labels: `[N]`, int64
     """
 
     paths: list[Path]
@@ -37,7 +40,11 @@ class LabelledFiles:
         return len(self.paths)
 
     def select(self, chosen: Tensor) -> "LabelledFiles":
-        """Returns the files at the given positions, [M] int64 or [N] bool."""
+        """Returns the files at the given positions.
+
+        Shape:
+            - chosen: `[M]`, int64, or `[N]`, bool
+        """
         positions = chosen.nonzero()[:, 0].tolist() if chosen.dtype == torch.bool else chosen.tolist()
         return LabelledFiles(
             [self.paths[i] for i in positions], [self.names[i] for i in positions], self.labels[positions]
@@ -47,17 +54,17 @@ class LabelledFiles:
 def find_unlabelled(root: Path) -> LabelledFiles:
     """Returns the images to predict: those below a folder, those that a table lists, or a single file."""
     if _is_table(root):
-        return _label_rows(root, _read_table(root, ("path",)), None)
+        return _label_lines(root, _read_table(root, ("path",)), None)
     paths = [root] if root.is_file() else find_images(root)
     folder = root.parent if root.is_file() else root
     return LabelledFiles(paths, [_name(path, folder) for path in paths], torch.full((len(paths),), -1))
 
 
 def find_labelled(root: Path, part: str, class_names: list[str], val_fraction: float, seed: int) -> LabelledFiles:
-    """Returns the images of one part, ``train``, ``val`` or ``test``.
+    """Returns the images of one part, `train`, `val` or `test`.
 
-    Where there is no ``test`` part, it is that of ``val``; where there is no ``val`` either, both are a stratified part
-    of ``train``, drawn by seed, which ``train`` then does not contain.
+    Where there is no `test` part, it is that of `val`; where there is no `val` either, both are a stratified part of
+    `train`, drawn by seed, which `train` then does not contain.
     """
     parts = _table_parts(root, class_names) if _is_table(root) else _folder_parts(root, class_names)
     wanted = "val" if part == "test" and "test" not in parts else part
@@ -76,7 +83,7 @@ def find_labelled(root: Path, part: str, class_names: list[str], val_fraction: f
 def leave_out_unreadable(files: LabelledFiles, threads: int) -> LabelledFiles:
     """Decodes every file once and returns those for which that succeeds, with a warning about the others.
 
-    Every process comes to the same result by itself: no file can be missing on one of them alone.
+    Every process comes to the same result by itself: no file can be missing on only one of them.
     """
     with ThreadPoolExecutor(max(threads, 1)) as pool:  # Pillow decodes without holding the interpreter's lock
         readable = torch.tensor(list(pool.map(_is_readable, files.paths)), dtype=torch.bool)
@@ -135,38 +142,42 @@ def _classes(folder: Path, root: Path, class_names: list[str]) -> LabelledFiles:
 
 
 def _table_parts(path: Path, class_names: list[str]) -> dict[str, Callable[[], LabelledFiles]]:
-    """Sorts the rows of a table by its column ``split``; all are ``train`` where there is none."""
-    rows: dict[str, list[_Row]] = {}
-    for row in _read_table(path, ("path", "label")):
-        part = row[1].get("split", "train").strip()
+    """Sorts the lines of a table by its column `split`; all are `train` where there is none."""
+    lines: dict[str, list[_Line]] = {}
+    for line in _read_table(path, ("path", "label")):
+        number, entries = line
+        part = entries.get("split", "train").strip()
         if part not in _PARTS:
-            raise ValueError(f"{path}, line {row[0]}: the split {part!r} is not one of {', '.join(_PARTS)}")
-        rows.setdefault(part, []).append(row)
-    return {part: partial(_label_rows, path, found, class_names) for part, found in rows.items()}
+            raise ValueError(f"{path}, line {number}: the split {part!r} is not one of {', '.join(_PARTS)}")
+        lines.setdefault(part, []).append(line)
+    return {part: partial(_label_lines, path, found, class_names) for part, found in lines.items()}
 
 
-def _read_table(path: Path, columns: tuple[str, ...]) -> list[_Row]:
-    """Reads the rows of a table with the numbers of their lines."""
+def _read_table(path: Path, columns: tuple[str, ...]) -> list[_Line]:
+    """Reads the lines of a table with their numbers."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, skipinitialspace=True, restval="")
-            found, rows = reader.fieldnames or [], [(reader.line_num, row) for row in reader]
+            found, lines = reader.fieldnames or [], [(reader.line_num, entries) for entries in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read as a table: {error}. Save it as CSV in UTF-8") from error
     if missing := [name for name in columns if name not in found]:
         raise ValueError(f"{path} has no column {missing[0]}; its columns are {', '.join(found) or 'none'}")
-    if not rows:
+    if not lines:
         raise ValueError(f"{path} lists no images")
-    lines: dict[Path, int] = {}
-    for line, row in rows:
-        if (first := lines.setdefault((path.parent / row["path"]).resolve(), line)) != line:
-            raise ValueError(f"{path} lists {row['path']} in line {first} and again in line {line}; keep one of them")
-    return rows
+    numbers: dict[Path, int] = {}
+    for number, entries in lines:
+        name = entries["path"]
+        if (first := numbers.setdefault((path.parent / name).resolve(), number)) != number:
+            raise ValueError(f"{path} lists {name} in line {first} and again in line {number}; keep one of them")
+    return lines
 
 
-def _label_rows(table: Path, rows: list[_Row], class_names: list[str] | None) -> LabelledFiles:
-    paths = [table.parent / row["path"] for _, row in rows]
-    labels = [-1 if class_names is None else _label(row["label"], class_names, table, line) for line, row in rows]
+def _label_lines(table: Path, lines: list[_Line], class_names: list[str] | None) -> LabelledFiles:
+    paths = [table.parent / entries["path"] for _, entries in lines]
+    labels = [
+        -1 if class_names is None else _label(entries["label"], class_names, table, number) for number, entries in lines
+    ]
     return LabelledFiles(paths, [_name(path, table.parent) for path in paths], torch.tensor(labels))
 
 
@@ -184,7 +195,7 @@ def _held_out(files: LabelledFiles, root: Path, class_names: list[str], fraction
     for label, name in enumerate(class_names):
         members = (files.labels == label).nonzero()[:, 0]
         if len(members) < 2:
-            raise ValueError(f"{root} has one image of the class {name} alone: none could be held out. Add images")
+            raise ValueError(f"{root} has only one image of the class {name}: none could be held out. Add images")
         count = min(max(round(fraction * len(members)), 1), len(members) - 1)
         held_out[members[permutation(len(members), seed, label)[:count]]] = True
     return held_out

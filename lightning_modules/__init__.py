@@ -1,4 +1,4 @@
-"""Modules trained by expectation-maximisation in Lightning.
+"""Modules trained by expectation-maximization in Lightning.
 
 Names are loaded when they are first used, so that `import lightning_modules.graph` does not load Lightning.
 """
@@ -25,11 +25,13 @@ if TYPE_CHECKING:
         ResidualDenoiser,
         TraceNetwork,
     )
+    from lightning_modules.operators import BilateralFilter, ParameterSpec, RestorationOperator, TotalVariation
     from lightning_modules.patch_mixture import PatchMixture
-    from lightning_modules.reconstruction import GraphDiffusionReconstruction
+    from lightning_modules.reconstruction import GraphDiffusionReconstruction, Reconstruction
     from lightning_modules.restoration import restore
 
 _HOME = {
+    "BilateralFilter": "operators",
     "ConvAutoencoder": "networks",
     "EStep": "em",
     "FullResolutionResNet": "networks",
@@ -41,18 +43,23 @@ _HOME = {
     "KMeans": "mixtures",
     "KMeansEstimator": "mixtures",
     "NeighborDifferences": "detection",
+    "ParameterSpec": "operators",
     "ParameterTable": "em",
     "PatchMixture": "patch_mixture",
     "PatchPrior": "networks",
     "PerceptualLoss": "networks",
     "RawPixels": "detection",
+    "Reconstruction": "reconstruction",
     "ResidualDenoiser": "networks",
+    "RestorationOperator": "operators",
     "RestorationResidual": "detection",
+    "TotalVariation": "operators",
     "TraceNetwork": "networks",
     "restore": "restoration",
 }
 
 __all__ = [
+    "BilateralFilter",
     "ConvAutoencoder",
     "EStep",
     "FullResolutionResNet",
@@ -64,13 +71,17 @@ __all__ = [
     "KMeans",
     "KMeansEstimator",
     "NeighborDifferences",
+    "ParameterSpec",
     "ParameterTable",
     "PatchMixture",
     "PatchPrior",
     "PerceptualLoss",
     "RawPixels",
+    "Reconstruction",
     "ResidualDenoiser",
+    "RestorationOperator",
     "RestorationResidual",
+    "TotalVariation",
     "TraceNetwork",
     "restore",
 ]

@@ -42,7 +42,7 @@ def cifar_root(shared_data: Path) -> Path:
 def fake_cifar(tmp_path: Path) -> Callable[..., Path]:
     """Writes CIFAR-10's official layout with a few random rows and returns its root.
 
-    ``fake_cifar(rows=4, test_rows=6)``: rows in each of the five training batches and in the test batch.
+    `fake_cifar(rows=4, test_rows=6)`: rows in each of the five training batches and in the test batch.
     """
 
     def write(rows: int = 4, test_rows: int = 6, seed: int = 0) -> Path:
@@ -70,7 +70,7 @@ def fake_cifar(tmp_path: Path) -> Callable[..., Path]:
 def fake_photographs(tmp_path: Path) -> Callable[..., Path]:
     """Writes photographs and generated images, train/ and val/ with as many a class, and returns their root.
 
-    ``fake_photographs(count=2)``: images of each class; the generated ones are smoother.
+    `fake_photographs(count=2)`: images of each class; the generated ones are smoother.
     """
 
     def write(count: int = 2, seed: int = 0) -> Path:
@@ -91,7 +91,7 @@ def fake_photographs(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def docs_script() -> Callable[[str], ModuleType]:
-    """Imports a script of docs/, which is no package: ``docs_script("em_pictures")``."""
+    """Imports a script of docs/, which is not a package: `docs_script("em_pictures")`."""
 
     def load(name: str) -> ModuleType:
         spec = importlib.util.spec_from_file_location(name, PROJECT / "docs" / f"{name}.py")

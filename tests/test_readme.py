@@ -9,10 +9,12 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
+from torchvision.datasets import FakeData
 
 from datamodules import CIFAR10DataModule, GeneratedImagesDataModule, ImageFolderDataModule
-from lightning_modules import GeneratedImageDetector, GraphDiffusionReconstruction
+from lightning_modules import GeneratedImageDetector, GraphDiffusionReconstruction, Reconstruction
 
 PROJECT = Path(__file__).parents[1]
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
@@ -63,6 +65,20 @@ def test_the_module_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert 3 < phone / scanner < 5, "the true ratio of the exposures is 4"
     body = block[block.index("class Exposure") : block.index("\n\n\nclean")]
     assert len([line for line in body.splitlines() if line]) <= 20
+
+
+def test_a_datamodule_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake(root: str, split: str, transform: Any) -> FakeData:
+        assert split in ("train", "val", "test")
+        return FakeData(size=3, image_size=(3, 300, 280), transform=transform)
+
+    monkeypatch.setattr(torchvision.datasets, "Flowers102", fake)
+    names: dict[str, Any] = {"__name__": "flowers"}
+    exec(compile(python_block("class Flowers"), "README.md", "exec"), names)
+    data = names["Flowers"]()
+    for loader in (data.train_dataloader(), data.val_dataloader(), data.predict_dataloader()):
+        batch = data.on_after_batch_transfer(next(iter(loader)), 0)
+        assert batch["image"].shape == (3, 3, 256, 256)
 
 
 def test_every_file_that_it_names_exists() -> None:

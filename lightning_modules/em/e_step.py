@@ -144,18 +144,33 @@ class SufficientStatistics:
             self.latent = latent if not len(self.latent) else self.latent + latent
 
     def reduced(self, reduce: Callable[[Tensor], Tensor]) -> "SufficientStatistics":
-        """The sums over all processes, by one call of `reduce` on one flat vector, which it may write to."""
+        """The sums over all processes.
+
+        Args:
+            reduce: Called once, on one flat vector, which it may write to.
+
+        Shape:
+            - reduce: from `[N]` to `[N]`
+        """
         flat = reduce(torch.cat([self.sums.flatten(), self.latent]))
         total = SufficientStatistics(len(self.sums) - 1, self.num_parameters, self.sums.device)
         total.sums, total.latent = flat[: self.sums.numel()].view_as(self.sums), flat[self.sums.numel() :]
         return total
 
     def sum(self, name: str) -> Tensor:
-        """Sum of one quantity by its name, `[K + 1]`, row 0 over all images."""
+        """Sum of one quantity by its name, row 0 over all images.
+
+        Shape:
+            - output: `[K + 1]`
+        """
         return self.sums[:, _COLUMNS.index(name) - len(_COLUMNS)]
 
     def mean(self, name: str) -> Tensor:
-        """Mean of one quantity by its name, `[K + 1]`; 0 for rows without images."""
+        """Mean of one quantity by its name; 0 for rows without images.
+
+        Shape:
+            - output: `[K + 1]`
+        """
         return self.sum(name) / self.count.clamp_min(torch.finfo(torch.float64).tiny)
 
     @property

@@ -63,7 +63,7 @@ def diffuse_image(
 
     .. math:: D_\delta(q) = \frac{p^2}{n_\delta(q)} \sum_u \lVert y(q+u) - y(q+u+\delta) \rVert^2 - 2 \sigma_n^2 p^2 F
 
-    over the :math:`n_\delta(q)` positions u of the window for which both pixels lie in the image, clamped at 0. S joins
+    over the :math:`n_\delta(q)` positions u of the window for which both pixels are in the image, clamped at 0. S joins
     pixels at most `reach` apart, W those nearer than its radius: the result does not depend on `max_radius`.
 
     Where σ, σ_f and the noise level are maps, a pair of pixels has the mean of their σ² and σ_f², and what is taken off

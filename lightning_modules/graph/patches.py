@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PatchGrid:
-    """Where the patches of an image lie: `patch_size`² windows, `stride` pixels apart, every pixel covered.
+    """Patches of an image: `patch_size`² windows, `stride` pixels apart, every pixel covered.
 
     The last row and column of patches are always included, closer than `stride` to their neighbours where the stride
     does not divide the image.
@@ -178,7 +178,7 @@ def check_patch_geometry(patch_size: int, stride: int) -> None:
             raise ValueError(f"{name} must be a positive number of pixels, got {value}")
     if stride > patch_size:
         raise ValueError(
-            f"stride={stride} exceeds patch_size={patch_size}, so some pixels would lie in no patch: "
+            f"stride={stride} exceeds patch_size={patch_size}, so no patch would cover some pixels: "
             "lower the stride or enlarge the patch"
         )
 

@@ -1,7 +1,7 @@
 r"""A pixel graph as a stencil: shifted slices of flattened images, no edge list.
 
 An image is flattened row by row with enough empty columns after each row, and enough empty rows above and below, that
-the neighbour q+δ of every pixel q lies at one and the same distance in memory for a given offset δ = (row, column), and
+the neighbour q+δ of every pixel q is at one and the same distance in memory for a given offset δ = (row, column), and
 outside the image for certain where it should: one contiguous slice instead of a rectangle for each offset.
 
 M is the number of half offsets, one of each pair ±δ. A *map* holds a value for each pair: entry m of pixel p belongs to
@@ -28,7 +28,7 @@ FAR = 1e12
 
 @dataclass(frozen=True)
 class StencilGeometry:
-    """What depends on the image's size alone; maps are made when they are first read.
+    """What depends on the image's size only; maps are made when they are first read.
 
     Attributes:
         height: H.
@@ -93,7 +93,7 @@ class StencilGeometry:
 
     @cached_property
     def valid(self) -> Tensor:
-        """1 where both pixels of a pair lie in the image, `[M, n]`."""
+        """1 where both pixels of a pair are in the image, `[M, n]`."""
         return self._constant(self._pairs)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Which nodes are joined: exact radius graphs and the offsets of a pixel neighbourhood."""
+"""Topology of graphs: exact radius graphs and the offsets of a pixel neighbourhood."""
 
 from functools import lru_cache
 
@@ -11,7 +11,7 @@ def radius_graph(positions: Tensor, radius: float, batch: Tensor | None = None) 
     """Edges between all pairs of distinct nodes of a graph at most `radius` apart.
 
     The result is exact, without the limit on neighbours (32 by default) at which `torch_geometric.nn.radius_graph`
-    truncates without a word. That function is used where its back end `pyg-lib`, which is not on PyPI, is installed,
+    truncates silently. That function is used where its back end `pyg-lib`, which is not on PyPI, is installed,
     with the limit lifted; elsewhere a k-d tree is. Both give the same edges in the same order.
 
     Args:

@@ -282,7 +282,7 @@ def test_validation_repeats_exactly_and_needs_no_callback(tmp_path: Path) -> Non
     trainer = make_trainer(tmp_path, callback, epochs=2, limit_val_batches=1.0)
     trainer.fit(module, SmoothImages(16))
     trained = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-    assert {"val/psnr", "val/psnr_noisy", "val/gain", "val/ssim", "val/loss"} <= set(trained)
+    assert {"val/psnr", "val/psnr_noisy", "val/psnr_gain", "val/ssim", "val/loss"} <= set(trained)
     plain = L.Trainer(logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu")
     [found] = plain.validate(
         make_module(), SmoothImages(5), ckpt_path=tmp_path / "epoch=1.ckpt", weights_only=True, verbose=False

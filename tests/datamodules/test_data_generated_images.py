@@ -119,7 +119,7 @@ class TestDegradation:
 
     @pytest.mark.parametrize("condition", ["jpeg", "jpeg 101", "jpeg 75.5", "rescale 0", "blur -1", "noise 3", ""])
     def test_what_is_no_condition(self, condition):
-        with pytest.raises(ValueError, match=f"'{condition}' is no condition"):
+        with pytest.raises(ValueError, match=f"'{condition}' is not a condition"):
             Degradation.parse(condition)
 
 
@@ -262,7 +262,7 @@ class TestSources:
     def test_a_class_of_one_image_cannot_be_split(self, root):
         for path in sorted((root / "train" / "generated").iterdir())[1:]:
             path.unlink()
-        with pytest.raises(ValueError, match="one image of the class generated alone"):
+        with pytest.raises(ValueError, match="only one image of the class generated"):
             module(root).setup("fit")
 
 
@@ -454,7 +454,7 @@ class TestBadInput:
             ({"class_names": ("a", "a")}, "class_names must be two different names, got ['a', 'a']"),
             ({"on_error": "ignore"}, "on_error must be raise or skip, got 'ignore'"),
             ({"conditions": []}, "conditions must be one or more different ones, got []"),
-            ({"conditions": ["clean", "sepia 3"]}, "'sepia 3' is no condition"),
+            ({"conditions": ["clean", "sepia 3"]}, "'sepia 3' is not a condition"),
             ({"jpeg_probability": 2.0}, "jpeg_probability must lie between 0 and 1, got 2.0"),
             ({"jpeg_quality": (95, 50)}, "jpeg_quality must be the smallest and the largest value, got 95 and 50"),
             ({"rescale": (0.0, 1.0)}, "rescale: rescale must lie between 0.01 and 100, got 0.0"),

@@ -105,9 +105,9 @@ def test_a_second_step_gives_the_same_risk() -> None:
 
 
 def test_what_the_risk_cannot_do_without() -> None:
-    with pytest.raises(ValueError, match="needs the noise level: set noise_std above 0, or estimate_noise=True"):
+    with pytest.raises(ValueError, match="needs noise: set noise_std above 0, or add_noise=False"):
         make(noise_std=0.0)
-    assert make(noise_std=0.0, estimate_noise=True).objective == "sure"
+    assert make(add_noise=False).objective == "sure"
     with pytest.raises(ValueError, match=r"no clean images.*leave perceptual out"):
         make(perceptual=nn.Identity())
     with pytest.raises(ValueError, match="objective must be 'supervised' or 'sure', got 'stein'"):
@@ -137,7 +137,7 @@ def test_validation_by_the_risk_needs_no_clean_image() -> None:
     """Photographs with noise of their own: no PSNR against themselves, and the risk of the restoration."""
     clean = F.avg_pool2d(torch.rand(60, 3, 14, 14, generator=torch.Generator().manual_seed(0)), 3, 1)
     noisy = clean + 0.1 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
-    module = make(noise_std=0.0, estimate_noise=True).eval()
+    module = make(add_noise=False).eval()
     report = Report(module)
     with torch.no_grad():
         restored = module.validation_step(batch(noisy), 0)["restored"]
@@ -148,4 +148,4 @@ def test_validation_by_the_risk_needs_no_clean_image() -> None:
     module = make(noise_std=0.1).eval()
     report = Report(module)
     module.validation_step(batch(clean), 0)
-    assert {"val/loss", "val/psnr", "val/gain"} <= set(report.values)
+    assert {"val/loss", "val/psnr", "val/psnr_gain"} <= set(report.values)

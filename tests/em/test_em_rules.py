@@ -60,10 +60,10 @@ def test_gradient_rule_pools_rows() -> None:
     state = apply(rule, t, statistics([1.0] * 5, [0] * 4 + [-1], [[1.0, 0, 0]] * 5), rule.initial_state(t))
     own = 4 / 24
     expected = -0.1 * own * (1 - 0.1 * (1 - own))
-    assert t.offsets[0, 0].item() == pytest.approx(expected)
-    assert t.offsets[1, 0].item() == 0  # no image: value and moments stay
+    assert (t.shared + t.offsets)[0, 0].item() == pytest.approx(-0.1 + expected)
+    assert t.shared[0].item() == pytest.approx(-0.1 + expected)  # the mean of the rows that have had images
+    assert t.offsets[1, 0].item() == 0  # no image: offset and moments stay
     assert state["steps"].flatten().tolist() == [1, 1, 0]
-    assert t.shared[0].item() == pytest.approx(-0.1)
     kept = {name: tensor[2].clone() for name, tensor in state.items()}
     state = apply(rule, t, statistics([1.0], [0], [[1.0, 0, 0]]), state)
     assert all(torch.equal(state[name][2], value) for name, value in kept.items())
@@ -72,7 +72,7 @@ def test_gradient_rule_pools_rows() -> None:
 def test_gradient_rule_without_pooling_gives_rows_full_steps() -> None:
     t, rule = table(), GradientRule(lr=0.1, pseudo_count=0)
     apply(rule, t, statistics([1.0], [1], [[1.0, 0, 0]]), rule.initial_state(t))
-    assert t.offsets[1, 0].item() == pytest.approx(-0.1)
+    assert (t.shared + t.offsets)[1, 0].item() == pytest.approx(-0.2)  # the global step, and its own
 
 
 def test_gradient_rule_leaves_integers_to_others() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from callbacks import BayesianRule, GradientRule, NewtonRule, Rule
 from lightning_modules.em import EStep, ParameterTable, SufficientStatistics, TableValues
 from lightning_modules.em.rules import kalman_curvature as model
+from lightning_modules.em.rules.rule import centered
 from lightning_modules.em.rules.trust_region import magnitude, optimum_variance, step_within
 
 NAMES = ["a", "b", "c"]
@@ -380,6 +381,57 @@ def test_rows_walk_to_optima_that_are_far_and_not_well_known() -> None:
     t = table(names=["a"], per_row=["a"], row_names=["k", "l", "m", "n"])
     row_steps(BayesianRule(), t, bests, 80, [4, 4, 4, 4], noise=1.0)
     torch.testing.assert_close(t.shared + t.offsets, bests, rtol=0, atol=0.15)
+
+
+def common_and_rare(rule: Rule, every: int, steps: int, rare: int = 1, seed: int = 0) -> tuple[ParameterTable, Any]:
+    """A row of most images whose optimum is 0.5, and one of few, −0.6, which come at every so many steps; noise 0.3."""
+    generator = torch.Generator().manual_seed(seed)
+    t = table(names=["a"], bound=20.0, row_names=["common", "rare"], per_row=["a"])
+    state, optimum = rule.initial_state(t), torch.tensor([[0.5], [-0.6]], dtype=torch.float64)
+    for step in range(steps):
+        sampled = rule.sampled_values(t, state) or t.state
+        row = torch.zeros(16, dtype=torch.long)
+        row[: rare if step % every == 0 else 0] = 1
+        each = sampled.shared + sampled.offsets[row] - optimum[row]
+        each = each + 0.3 * torch.randn(16, 1, generator=generator, dtype=torch.float64)
+        stats = SufficientStatistics(2, 1)
+        stats.add(EStep(torch.eye(2)[row], None, torch.ones(16)), each)
+        proposal, state = rule.m_step(t, stats, state)
+        t.write(t.project(proposal))
+    return t, state
+
+
+def test_a_row_met_one_image_at_a_time_is_learned_and_its_interval_holds_the_truth() -> None:
+    rule = BayesianRule()
+    t, state = common_and_rare(rule, every=10, steps=400)
+    found = float(t.shared + t.offsets[1])
+    deviation = float(rule.standard_deviation(t, state)[2])
+    assert abs(found + 0.6) < 2.5 * deviation
+    assert deviation < 0.2  # 40 images of noise 0.3 and curvature 1 know it to 0.05
+    assert float(t.shared + t.offsets[0]) == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.parametrize("rule", [NewtonRule(), BayesianRule(), GradientRule()])
+@pytest.mark.parametrize("rare", [1, 4])
+def test_the_global_set_is_the_mean_of_the_rows_by_their_images(rule: Rule, rare: int) -> None:
+    for seed in range(2):
+        t, state = common_and_rare(rule, every=1, steps=60, rare=rare, seed=seed)
+        images = state["images"][1:]
+        assert float((images * t.offsets).sum().abs()) < 1e-9 * float(images.sum())
+        if not isinstance(rule, GradientRule):  # which is on its way
+            best = (0.5 * (16 - rare) - 0.6 * rare) / 16  # the best single value for all images
+            assert float(t.shared) == pytest.approx(best, abs=0.12)
+
+
+def test_centering_keeps_rows_and_those_without_images_their_offsets() -> None:
+    t = table(names=["a", "b"], per_row=["a"], row_names=["k", "l", "m"])
+    proposal = TableValues(t.shared + 0.1, torch.tensor([[1.0, 0], [-0.5, 0], [0.7, 0]], dtype=torch.float64))
+    images = torch.tensor([[4.0], [3.0], [1.0], [0.0]], dtype=torch.float64)
+    shared, offsets = centered(t, proposal, images)
+    mean = (3 * 1.0 + 1 * -0.5) / 4
+    assert shared.tolist() == pytest.approx([0.1 + mean, 0.1])
+    assert offsets[:, 0].tolist() == pytest.approx([1.0 - mean, -0.5 - mean, 0.7])
+    assert not offsets[:, 1].any()
 
 
 @pytest.mark.parametrize("rule", [NewtonRule(), BayesianRule()])

@@ -141,7 +141,7 @@ def test_a_compiler_that_hangs_is_ended_with_what_it_has_started(
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "said"),
+    ("variable", "value", "message"),
     [
         (library.SWITCH, "0", "LIGHTNING_EM_COMPILE=0: answer.c is not compiled"),
         ("CC", "no-such-compiler", "no C compiler"),
@@ -152,7 +152,7 @@ def test_a_compiler_that_hangs_is_ended_with_what_it_has_started(
 def test_without_it_the_log_says_why(
     variable: str,
     value: str,
-    said: str,
+    message: str,
     source: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -161,7 +161,7 @@ def test_without_it_the_log_says_why(
     with caplog.at_level(logging.INFO, library.__name__):
         assert answer(source) is None
     (record,) = caplog.records
-    assert said in record.message
+    assert message in record.message
     assert "torch is used instead" in record.message
 
 

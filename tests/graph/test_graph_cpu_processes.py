@@ -1,4 +1,4 @@
-"""What the compiled kernels have in common: whom they serve, and forked processes."""
+"""The compiled kernel: what it takes, and forked processes."""
 
 import pytest
 import torch

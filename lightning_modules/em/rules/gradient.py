@@ -4,7 +4,7 @@ import torch
 
 from lightning_modules.em.e_step import SufficientStatistics
 from lightning_modules.em.parameter_table import ParameterTable, TableValues
-from lightning_modules.em.rules.rule import Rule, RuleState
+from lightning_modules.em.rules.rule import Rule, RuleState, centered
 
 
 class GradientRule(Rule):
@@ -56,10 +56,11 @@ class GradientRule(Rule):
         self.pseudo_count = pseudo_count
 
     def initial_state(self, table: ParameterTable) -> RuleState:
-        """Moments of the global set and of each row, and how many steps each has seen."""
+        """Moments, steps and images of the global set and of each row; see `Rule.initial_state`."""
         shape = (len(table.row_names) + 1, len(table.shared))
         zeros = torch.zeros(shape, dtype=torch.float64, device=table.shared.device)
-        return {"first_moment": zeros, "second_moment": zeros.clone(), "steps": zeros[:, :1].clone()}
+        moments = {"first_moment": zeros, "second_moment": zeros.clone()}
+        return {**moments, "steps": zeros[:, :1].clone(), "images": zeros[:, :1].clone()}
 
     def m_step(
         self, table: ParameterTable, statistics: SufficientStatistics, state: RuleState
@@ -76,6 +77,7 @@ class GradientRule(Rule):
                 seen, torch.lerp(gradient.square(), state["second_moment"], second), state["second_moment"]
             ),
             "steps": state["steps"] + seen,
+            "images": state["images"] + count,
         }
         steps = next_state["steps"].clamp_min(1)
         mean = next_state["first_moment"] / (1 - first**steps)
@@ -85,4 +87,5 @@ class GradientRule(Rule):
         own = count[1:] / (count[1:] + self.pseudo_count).clamp_min(torch.finfo(torch.float64).tiny)
         # Integers have no gradient, and what another rule has given them is not this one's to shrink.
         kept = torch.where(seen[1:] & ~table.mask(table.integers), 1 - self.lr * (1 - own), 1.0)
-        return TableValues(table.shared - update[0], (table.offsets - own * update[1:]) * kept), next_state
+        proposal = TableValues(table.shared - update[0], (table.offsets - own * update[1:]) * kept)
+        return centered(table, proposal, next_state["images"]), next_state

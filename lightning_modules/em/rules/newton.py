@@ -5,7 +5,7 @@ import torch
 from lightning_modules.em.e_step import SufficientStatistics
 from lightning_modules.em.parameter_table import ParameterTable, TableValues
 from lightning_modules.em.rules.kalman_curvature import checked_distances, initial_state, observe
-from lightning_modules.em.rules.rule import Rule, RuleState
+from lightning_modules.em.rules.rule import Rule, RuleState, centered
 from lightning_modules.em.rules.trust_region import bounded_step, theta_of
 
 
@@ -66,7 +66,7 @@ class NewtonRule(Rule):
         self.pseudo_count = pseudo_count
 
     def initial_state(self, table: ParameterTable) -> RuleState:
-        """The filters of the global set and of each row, and their trust radii."""
+        """The filters of the global set and of each row, and their trust radii; see `Rule.initial_state`."""
         return initial_state(table, self.trust_radius)
 
     def m_step(
@@ -80,7 +80,5 @@ class NewtonRule(Rule):
         step = bounded_step(table, statistics, model, theta, model.trust_radius, self.trust_radius)
         share = state["images"] / (state["images"] + self.pseudo_count).clamp_min(torch.finfo(torch.float64).tiny)
         moved = (statistics.count[1:, None] > 0) & ~table.mask(table.integers)
-        return TableValues(
-            table.shared + step[0],
-            table.offsets + torch.where(moved, share[1:] * (step[1:] - step[0]), 0.0),
-        ), state
+        offsets = table.offsets + torch.where(moved, share[1:] * (step[1:] - step[0]), 0.0)
+        return centered(table, TableValues(table.shared + step[0], offsets), state["images"]), state

@@ -3,9 +3,9 @@
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_modules.em.e_step import SufficientStatistics
@@ -28,7 +28,11 @@ class Rule(ABC):
 
     @abstractmethod
     def initial_state(self, table: ParameterTable) -> RuleState:
-        """Tensors to carry from step to step, on the table's device."""
+        """Tensors to carry from step to step, on the table's device.
+
+        Shape:
+            - output: by name, such as `[K + 1, P]`
+        """
 
     @abstractmethod
     def m_step(
@@ -62,6 +66,9 @@ class Rule(ABC):
         """What the next training step shall use in place of the table's values, which stay what was learned.
 
         None, unless a rule overrides it. Like `m_step`, a pure function of its arguments, and without waiting.
+
+        Shape:
+            - output: `shared` `[P]` and `offsets` `[K, P]`, float64
         """
         return None
 
@@ -75,9 +82,32 @@ class Rule(ABC):
             cls.m_step = cls.step  # type: ignore[attr-defined, method-assign]
 
 
+def centered(table: ParameterTable, proposal: TableValues, images: Tensor) -> TableValues:
+    r"""The proposal with the global set at the mean of the rows, weighted by their images.
+
+    That is :math:`\sum_k n_k \delta_k = 0`, and rows keep their values. Once they fit, the mean gradient is 0 wherever
+    the global set is, so that nothing else determines what an image of no row uses. Rows without images so far keep
+    their offsets.
+
+    Args:
+        table: The table, for its bounds and for what has rows.
+        proposal: Proposed coordinates.
+        images: Images seen of all rows together, and of each.
+
+    Shape:
+        - images: `[K + 1, 1]`
+        - output: `shared` `[P]` and `offsets` `[K, P]`
+    """
+    shared, offsets = table.project(proposal)
+    mean = (images[1:] * offsets).sum(0) / images[1:].sum().clamp_min(torch.finfo(torch.float64).tiny)
+    has_rows = table.mask(table.learned_per_row) & ~table.mask(table.integers)
+    shift = torch.where(has_rows, (shared + mean).clamp(table.lower, table.upper) - shared, 0.0)
+    return TableValues(shared + shift, torch.where(images[1:] > 0, offsets - shift, offsets))
+
+
 def _renamed(m_step: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(m_step)
     def step(*args: Any, **options: Any) -> Any:
+        """`m_step` by its name of the version before."""
         warnings.warn("Rule.step is now Rule.m_step", FutureWarning, stacklevel=2)
         return m_step(*args, **options)
 

@@ -71,7 +71,7 @@ class SignRule(Rule):
         self.loss_thresholds = loss_thresholds
 
     def initial_state(self, table: ParameterTable) -> RuleState:
-        """The last proxies, their mean, the direction it last took and the scale of the step."""
+        """The last proxies, their mean, its last direction and the scale of the step; see `Rule.initial_state`."""
 
         def zeros(*size: int) -> torch.Tensor:
             return torch.zeros(size, dtype=torch.float64, device=table.shared.device)

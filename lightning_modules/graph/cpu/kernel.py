@@ -77,7 +77,7 @@ def is_supported(*tensors: Tensor) -> bool:
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    """False for what only stands for a tensor: fake ones, subclasses, and those of `torch.func`'s transforms."""
+    """False for what is a tensor in name only: fake ones, subclasses, and those of `torch.func`'s transforms."""
     if type(tensor) not in (Tensor, Parameter):
         return False
     try:
