@@ -208,9 +208,9 @@ def _encode_png(picture: Picture, array: np.ndarray) -> bytes:
     described = _save(array[:1, :1].astype(np.uint8), "PNG", pnginfo=text, **_metadata_of(picture, "PNG"))
     chunks = [(kind, data) for kind, data in png_chunks(described) if kind not in (b"IHDR", b"IDAT", b"IEND")]
     chunks += picture.encoding.get("chunks", ())
-    pixels = bytes(imagecodecs.png_encode(array, level=6))
+    pixels = memoryview(imagecodecs.png_encode(array, level=6))
     start = 8 + 25  # signature and header
-    return pixels[:start] + b"".join(_chunk(*chunk) for chunk in chunks) + pixels[start:]
+    return b"".join([pixels[:start], *(_chunk(*chunk) for chunk in chunks), pixels[start:]])
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:

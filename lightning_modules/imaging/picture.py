@@ -43,12 +43,11 @@ class Picture:
 
     def array(self) -> np.ndarray:
         """The numbers of the file: `[H, W, C]`, with a channel more where there is transparency."""
-        pixels = self.pixels.detach().cpu().float().clamp(0, 1).mul_(self.white)
-        if self.dtype.kind != "f":
-            pixels = pixels.round_()
-        count, height, width = pixels.shape
+        count, height, width = self.pixels.shape
         array = np.empty((height, width, count + (self.alpha is not None)), self.dtype)
-        array[..., :count] = pixels.permute(1, 2, 0).numpy()
+        for index, channel in enumerate(self.pixels.detach()):  # one by one: copies of a large picture are large
+            numbers = channel.cpu().float().clamp(0, 1).mul_(self.white)
+            array[..., index] = numbers if self.dtype.kind == "f" else numbers.round_()
         if self.alpha is not None:
             array[..., count] = self.alpha
         return array
@@ -63,8 +62,9 @@ def from_array(array: np.ndarray, white: float, **fields: Any) -> Picture:
         fields: What else the file holds, by the attributes of `Picture`.
     """
     count = color_channels(array)
-    pixels = torch.from_numpy(array[..., :count].astype(np.float32, order="C")).permute(2, 0, 1)
-    pixels = pixels.contiguous().div_(white).clamp_(0, 1)
+    pixels = torch.empty(count, *array.shape[:2])
+    for index in range(count):
+        pixels[index] = torch.from_numpy(array[..., index].astype(np.float32)).div_(white).clamp_(0, 1)
     alpha = np.ascontiguousarray(array[..., count]) if array.shape[-1] > count else None
     return Picture(pixels, dtype=array.dtype, white=white, alpha=alpha, **fields)
 
