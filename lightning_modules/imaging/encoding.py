@@ -6,6 +6,7 @@ import shutil
 import struct
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -105,16 +106,20 @@ def write_whole(path: Path, content: bytes) -> None:
         raise
 
 
-def output_names(names: list[str]) -> dict[str, str]:
+def output_names(names: list[str], rename: Callable[[str], str] | None = None) -> dict[str, str]:
     """Returns the file for each image: its name with the suffix `.png`, which is appended where two would collide.
 
     Names count as equal where they differ in case only: some file systems cannot keep them apart.
+
+    Args:
+        names: Names of the images.
+        rename: Name of a file for one of an image, `png_name` by default; `restored_name` keeps formats.
 
     Example:
         >>> output_names(["a.jpg", "a.png", "b/c.tif"])
         {'a.jpg': 'a.jpg.png', 'a.png': 'a.png.png', 'b/c.tif': 'b/c.png'}
     """
-    outputs = {name: png_name(name) for name in names}
+    outputs = {name: (rename or png_name)(name) for name in names}
     while True:
         count = Counter(output.casefold() for output in outputs.values())
         colliding = [n for n, output in outputs.items() if count[output.casefold()] > 1 and output != f"{n}.png"]
@@ -125,24 +130,30 @@ def output_names(names: list[str]) -> dict[str, str]:
 
 def png_name(name: str) -> str:
     """Returns a name with the suffix `.png`; a name that leads out of the folder it is written to is refused."""
+    return str(_below_root(name).with_suffix(".png"))
+
+
+def _below_root(name: str) -> PurePosixPath:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or not path.name:
         raise ValueError(f"the name of an image must be a path below the input's root, got {name!r}")
-    return str(path.with_suffix(".png"))
+    return path
 
 
 def restored_name(name: str, tag: str = "") -> str:
     """Name of a restored file: that of its source, which `.png` is added to where its format is not written.
 
+    A name that leads out of the folder that it is written to is refused.
+
     Args:
-        name: Name or path of the source.
+        name: Name of the source, or its path below a root.
         tag: What to put before the suffix.
 
     Example:
         >>> restored_name("a/photo.jpg", ".restored"), restored_name("a/moving.gif")
         ('a/photo.restored.jpg', 'a/moving.gif.png')
     """
-    path = PurePosixPath(name)
+    path = _below_root(name)
     stem, suffix = (path.stem, path.suffix) if kind_of(path) else (path.name, ".png")
     ending = tag + suffix
     excess = len(os.fsencode(stem + ending)) - _LONGEST_NAME
