@@ -195,9 +195,11 @@ def load_operator(model: Model, channels: int) -> RestorationOperator:
 
 def _reading(source: Path, target: Path) -> Picture:
     """The picture in a file, of the kind that the target's name asks for where that is another."""
-    picture = read_picture(source)
     kind = kind_of(target)
-    return picture if kind is None or target.suffix == source.suffix else replace(picture, kind=kind)
+    if kind is None:
+        raise ValueError(f"{target}: files of this kind are not written; choose .png, .jpg or .tif")
+    picture = read_picture(source)
+    return picture if target.suffix == source.suffix else replace(picture, kind=kind)
 
 
 def _restore(picture: Picture, noise: float | str, operator: OperatorFor, progress: Progress | None) -> Picture:

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache, partial
 from io import StringIO
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lightning_modules.imaging import check_noise_std, find_images, kind_of, restored_name, write_whole
+from lightning_modules.imaging import check_noise_std, find_images, restored_name, write_whole
 from lightning_modules.restoration import load_operator, restore_file
 
 TABLE_NAME = "restored.csv"
@@ -98,77 +99,91 @@ def run(words: list[str]) -> int:
     """
     options = _parser().parse_args(words)
     console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False, emoji=False)
-    warnings.simplefilter("ignore", UserWarning)  # of libraries, about damaged metadata; ours are in the table
     output = None if options.output is None else Path(options.output).expanduser()
-    failures: list[tuple[str, str]] = []
+    outcome = Outcome()
     try:
-        jobs, folder = _jobs(options.paths, output, failures)
+        with warnings.catch_warnings(record=True, action="always") as left_out:
+            jobs, folder = _jobs(options.paths, output, outcome)
+        for warning in left_out:
+            console.print(str(warning.message))
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-        operator = cache(partial(load_operator, options.model))
         table = Table(folder)
+        operator = cache(partial(load_operator, options.model))
+        restore_one = partial(restore_file, operator=operator, noise=options.noise, quality=options.quality)
         if jobs:
             operator(3)  # a model that cannot be read is one error, not one for each file
     except (OSError, ValueError) as error:
         console.print(f"lightning-em restore: {_reason(error)}")
         return 1
-    done = there = 0
-    stopped = False
     try:
-        with _progress(console, len(jobs)) as show:
+        # Libraries warn of damaged metadata without a name; what we have to say is in the table.
+        with _progress(console, len(jobs)) as show, warnings.catch_warnings(action="ignore"):
             for place, job in enumerate(jobs):
-                is_there = job.target.exists() and not options.overwrite
-                if is_there and (job.name in table.rows or folder is None):
-                    there += 1
-                    continue
                 show(place, job.name)
-                try:
-                    row = restore_file(
-                        job.source,
-                        job.target,
-                        operator,
-                        options.noise,
-                        options.quality,
-                        partial(_inside, show, place, job.name),
-                        write=not is_there,  # the last result of a run that was killed, or somebody's own file
-                    )
-                    where = job.target if folder is None else job.target.relative_to(folder)
-                    if is_there:
-                        row["note"] = "; ".join(filter(None, (row["note"], "was there before")))
-                    table.append({"name": job.name, "output": where.as_posix(), **row})
-                    done, there = done + (not is_there), there + is_there
-                except Exception as error:  # one bad file ends no folder, whatever its decoder raises
-                    failures.append((str(job.source), _reason(error)))
-                    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                        break
-                else:
-                    if len(jobs) == 1:
-                        level = 255 * float(row["noise_std"])
-                        console.print(f"{job.target}: noise {level:.1f}/255, {row['seconds']} s", row["note"])
+                progress = partial(_inside, show, place, job.name)
+                _restore(job, table, outcome, options.overwrite, partial(restore_one, progress=progress))
+                if outcome.is_disk_full:
+                    break
     except KeyboardInterrupt:
-        stopped = True
-    return _finish(console, table, len(jobs), done, there, failures, stopped)
-
-
-def _finish(
-    console: Console, table: Table, count: int, done: int, there: int, failures: list[tuple[str, str]], stopped: bool
-) -> int:
+        outcome.is_stopped = True
     try:
         table.write()
     except OSError as error:
-        failures.append((str(table.path), _reason(error)))
-    if count != 1 or there or stopped:
-        parts = [
-            f"restored {done} of {count}",
-            f"{there} there already (--overwrite restores them again)" * (there > 0),
-        ]
-        parts.append("stopped: the same command goes on" * stopped)
-        console.print(", ".join(part for part in parts if part))
-    if failures:
-        console.print(f"{len(failures)} failed:")
-        for name, reason in failures:
+        outcome.fail(str(table.path), error)
+    if len(jobs) == 1 and outcome.done:
+        row = table.rows[jobs[0].name]
+        level = f"noise {255 * float(row['noise_std']):.1f}/255"
+        console.print(", ".join(filter(None, (f"{jobs[0].target}: {level}", f"{row['seconds']} s", row["note"]))))
+    outcome.report(console, len(jobs))
+    return 130 if outcome.is_stopped else int(bool(outcome.failures))
+
+
+@dataclass
+class Outcome:
+    """What became of the files: how many are done or were there, and which failed, with their reasons."""
+
+    done: int = 0
+    there: int = 0
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    is_disk_full: bool = False
+    is_stopped: bool = False
+
+    def fail(self, name: str, error: Exception) -> None:
+        """Counts a failure."""
+        self.failures.append((name, _reason(error)))
+        self.is_disk_full |= isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+    def report(self, console: Console, count: int) -> None:
+        """Prints the counts, then what failed."""
+        parts = [f"restored {self.done} of {count}"]
+        parts += [f"{self.there} there already (--overwrite restores them again)"] * (self.there > 0)
+        parts += ["stopped: the same command goes on"] * self.is_stopped
+        if count > 1 or len(parts) > 1:
+            console.print(", ".join(parts))
+        if self.failures:
+            console.print(f"{len(self.failures)} failed:")
+        for name, reason in self.failures:
             console.print(f"  {reason}" if name in reason else f"  {name}: {reason}")
-    return 130 if stopped else int(bool(failures))
+
+
+def _restore(job: Job, table: Table, outcome: Outcome, overwrite: bool, restore_one: Callable[..., Row]) -> None:
+    is_there = job.target.exists() and not overwrite
+    if is_there and (table.path is None or job.name in table.rows):
+        outcome.there += 1
+        return
+    try:
+        # What is there and not in the table is the last result of a run that was killed, or somebody's own file.
+        row = restore_one(job.source, job.target, write=not is_there)
+        if is_there:
+            row["note"] = "; ".join(filter(None, (row["note"], "was there before")))
+        where = job.target if table.path is None else job.target.relative_to(table.path.parent)
+        table.append({"name": job.name, "output": where.as_posix(), **row})
+    except Exception as error:  # one bad file ends no folder, whatever its decoder raises
+        outcome.fail(str(job.source), error)
+        return
+    outcome.done += not is_there
+    outcome.there += is_there
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -215,14 +230,14 @@ def _noise(text: str) -> float | str:
     return level
 
 
-def _jobs(paths: list[str], output: Path | None, failures: list[tuple[str, str]]) -> tuple[list[Job], Path | None]:
+def _jobs(paths: list[str], output: Path | None, outcome: Outcome) -> tuple[list[Job], Path | None]:
     """What to restore, and the folder that the results go to where there is one."""
     inputs = [Path(path).expanduser() for path in paths]
-    to_file = output is not None and len(inputs) == 1 and not inputs[0].is_dir() and not output.is_dir()
-    if to_file and output is not None and output.suffix:
-        if kind_of(output) is None:
-            raise ValueError(f"{output}: files of this kind are not written; choose .png, .jpg or .tif")
-        return [Job(inputs[0].name, inputs[0], output)] * inputs[0].is_file() or _missing(inputs, failures), None
+    outcome.failures += [(str(path), "no such file") for path in inputs if not path.exists()]
+    inputs = [path for path in inputs if path.exists()]
+    is_file = len(paths) == 1 and not any(path.is_dir() for path in inputs)
+    if is_file and output is not None and output.suffix and not output.is_dir():
+        return [Job(path.name, path, output) for path in inputs], None
     jobs: list[Job] = []
     taken: set[str] = set()
     for path in inputs:
@@ -236,8 +251,6 @@ def _jobs(paths: list[str], output: Path | None, failures: list[tuple[str, str]]
                     name = source.relative_to(path).as_posix()
                     target = output / _untaken(restored_name(name), taken)
                     jobs.append(Job(name if len(inputs) == 1 else str(source), source, target))
-        elif not path.is_file():
-            _missing([path], failures)
         elif output is None:
             jobs.append(Job(str(path), path, path.with_name(restored_name(path.name, ".restored"))))
         else:
@@ -262,11 +275,6 @@ def _progress(console: Console, total: int) -> Iterator[Callable[[float, str], N
 
 def _inside(show: Callable[[float, str], None], place: int, name: str, part: float) -> None:
     show(place + part, name)
-
-
-def _missing(paths: list[Path], failures: list[tuple[str, str]]) -> list[Job]:
-    failures += [(str(path), "no such file") for path in paths]
-    return []
 
 
 def _untaken(name: str, taken: set[str]) -> str:
