@@ -1,8 +1,8 @@
-"""What a run must be for the M-step to be right in it."""
+"""Requirements of a run for its M-step to be right."""
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_modules.em import ParameterTable
 

@@ -11,7 +11,7 @@ from lightning_modules.networks.patch_prior import PatchPrior
 
 
 class PatchMixture(GaussianMixture):
-    """A :class:`GaussianMixture` learned on patches, whose `predict` restores images by expected patch log-likelihood.
+    """A `GaussianMixture` learned on patches, whose `predict` restores images by expected patch log-likelihood.
 
     It learns as its base class does, from patches without their mean (`PatchDataModule`); the covariances are full.
 
@@ -78,8 +78,8 @@ class PatchMixture(GaussianMixture):
             noise_std: Their noise, a number or one for each image.
 
         Shape:
-            - images: [B, C, H, W] in [0, 1].
-            - returns: [B, C, H, W] in [0, 1].
+            - images: `[B, C, H, W]`, in [0, 1]
+            - output: `[B, C, H, W]`, in [0, 1]
         """
         return self.prior()(images, noise_std).clamp(0.0, 1.0)
 

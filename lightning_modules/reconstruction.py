@@ -214,11 +214,19 @@ class Reconstruction(L.LightningModule):
         return {"loss": loss, "em": step}
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Restore noisy images and compare them with the clean ones."""
+        """Restore noisy images and compare them with the clean ones; what `callbacks.ImageGrid` draws.
+
+        Shape:
+            - output: `clean`, `noisy` and `restored` `[B, C, H, W]`, `label` and `index` `[B]`
+        """
         return self._evaluate(self._checked_batch(batch, batch_idx, "val"), self.val_metrics)
 
     def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Restore noisy images and compare them with the clean ones."""
+        """As `validation_step`.
+
+        Shape:
+            - output: `clean`, `noisy` and `restored` `[B, C, H, W]`, `label` and `index` `[B]`
+        """
         return self._evaluate(self._checked_batch(batch, batch_idx, "test"), self.test_metrics)
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
@@ -240,9 +248,12 @@ class Reconstruction(L.LightningModule):
 
     @torch.no_grad()
     def diagnose(self, batch: Any) -> dict[str, Tensor]:
-        """The operator's diagnostics of each image of a batch, `[B]` each; see `RestorationOperator.diagnostics`.
+        """The operator's diagnostics of each image of a batch; see `RestorationOperator.diagnostics`.
 
         None where the backbone builds the graph on anything but the noisy patches.
+
+        Shape:
+            - output: `[B]` each
         """
         if self.backbone is not None and getattr(self.backbone, "graph_on", None) != "patches":
             return {}

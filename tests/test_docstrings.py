@@ -4,6 +4,7 @@ import ast
 import inspect
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -71,6 +72,10 @@ def undescribed(package: ModuleType) -> dict[Any, str]:
             function = getattr(member, "__func__", member)  # of a class method
             hidden = attribute.startswith("_") and attribute != "__init__"
             if hidden or not inspect.isfunction(function) or not function.__module__.startswith(ROOTS):
+                continue
+            if attribute == "__init__" and is_dataclass(exported):  # its class describes the fields
+                continue
+            if inspect.isclass(exported) and function.__name__ != attribute:  # the default value of a field
                 continue
             text = (exported if attribute == "__init__" else function).__doc__ or ""
             inherited = inspect.isclass(exported) and any(attribute in vars(base) for base in exported.__mro__[1:])

@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.datasets import FakeData
 
 from datamodules import CIFAR10DataModule, GeneratedImagesDataModule, ImageFolderDataModule
-from lightning_modules import GeneratedImageDetector, GraphDiffusionReconstruction, Reconstruction
+from lightning_modules import GeneratedImageDetector, GraphDiffusionReconstruction
 
 PROJECT = Path(__file__).parents[1]
 README = (PROJECT / "README.md").read_text(encoding="utf-8")

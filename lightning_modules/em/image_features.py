@@ -1,4 +1,4 @@
-"""What an image looks like, in one number a feature: the ground on which regimes are told apart."""
+"""Features of an image, the ground on which regimes are told apart."""
 
 from abc import ABC, abstractmethod
 

@@ -229,6 +229,7 @@ class ParameterTable(Float64Buffers):
             - output: by name `[B]`, a bank of N values `[B, N]`, in the precision of the module; an integer that nobody
               learns is a Python `int`
         """
+        _ = self.names  # there must be some
         if responsibilities.ndim != 2 or responsibilities.shape[1] != len(self.row_names):
             raise ValueError(
                 f"responsibilities must be [B, {len(self.row_names)}], one column for each row of the table, got "
@@ -281,7 +282,11 @@ class ParameterTable(Float64Buffers):
         return self._named(values, row)
 
     def values(self) -> Tensor:
-        """Current values in natural units, clamped, float64 `[K + 1, P]`; row 0 is the global set."""
+        """Current values in natural units, clamped.
+
+        Shape:
+            - output: float64 `[K + 1, P]`; row 0 is the global set
+        """
         return self._natural(TableValues(self.shared, self.offsets))
 
     def upper_bound(self, name: str) -> float:
@@ -355,23 +360,30 @@ class ParameterTable(Float64Buffers):
         DDP waits for a gradient of every parameter, the anchor included.
 
         Shape:
-            - value: any
-            - output: as value
+            - value: `[...]`
+            - output: `[...]`
         """
         return Anchored.apply(value, self.anchor)
 
     def vector(self, values: Mapping[str, float], default: float = 0.0) -> Tensor:
-        """One number for each column, float64 `[P]` on the table's device, copied there once.
+        """One number for each column, on the table's device, copied there once.
 
         Args:
             values: Numbers by name; other names than the table's are left out.
             default: Number of the columns that are not named.
+
+        Shape:
+            - output: float64 `[P]`
         """
         numbers = (float(values.get(name, default)) for name, spec in self._specs.items() for _ in range(spec.size))
         return _constant(tuple(numbers), torch.float64, self.shared.device)
 
     def mask(self, names: Sequence[str]) -> Tensor:
-        """Which columns the names stand for, boolean `[P]` on the table's device."""
+        """Which columns the names have, on the table's device.
+
+        Shape:
+            - output: boolean `[P]`
+        """
         self._check_names("names", names)
         return self._mask(names)
 

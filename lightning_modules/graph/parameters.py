@@ -91,7 +91,7 @@ def _map_or_number(name: str, value: Tensor | float, images: Tensor) -> Tensor:
 
 def _check(name: str, value: Tensor) -> None:
     # On an accelerator a look would stall every step.
-    if value.device.type != "cpu" or not value.numel() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if value.device.type != "cpu" or not value.numel() or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return
     least, largest = (float(bound) for bound in value.detach().aminmax())
     if least < 0 or math.isinf(largest):

@@ -104,7 +104,11 @@ class PatchGrid:
         return self.fold(patches).div_(self.coverage(patches.device, patches.dtype))
 
     def coverage(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
-        """Number of patches that cover each pixel, `[1, 1, H, W]`."""
+        """Number of patches that cover each pixel.
+
+        Shape:
+            - output: `[1, 1, H, W]`
+        """
         return _coverage(self, torch.device(device), dtype)
 
 

@@ -65,7 +65,7 @@ def key_stream(seed: int, epoch: int) -> Tensor:
     """The stream that an epoch's keys are drawn from, by the samples' indices.
 
     Shape:
-        - output: scalar, int64
+        - output: `[]`, int64
     """
     return stream(seed, epoch, _KEYS)
 

@@ -16,8 +16,8 @@ def mix(state: Tensor) -> Tensor:
     """Scrambles 64-bit integers one to one (the finalizer of SplitMix64: Steele, Lea & Flood, OOPSLA 2014).
 
     Shape:
-        - state: any, int64
-        - output: as `state`
+        - state: `[...]`, int64
+        - output: `[...]`, int64
     """
     for shift, multiplier in ((30, -4658895280553007687), (27, -7723592293110705685)):
         state = (state ^ _shift_right(state, shift)) * multiplier
@@ -31,7 +31,7 @@ def stream(*parts: int) -> Tensor:
     seed 0 is epoch 0 of seed 1.
 
     Shape:
-        - output: scalar, int64
+        - output: `[]`, int64
     """
     state = torch.zeros((), dtype=torch.int64)
     for part in parts:

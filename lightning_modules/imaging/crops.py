@@ -63,8 +63,8 @@ def mirror(position: Tensor, size: int) -> Tensor:
     """Folds positions outside `range(size)` back inside, as between two mirrors at the outer pixels' edges.
 
     Shape:
-        - position: any, int64
-        - output: as `position`
+        - position: `[...]`, int64
+        - output: `[...]`, int64
     """
     position = position % (2 * size)
     return torch.minimum(position, 2 * size - 1 - position)

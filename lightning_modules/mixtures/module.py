@@ -89,6 +89,9 @@ class ClusteringModule(L.LightningModule):
         Args:
             batch: Samples, as the class describes.
             batch_idx: Unused; Lightning passes it.
+
+        Shape:
+            - output: `[]`, a loss of 0
         """
         x, mask, _ = self._samples(batch, self._position)
         self._position += x.shape[0]

@@ -53,8 +53,8 @@ class PerceptualLoss(nn.Module):
         self._hidden = (_Features(network, self.layer, weights),)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
-        self._hidden[0]._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._hidden[0]._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def features(self, image: Tensor) -> Tensor:

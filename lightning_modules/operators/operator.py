@@ -98,11 +98,19 @@ class NoiseDescription(Protocol):
     """Noise that is more than a level: an object that an operator takes in place of one."""
 
     def variance(self, images: Tensor) -> Tensor:
-        """Noise variance of each pixel, `[B, 1 or C, H, W]`."""
+        """Noise variance of each pixel.
+
+        Shape:
+            - images: `[B, C, H, W]`
+            - output: `[B, 1 or C, H, W]`
+        """
 
     def distance_bias(self, offset: tuple[int, int]) -> Tensor:
-        """What noise adds to the squared difference of two pixels `offset` = (row, column) apart, mean over channels,
-        `[B]` or scalar; twice the variance for white noise.
+        """What noise adds to the squared difference of two pixels `offset` = (row, column) apart, mean over channels:
+        twice the variance for white noise.
+
+        Shape:
+            - output: `[]` or `[B]`
         """
 
 
@@ -166,10 +174,11 @@ class RestorationOperator(nn.Module, ABC):
         return 1.0
 
     def diagnostics(self, noisy: Tensor, *, noise: Noise, **parameters: Any) -> dict[str, Tensor]:
-        """Numbers of each image, `[B]` each, that say whether the operator is at work; read on steps that log.
+        """Numbers of each image that show whether the operator is at work; read on steps that log.
 
         Shape:
             - noisy: `[B, C, H, W]`
+            - output: `[B]` each
         """
         return {}
 

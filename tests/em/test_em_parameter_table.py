@@ -8,13 +8,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_modules import GraphDiffusion, ParameterSpec
 from lightning_modules.em import EStep, LabelAssignment, ParameterTable, SufficientStatistics, TableValues
 
 CLASSES = ["cat", "dog", "owl"]
 
 
 def table(**options: Any) -> ParameterTable:
-    return ParameterTable(**{"per_row": ["sigma", "smooth_steps"], "row_names": CLASSES, **options})
+    options = {"per_row": ["sigma", "smooth_steps"], "row_names": CLASSES, **options}
+    return ParameterTable(**options).declare(GraphDiffusion().parameter_specs)
 
 
 def test_responsibilities_blend_offsets_in_log_space_and_clamp_where_read() -> None:
@@ -66,7 +68,7 @@ def test_integers_round_half_up_stay_whole_and_are_plain_where_nobody_learns_the
     assert steps.dtype == torch.long
     fixed = table(learned=["sigma"], per_row=["sigma"])
     assert fixed(torch.zeros(1, 3))["smooth_steps"] == 5
-    assert (fixed.largest("radius"), fixed.smallest("radius"), fixed.largest("sigma")) == (10.0, 10.0, 0.5)
+    assert (fixed.upper_bound("radius"), fixed.lower_bound("radius"), fixed.upper_bound("sigma")) == (10.0, 10.0, 0.5)
 
 
 @given(st.integers(0, 10**6), st.floats(0.1, 5))
@@ -123,7 +125,9 @@ def test_state_dict_round_trip_and_a_table_of_another_size(tmp_path: Any) -> Non
 
 
 def test_constants_follow_a_checkpoint() -> None:
-    source, target = (ParameterTable(initial={"smooth_steps": steps}, learned=["sigma"]) for steps in (7, 5))
+    source, target = (
+        table(initial={"smooth_steps": steps}, learned=["sigma"], per_row=None, row_names=None) for steps in (7, 5)
+    )
     target.load_state_dict(source.state_dict())
     assert target(torch.zeros(1, 0))["smooth_steps"] == 7
 
@@ -132,6 +136,49 @@ def test_parameters_of_ones_own() -> None:
     t = ParameterTable(initial={"gain": 2.0}, bounds={"gain": (1.0, 4.0)})
     assert t.names == ("gain",)
     assert t(torch.zeros(3, 0))["gain"].tolist() == [2.0, 2.0, 2.0]
+    with pytest.raises(ValueError, match=r"no parameters yet: pass it to Reconstruction.* \(gain has only one\)"):
+        ParameterTable(initial={"gain": 2.0})(torch.zeros(3, 0))
+
+
+def test_a_bank_is_one_parameter_of_several_columns() -> None:
+    specs = [ParameterSpec("width", [0.2, 0.4, 0.8], (0.1, 1.0), shape=(3,)), ParameterSpec("gain", 2.0, (1.0, 4.0))]
+    t = ParameterTable(per_row=["width"], row_names=["a", "b"], initial_rows={"b": {"width": [0.1, 0.4, 1.0]}})
+    t.declare(specs)
+    assert t.column_names == ("width[0]", "width[1]", "width[2]", "gain")
+    assert t.get_parameters() == {"width": [0.2, 0.4, 0.8], "gain": 2.0}
+    assert t.get_parameters(1)["width"] == pytest.approx([0.1, 0.4, 1.0])
+    theta = t(torch.tensor([[0.0, 0.0], [0.0, 1.0]]))
+    assert theta["width"].shape == (2, 3)
+    weight = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    (weight * theta["width"]).sum().backward()
+    gradient = t.pop_gradient()
+    assert gradient is not None
+    expected = weight.double() * torch.tensor([[0.2, 0.4, 0.8], [0.1, 0.4, 1.0]], dtype=torch.float64)
+    torch.testing.assert_close(gradient[:, :3], expected, rtol=1e-6, atol=0)  # dℓ/d log θ = θ ℓ'
+    assert t.mask(["width"]).tolist() == [True, True, True, False]
+    assert t.vector({"gain": 5.0}, default=1.0).tolist() == [1, 1, 1, 5]
+    other = ParameterTable(per_row=["width"], row_names=["a", "b"]).declare(specs)
+    other.load_state_dict(t.state_dict())
+    assert torch.equal(other.values(), t.values())
+    with pytest.raises(ValueError, match="values would land under other names"):
+        ParameterTable(per_row=["gain"], row_names=["a", "b"]).declare(specs[::-1]).load_state_dict(t.state_dict())
+
+
+def test_state_holds_tensors_only_and_names_survive_an_average() -> None:
+    t = table()
+    averaged = {name: 0.999 * value + 0.001 * value for name, value in t.state_dict().items()}
+    assert all(torch.is_tensor(value) for value in averaged.values())
+    table().load_state_dict(averaged)
+
+
+def test_a_checkpoint_of_version_0_1_loads() -> None:
+    t = table()
+    state = {name: value for name, value in t.state_dict().items() if name != "layout"}
+    state["_extra_state"] = {"names": list(t.names), "rows": CLASSES}
+    table().load_state_dict(state)
+    state["_extra_state"]["rows"] = CLASSES[::-1]
+    with pytest.raises(ValueError, match="values would land under other names"):
+        table().load_state_dict(state)
 
 
 @pytest.mark.parametrize(
@@ -140,9 +187,9 @@ def test_parameters_of_ones_own() -> None:
         ({"bounds": {"sigma": (0.5, 0.1)}}, r"bounds of 'sigma' must be finite with lower ≤ upper, got \(0.5, 0.1\)"),
         ({"bounds": {"sigma": (0.0, 0.5)}}, "must be positive"),
         ({"bounds": {"tau": (0.1, math.inf)}}, "must be finite"),
-        ({"initial": {"sigma": 0.9}}, r"sigma=0.9 lies outside its bounds \(0.1, 0.5\)"),
-        ({"initial": {"smooth_steps": 2.5}}, "smooth_steps and its bounds must be whole numbers, got 2.5"),
-        ({"initial": {"gain": 1.0}}, "gain stands in only one of initial and bounds"),
+        ({"initial": {"sigma": 0.9}}, r"'sigma' starts at 0.9, outside its bounds \[0.1, 0.5\]"),
+        ({"initial": {"smooth_steps": 2.5}}, "'smooth_steps' and its bounds must be whole numbers, got 2.5"),
+        ({"initial": {"gain": 1.0}}, "initial names 'gain', but the operator's parameters are sigma, tau"),
         ({"learned": ["sgima"]}, "learned names 'sgima'"),
         ({"per_row": ["sgima"]}, "per_row names 'sgima'"),
         ({"row_names": ["cat", "cat"]}, "row_names must differ"),

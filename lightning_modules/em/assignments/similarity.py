@@ -60,7 +60,7 @@ class SimilarityAssignment(Assignment):
         self.embedding_size, self.num_classes = embedding_size, num_classes
         self.temperature, self.decay = temperature, decay
         self.register_buffer("totals", torch.zeros(num_classes, 1 + embedding_size, dtype=torch.float64))
-        self.register_state_dict_post_hook(_without_embedding)
+        self.register_state_dict_post_hook(_without_embedding)  # type: ignore[no-untyped-call]
 
     def train(self, mode: bool = True) -> "SimilarityAssignment":
         """As `nn.Module.train`, but the embedding stays in evaluation: its batch statistics are not ours to move."""

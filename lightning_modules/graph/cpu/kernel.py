@@ -71,7 +71,7 @@ def is_supported(*tensors: Tensor) -> bool:
         dtype in _DEFINES
         and all(tensor.device.type == "cpu" and tensor.dtype == dtype for tensor in tensors)
         and all(_has_memory(tensor) for tensor in tensors)
-        and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+        and not (torch.compiler.is_compiling() or torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
         and library(dtype) is not None
     )
 

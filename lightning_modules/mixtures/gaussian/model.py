@@ -27,7 +27,13 @@ from lightning_modules.mixtures.standardizer import Standardizer
 
 
 class GaussianMixtureModel(MixtureModel[MixtureParameters]):
-    """The state of a Gaussian mixture; arguments as `lightning_modules.GaussianMixture` has them."""
+    """The state of a Gaussian mixture; arguments as `lightning_modules.GaussianMixture` has them.
+
+    Shape:
+        - weights_init: `[K]`
+        - means_init: `[K, D]`
+        - precisions_init: that of the covariance type, `[K, D, D]` for `full`
+    """
 
     chunks_itself = True
     #: [S, K]
@@ -184,7 +190,7 @@ class GaussianMixtureModel(MixtureModel[MixtureParameters]):
         weights, means = (self._initial[name].to(self.offset.device) for name in ("weights", "means"))
         self._allocate(means.shape[1])
         covariances = self._initial_covariances()
-        within = {
+        within = {  # type: ignore[no-untyped-call]
             "full": lambda: weights @ covariances.diagonal(dim1=-2, dim2=-1),
             "tied": covariances.diagonal,
             "diag": lambda: weights @ covariances,

@@ -1,4 +1,4 @@
-"""How many components: the Bayesian information criterion over a range, and its curve."""
+"""Choice of the number of components: the Bayesian information criterion over a range, and its curve."""
 
 from __future__ import annotations
 

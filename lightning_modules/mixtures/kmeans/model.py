@@ -23,7 +23,11 @@ class KMeansParameters:
 
 
 class KMeansModel(ClusteringModel[KMeansParameters]):
-    """The state of K-means; arguments as `lightning_modules.KMeans` has them."""
+    """The state of K-means; arguments as `lightning_modules.KMeans` has them.
+
+    Shape:
+        - centers_init: `[K, D]`
+    """
 
     # distances must stay distances: one scale for all features, unless they are to be standardized
     scaling: Scaling = "common"
