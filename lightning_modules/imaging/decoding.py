@@ -238,12 +238,12 @@ def _deep(image: Image.Image, content: bytes, tiles: list[Any]) -> np.ndarray | 
     """The numbers of a file of more than eight bits, of which Pillow would give the upper eight without a word."""
     if not content:
         return None
-    if image.format == "PNG" and str(tiles[0].args).endswith(";16B"):
+    if image.format == "PNG" and str(tiles[0][3]).endswith(";16B"):
         return imagecodecs.png_decode(content)
     if image.format == "JPEG2000":
         return imagecodecs.jpeg2k_decode(content)
-    if image.format == "PPM" and tiles[0].args == ("RGB", 65535):
-        numbers = np.frombuffer(content, ">u2", offset=tiles[0].offset, count=3 * image.width * image.height)
+    if image.format == "PPM" and tiles[0][0] == "ppm" and image.mode == "RGB" and tiles[0][3][1] > 255:
+        numbers = np.frombuffer(content, ">u2", offset=tiles[0][2], count=3 * image.width * image.height)
         return numbers.reshape(image.height, image.width, 3)
     return None
 
@@ -396,8 +396,12 @@ def _from_tiff(file: Any) -> Found:
     if photometric == 0 and array.dtype.kind == "u":  # white is 0
         array = 2**bits - 1 - array
     exif = Image.Exif()
-    file.seek(0)
-    exif.load_from_fp(file)
+    if tiff.is_bigtiff:  # which Pillow's EXIF does not read
+        for tag in (tag for tag in (*TEXT_TAGS, ORIENTATION, 700, 34675) if tag in page.tags):
+            exif[tag] = page.tags[tag].value
+    else:
+        file.seek(0)
+        exif.load_from_fp(file)
     orientation = exif.get(ORIENTATION, 1)
     array = _upright(array.astype(array.dtype.newbyteorder("="), copy=False), orientation)
     unit = {2: 1.0, 3: 2.54}.get(exif.get(296, 2), 0.0)

@@ -119,6 +119,23 @@ def test_sixteen_bits_of_color_are_not_read_as_eight(tmp_path: Path, name: str) 
     assert np.array_equal(read_picture(copy).array(), array)
 
 
+@pytest.mark.parametrize("options", [{"bigtiff": True}, {"byteorder": ">"}, {"tile": (16, 16), "compression": "zlib"}])
+def test_layouts_of_tiff_files(tmp_path: Path, options: dict[str, Any]) -> None:
+    array = numbers((20, 30, 3), np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", array, photometric="rgb", iccprofile=PROFILE, **options)
+    picture, copy = round_trip(tmp_path / "a.tif")
+    assert picture.icc_profile == PROFILE
+    assert np.array_equal(read_picture(copy).array(), array)
+
+
+def test_twelve_bits_of_color_in_netpbm(tmp_path: Path) -> None:
+    array = numbers((20, 30, 3), np.uint16, most=4095)
+    (tmp_path / "a.ppm").write_bytes(b"P6\n30 20\n4095\n" + array.astype(">u2").tobytes())
+    picture, copy = round_trip(tmp_path / "a.ppm")
+    assert picture.white == 4095
+    assert np.array_equal(read_picture(copy).array(), array)
+
+
 def test_compression_of_tiff_files_is_kept(tmp_path: Path) -> None:
     for compression in ("lzw", "zlib", None):
         tifffile.imwrite(tmp_path / "a.tif", numbers((20, 30, 3), np.uint16), compression=compression)
