@@ -28,6 +28,8 @@ from lightning_modules import BilateralFilter, ParameterTable, Reconstruction, T
 from lightning_modules.operators import RestorationOperator
 
 NOISE_STD = 25 / 255
+# Twice the default: the bounds are two to three orders of magnitude wide, and the risk is noisy at their ends.
+TRUST_RADIUS = 1.0
 OPERATORS: dict[str, RestorationOperator] = {"TotalVariation": TotalVariation(), "BilateralFilter": BilateralFilter()}
 
 
@@ -69,14 +71,14 @@ def learn(name: str, start: dict[str, float], objective: Any, data: CIFAR10DataM
     """A module that has learned the operator's parameters from a start."""
     table = ParameterTable(initial=dict(start))
     module = Reconstruction(OPERATORS[name], table, noise_std=NOISE_STD, objective=objective)
-    quiet_trainer(steps, EMParameterCallback(NewtonRule())).fit(module, data)
+    quiet_trainer(steps, EMParameterCallback(NewtonRule(trust_radius=TRUST_RADIUS))).fit(module, data)
     return module.eval()
 
 
 def peers() -> dict[str, tuple[Callable[..., np.ndarray], list[dict[str, float]]]]:
     """Peers, and the settings among which the best is chosen."""
     weights = np.geomspace(0.02, 0.5, 24)
-    sigmas = itertools.product(np.geomspace(0.5, 6, 8), np.geomspace(0.03, 1.0, 12))
+    sigmas = itertools.product(np.geomspace(0.5, 40, 12), np.geomspace(0.02, 1.0, 16))
     return {
         "skimage denoise_tv_chambolle": (
             lambda image, weight: denoise_tv_chambolle(image, weight=weight, channel_axis=-1),

@@ -1,8 +1,8 @@
 """Requirements of a run for its M-step to be right."""
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_modules.em import ParameterTable
 

@@ -4,9 +4,9 @@ from collections import deque
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from callbacks._em_metrics import em_metrics
@@ -29,7 +29,7 @@ class EMParameterCallback(Callback):
     returns `{"loss": ..., "em": EStep(...)}`, where the loss is the mean over the batch of each image's (weighted)
     loss. This callback is the M-step: it adds the statistics of the micro-batches of an optimizer step, sums them over
     the processes in one reduction, applies the rule, clamps, writes and logs. Every process computes the same numbers,
-    so nothing is sent back. It does not wait for an accelerator on steps that do not log.
+    so nothing is sent back. It does not wait for an accelerator on steps that do not log, one process given.
 
     What it logs as `em/…` has the step of the module's own `train/…`, and can be monitored by name, as by
     `EarlyStopping(monitor="em/loss_proxy")`: the value is that of the last step that logged or ended an epoch.

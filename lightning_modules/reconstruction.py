@@ -24,7 +24,7 @@ from lightning_modules.imaging import (
 )
 from lightning_modules.noise import estimate_noise_std
 from lightning_modules.operators import RestorationOperator, Smoothness
-from lightning_modules.operators.operator import Noise, noise_level
+from lightning_modules.operators.operator import Noise, image_level, noise_level
 from lightning_modules.optimizers import optimizer_config
 
 Parameters = dict[str, Tensor | int]
@@ -104,6 +104,7 @@ class Reconstruction(L.LightningModule):
         levels = noise_std if isinstance(noise_std, tuple | list) else (noise_std, noise_std)
         _check_arguments(levels, noise_levels, data_range, perceptual_weight, smoothness_weight)
         _check_objective(objective, perceptual, add_noise, max(noise_levels or levels))
+        _check_operator(operator, backbone, smoothness_weight)
         injected = ("operator", "diffusion", "em_parameters", "backbone", "assignment", "perceptual", "optimizer")
         self.save_hyperparameters(ignore=[*injected, "lr_scheduler"])
         if "_instantiator" in self.hparams:
@@ -114,8 +115,7 @@ class Reconstruction(L.LightningModule):
         self.em_parameters = (ParameterTable() if em_parameters is None else em_parameters).declare(
             operator.parameter_specs
         )
-        bounds = {n: (self.em_parameters.lower_bound(n), self.em_parameters.upper_bound(n)) for n in self._names}
-        operator.check_bounds(bounds)
+        self._set_bounds()
         self.backbone = backbone
         self.assignment = GlobalAssignment() if assignment is None else assignment
         self.perceptual = perceptual
@@ -140,10 +140,17 @@ class Reconstruction(L.LightningModule):
         self.val_metrics = MetricCollection(metrics, prefix="val/", compute_groups=False)
         self.test_metrics = self.val_metrics.clone(prefix="test/")
         self._checked: set[str] = set()
+        self._batch_size = 0
 
-    @property
-    def _names(self) -> tuple[str, ...]:
-        return self.em_parameters.names
+    def load_state_dict(self, *args: Any, **options: Any) -> Any:
+        """As `nn.Module.load_state_dict`; the operator takes the bounds of what was loaded."""
+        result = super().load_state_dict(*args, **options)
+        self._set_bounds()
+        return result
+
+    def _set_bounds(self) -> None:
+        table = self.em_parameters
+        self.operator.set_bounds({name: (table.lower_bound(name), table.upper_bound(name)) for name in table.names})
 
     @property
     def reference_noise(self) -> float | None:
@@ -179,8 +186,11 @@ class Reconstruction(L.LightningModule):
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Refuse labels without a row while they are on the host, where a look costs an accelerator nothing."""
-        if isinstance(batch, dict) and "label" in batch:
-            self.assignment.check_labels(batch["label"], len(self.em_parameters.row_names))
+        label = batch.get("label") if isinstance(batch, dict) else None
+        if isinstance(batch, tuple | list) and len(batch) == 2:
+            label = batch[1]
+        if isinstance(label, Tensor):
+            self.assignment.check_labels(label, len(self.em_parameters.row_names))
         return batch
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
@@ -250,7 +260,7 @@ class Reconstruction(L.LightningModule):
     def diagnose(self, batch: Any) -> dict[str, Tensor]:
         """The operator's diagnostics of each image of a batch; see `RestorationOperator.diagnostics`.
 
-        None where the backbone builds the graph on anything but the noisy patches.
+        Empty where the backbone builds the graph on anything but the noisy patches.
 
         Shape:
             - output: `[B]` each
@@ -266,25 +276,28 @@ class Reconstruction(L.LightningModule):
         """Optimizer and schedule as injected."""
         return optimizer_config(self.parameters(), self.optimizer, self.lr_scheduler, self.lr_interval)
 
-    def on_fit_start(self) -> None:
-        """Look at the first batch of this run."""
+    def setup(self, stage: str) -> None:
+        """Look at the first batch of each run."""
         self._checked.clear()
 
     def _checked_batch(self, batch: Any, batch_idx: int, stage: str) -> ImageBatch:
         """The batch in the form of the contract, which the first of a run is held against."""
-        first = batch if isinstance(batch, Tensor | dict) else batch[0]
+        if stage not in self._checked or batch_idx == 0:
+            self._batch_size = _size(batch)  # of all but the last, which may be smaller
         batch = as_batch(
             batch,
             seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
             epoch=self.current_epoch if stage == "train" else 0,
             rank=self.global_rank,
             world_size=1 if self._trainer is None else self.trainer.world_size,
-            position=batch_idx * len(first),
+            position=batch_idx * self._batch_size,
             split_stream=SPLIT_STREAMS[stage],
         )
         if stage not in self._checked:
             draws = self.objective == "sure" or self._has_noise
             needed = {"image", "name"} if stage == "predict" else {"image", "label", "weight"}
+            if stage in ("val", "test"):
+                needed.add("index")
             if draws and (stage != "predict" or batch.get("clean", False)):
                 needed.add("key")
             check_batch(batch, needed)
@@ -312,8 +325,7 @@ class Reconstruction(L.LightningModule):
 
     def _assign(self, noisy: Tensor, level: Tensor, labels: Tensor) -> tuple[Tensor, Parameters]:
         """Responsibilities of the rows for each image, and the parameters that follow."""
-        level = level.flatten(1).mean(1) if level.ndim == 4 else level
-        responsibilities = self.assignment(noisy, labels, level, len(self.em_parameters.row_names))
+        responsibilities = self.assignment(noisy, labels, image_level(level), len(self.em_parameters.row_names))
         return responsibilities, self.em_parameters(responsibilities)
 
     def _restore(self, noisy: Tensor, noise: Noise, parameters: Parameters) -> Tensor:
@@ -404,6 +416,14 @@ class GraphDiffusionReconstruction(Reconstruction):
         return self.operator
 
 
+def _size(batch: Any) -> int:
+    """Number of images of a batch of any form; 0 where it has none that `as_batch` would take."""
+    first = batch.get("image") if isinstance(batch, dict) else batch
+    if isinstance(first, tuple | list) and first:
+        first = first[0]
+    return len(first) if isinstance(first, Tensor) and first.ndim else 0
+
+
 def _psnr(image: Tensor, clean: Tensor) -> Tensor:
     return peak_signal_noise_ratio(image, clean, data_range=1.0, dim=(1, 2, 3), reduction="none")
 
@@ -426,6 +446,19 @@ def _check_arguments(
             raise ValueError(f"{name} must not be negative, got {value}")
     if not data_range > 0:
         raise ValueError(f"data_range must be positive, got {data_range}")
+
+
+def _check_operator(operator: RestorationOperator, backbone: nn.Module | None, smoothness_weight: float) -> None:
+    name = type(operator).__name__
+    plain = backbone is not None and not getattr(backbone, "accepts_diffusion", False)
+    if plain and any(spec.unit == "noise" for spec in operator.parameter_specs):
+        raise ValueError(
+            f"{name} has parameters in units of the noise, and what a plain backbone estimates has none left, so that "
+            "it would change nothing: choose an operator with absolute parameters (widths='absolute'), or a backbone "
+            "with accepts_diffusion = True"
+        )
+    if smoothness_weight and type(operator).smoothness is RestorationOperator.smoothness:
+        raise ValueError(f"{name} has no measure of smoothness: leave smoothness_weight at 0")
 
 
 def _check_objective(objective: str, perceptual: nn.Module | None, add_noise: bool, largest_level: float) -> None:

@@ -57,7 +57,12 @@ class RestorationResidual(DetectorInput):
         self.diffusion = GraphDiffusion(patch_size=3) if diffusion is None else diffusion
         if em_parameters is None:
             em_parameters = ParameterTable(initial=_INITIAL, bounds=_BOUNDS, learned=_LEARNED)
-        self.em_parameters = em_parameters.declare(self.diffusion.parameter_specs)
+        if self.diffusion.widths == "noise":
+            raise ValueError(
+                "the residual takes images as free of noise, in which widths='noise' has no unit: use 'absolute'"
+            )
+        self.em_parameters = table = em_parameters.declare(self.diffusion.parameter_specs)
+        self.diffusion.set_bounds({n: (table.lower_bound(n), table.upper_bound(n)) for n in table.names})
         self.checkpoint = checkpoint
         self.learn = learn
 
@@ -85,13 +90,13 @@ class RestorationResidual(DetectorInput):
         state = torch.load(self.checkpoint, map_location="cpu", weights_only=True).get("state_dict", {})
         table = self.em_parameters
         shared, columns = state.get("em_parameters.shared"), stored_columns(state, "em_parameters.")
-        missing = [name for name in table.column_names if name not in columns]
+        missing = [name for name in table.column_labels if name not in columns]
         if shared is None or missing:
             raise ValueError(
                 f"{self.checkpoint} has no {', '.join(missing) or 'parameter table'} of a diffusion: give a "
                 "checkpoint of GraphDiffusionReconstruction"
             )
-        shared = shared[[columns.index(name) for name in table.column_names]].double()
+        shared = shared[[columns.index(name) for name in table.column_labels]].double()
         lower, upper = table.lower.cpu(), table.upper.cpu()
         outside = ((shared < lower - 1e-9) | (shared > upper + 1e-9)).tolist()
         if any(outside):

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from lightning_modules.em._anchor import Anchored
 from lightning_modules.em._float64 import Float64Buffers
 from lightning_modules.operators.operator import ParameterSpec
+
+# Forwards of one step whose gradients are waited for.
+_MOST_LEAVES = 64
 
 
 class TableValues(NamedTuple):
@@ -96,11 +99,15 @@ class ParameterTable(Float64Buffers):
         for name in ("shared", "offsets", "lower", "upper", "layout"):
             self.register_buffer(name, torch.zeros(0, dtype=torch.float64), persistent=name not in ("lower", "upper"))
         self._specs: dict[str, ParameterSpec] = {}
-        if self._initial and self._initial.keys() == self._bounds.keys():
+        self._declared: tuple[ParameterSpec, ...] | None = None
+        others = {*(learned or ()), *self.per_row, *self._integers}
+        if self._initial and self._initial.keys() == self._bounds.keys() >= others:
             self._build([self._own_spec(name) for name in self._initial])
 
     def declare(self, specs: Sequence[ParameterSpec]) -> "ParameterTable":
         """Take the parameters that an operator declares; what was given at construction overrides them by name.
+
+        A table that has learned under equal parameters keeps its values.
 
         Args:
             specs: The operator's parameters.
@@ -112,6 +119,12 @@ class ParameterTable(Float64Buffers):
             ValueError: If a parameter is declared twice, a name given at construction is not declared, or a start value
                 is outside its bounds.
         """
+        if self._declared == tuple(specs):
+            return self
+        if self._declared is not None:
+            raise ValueError(
+                f"the table has values for {', '.join(self.names)} of another operator: make a table for each operator"
+            )
         declared = {spec.name: spec for spec in specs}
         if len(declared) < len(specs):
             names = [spec.name for spec in specs]
@@ -134,6 +147,7 @@ class ParameterTable(Float64Buffers):
                 for spec in specs
             ]
         )
+        self._declared = tuple(specs)
         return self
 
     def _own_spec(self, name: str) -> ParameterSpec:
@@ -142,32 +156,35 @@ class ParameterTable(Float64Buffers):
         return ParameterSpec(name, start, _pair(self._bounds[name]), shape, integer=name in self._integers)
 
     def _build(self, specs: Sequence[ParameterSpec]) -> None:
-        self._specs = {spec.name: spec for spec in specs}
-        self.learned = tuple(self._specs if self._learned is None else self._learned)
-        for argument, names in (("integers", self._integers), ("learned", self.learned), ("per_row", self.per_row)):
-            self._check_names(argument, names)
-        self._slices: dict[str, slice] = {}
-        first = 0
-        for spec in specs:
-            self._slices[spec.name] = slice(first, first + spec.size)
-            first += spec.size
+        former, self._specs = self._specs, {spec.name: spec for spec in specs}
+        try:
+            learned = tuple(self._specs if self._learned is None else self._learned)
+            for argument, names in (("integers", self._integers), ("learned", learned), ("per_row", self.per_row)):
+                self._check_names(argument, names)
+            shared = self._coordinates(spec.starts for spec in specs)
+            offsets = self._initial_offsets(shared)
+        except ValueError:
+            self._specs = former
+            raise
         device = self.shared.device
-        for buffer, values in (
-            ("shared", [value for spec in specs for value in spec.starts]),
-            ("lower", [spec.bounds[0] for spec in specs for _ in range(spec.size)]),
-            ("upper", [spec.bounds[1] for spec in specs for _ in range(spec.size)]),
-        ):
-            owners = [spec for spec in specs for _ in range(spec.size)]
-            numbers = [_coordinate(spec, value) for spec, value in zip(owners, values, strict=True)]
-            setattr(self, buffer, torch.tensor(numbers, dtype=torch.float64, device=device))
-        self.offsets = self._initial_offsets().to(device)
-        text = json.dumps({"columns": self.column_names, "rows": self.row_names})
+        self.learned = learned
+        self.shared, self.offsets = shared.to(device), offsets.to(device)
+        self.lower, self.upper = (
+            self._coordinates((spec.bounds[side],) * spec.size for spec in specs).to(device) for side in (0, 1)
+        )
+        text = json.dumps({"columns": self.column_labels, "rows": self.row_names})
         self.layout = torch.tensor([float(ord(letter)) for letter in text], dtype=torch.float64, device=device)
         # Columns of the leaf: what a gradient can move.
-        moving = (name for name in self.names if name in self.learned and not self._specs[name].integer)
-        self._moving = tuple(column for name in moving for column in range(*self.columns(name).indices(first)))
+        moving = (name for name in self.names if name in learned and not self._specs[name].integer)
+        self._moving = tuple(column for name in moving for column in range(*self.columns(name).indices(len(shared))))
         self._start = TableValues(self.shared.clone(), self.offsets.clone())
         self._read_constants()
+
+    def _coordinates(self, values: Iterable[Sequence[float]]) -> Tensor:
+        """Numbers of all parameters in order, as coordinates, float64 `[P]`."""
+        pairs = zip(self._specs.values(), values, strict=True)
+        numbers = [_coordinate(spec, number) for spec, own in pairs for number in own]
+        return torch.tensor(numbers, dtype=torch.float64)
 
     # What there is ------------------------------------------------------------------------------------------------
 
@@ -176,6 +193,12 @@ class ParameterTable(Float64Buffers):
         """Names of the parameters."""
         if not self._specs:
             unpaired = ", ".join(sorted(self._initial.keys() ^ self._bounds.keys()))
+            for argument, names in (("learned", self._learned or ()), ("per_row", self.per_row)):
+                for name in names if self._initial and not unpaired else ():
+                    if name not in self._initial:
+                        raise ValueError(
+                            f"{argument} names {name!r}, but the table's parameters are {', '.join(self._initial)}"
+                        )
             raise ValueError(
                 "the table has no parameters yet: pass it to Reconstruction, whose operator declares them, or give "
                 "initial and bounds for each parameter of your own"
@@ -191,6 +214,12 @@ class ParameterTable(Float64Buffers):
             for name, spec in self._specs.items()
             for index in range(spec.size)
         )
+
+    @property
+    def column_labels(self) -> list[str]:
+        """The columns' names in checkpoints, where a number in units of the noise is not taken for an absolute one."""
+        units = (self.units[name] for name, spec in self._specs.items() for _ in range(spec.size))
+        return [f"{n} × noise" if unit == "noise" else n for n, unit in zip(self.column_names, units, strict=True)]
 
     @property
     def bounds(self) -> dict[str, tuple[float, float]]:
@@ -214,7 +243,12 @@ class ParameterTable(Float64Buffers):
 
     def columns(self, name: str) -> slice:
         """Which columns of the table a parameter has."""
-        return self._slices[name]
+        first = 0
+        for other, spec in self._specs.items():
+            if other == name:
+                break
+            first += spec.size
+        return slice(first, first + self._specs[name].size)
 
     # Reading -----------------------------------------------------------------------------------------------------
 
@@ -245,6 +279,7 @@ class ParameterTable(Float64Buffers):
         if learns:  # a forward in evaluation has no M-step that would collect it
             if any(leaf.grad is not None for leaf in self._leaves):
                 self._leaves.clear()  # an earlier step's, which nobody has collected
+            del self._leaves[:-_MOST_LEAVES]  # nor used: a backbone need not call the operator
             coordinates = coordinates.detach()
             moving = _constant(self._moving, torch.long, coordinates.device)
             leaf = coordinates[:, moving].requires_grad_()
@@ -399,10 +434,10 @@ class ParameterTable(Float64Buffers):
 
     def _check_layout(self, columns: Sequence[str], rows: Sequence[str]) -> None:
         same_size = (len(columns), len(rows)) == (len(self.column_names), len(self.row_names))
-        if same_size and (list(columns), list(rows)) != (list(self.column_names), list(self.row_names)):
+        if same_size and (list(columns), list(rows)) != (self.column_labels, list(self.row_names)):
             raise ValueError(
                 f"the checkpoint's parameter table has the parameters {list(columns)} and the rows {list(rows)}, "
-                f"this one {list(self.column_names)} and {list(self.row_names)}: values would land under other names. "
+                f"this one {self.column_labels} and {list(self.row_names)}: values would land under other names. "
                 "Load it with the data set and the table that it was trained with"
             )
         if not same_size:
@@ -442,8 +477,8 @@ class ParameterTable(Float64Buffers):
             named[name] = own if spec.shape else own[0]
         return named
 
-    def _initial_offsets(self) -> Tensor:
-        offsets = torch.zeros(len(self.row_names), len(self.shared), dtype=torch.float64)
+    def _initial_offsets(self, shared: Tensor) -> Tensor:
+        offsets = torch.zeros(len(self.row_names), len(shared), dtype=torch.float64)
         for row, values in self._initial_rows.items():
             if row not in self.row_names:
                 raise ValueError(f"initial_rows names {row!r}, which is no row of the table: {list(self.row_names)}")
@@ -454,7 +489,7 @@ class ParameterTable(Float64Buffers):
                 spec = replace(self._specs[name], start=value)
                 own = torch.tensor([_coordinate(spec, number) for number in spec.starts], dtype=torch.float64)
                 columns = self.columns(name)
-                offsets[self.row_names.index(row), columns] = own - self.shared[columns].cpu()
+                offsets[self.row_names.index(row), columns] = own - shared[columns]
         return offsets
 
     def _check_names(self, argument: str, names: Sequence[str]) -> None:

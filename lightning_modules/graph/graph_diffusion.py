@@ -22,8 +22,10 @@ from lightning_modules.operators.operator import (
     RestorationOperator,
     Smoothness,
     check_images,
+    image_level,
     noise_level,
     per_image,
+    pixel_level,
 )
 
 if TYPE_CHECKING:
@@ -61,7 +63,7 @@ class GraphDiffusion(RestorationOperator):
             tiles overlap so far that the result is the same. None computes them whole. The unnormalised Laplacian
             always is, for its stable step depends on all of the graph.
         reach: Largest distance of similar patches, in pixels or in the unit of `pos`; by default 3 for
-            `signal="image"` and 10 for patches.
+            `signal="image"`, 10 for patches, and the radius for other graphs.
         widths: Unit of σ and σ_f: `"absolute"`, the patch's L2 distance, or `"noise"`, multiples s of what the noise
             does to it, σ = s (2d)^¼ σ_n for patches of d numbers. A noise level of 0 is then the identity.
         reference: The former name of `implementation="message_passing"`.
@@ -121,10 +123,11 @@ class GraphDiffusion(RestorationOperator):
         self.laplacian: Laplacian = laplacian or ("random_walk" if signal == "image" else "symmetric")
         self.implementation = implementation
         self.widths = widths
+        self._reach_is_given = reach is not None
         self.reach = (3.0 if signal == "image" else 10.0) if reach is None else float(reach)
         if not (math.isfinite(self.reach) and self.reach >= (1 if signal == "image" else 0)):
             raise ValueError(f"reach must be a finite number of pixels, for signal='image' at least 1, got {reach}")
-        # Largest radius of a run, from `check_bounds`: an accelerator need not be asked for it in every step.
+        # Largest radius of a run, from `set_bounds`: an accelerator need not be asked for it in every step.
         self._max_radius: float | None = None
 
     @property
@@ -155,8 +158,8 @@ class GraphDiffusion(RestorationOperator):
             ParameterSpec("smooth_steps", 5, (1, 10), integer=True),
         )
 
-    def check_bounds(self, bounds: Mapping[str, tuple[float, float]]) -> None:
-        """Raise `ValueError` for a radius that joins no patches; see `RestorationOperator.check_bounds`.
+    def set_bounds(self, bounds: Mapping[str, tuple[float, float]]) -> None:
+        """Refuse a radius that joins no patches; see `RestorationOperator.set_bounds`.
 
         On an accelerator, the largest radius given here bounds the topology from then on.
         """
@@ -222,8 +225,7 @@ class GraphDiffusion(RestorationOperator):
         if not isinstance(noisy, Tensor):
             return self._diffuse_data(noisy, values, noise)
         check_images(noisy, guide)
-        if guide is not None and self.widths == "noise":
-            raise ValueError("a guide has no noise level for widths='noise' to be measured in: use widths='absolute'")
+        self._check_guide(guide)
         # Distances of near-equal patches and sums of many small weights need the digits of float32, autocast or not.
         with torch.autocast(noisy.device.type, enabled=False):
             full = _full_precision(noisy)
@@ -251,8 +253,7 @@ class GraphDiffusion(RestorationOperator):
                 halo = self._dependency(parameters.max_steps, bound)
                 restored = in_tiles(operator, inputs, self.tile_size, halo, self.patch_size, self.stride)
             if self.widths == "noise":
-                level = level.view(-1, 1, 1, 1) if level.ndim == 1 else level
-                restored = torch.where(level > 0, restored, full)
+                restored = torch.where(pixel_level(level) > 0, restored, full)
             return restored.to(noisy.dtype)
 
     def _bound(self, radius: Tensor) -> float:
@@ -278,11 +279,7 @@ class GraphDiffusion(RestorationOperator):
         """The parameters with σ and σ_f as patch distances."""
         if self.widths == "absolute":
             return parameters
-        unit = self.unit_factor("sigma", channels) * level
-        if unit.ndim == 4:
-            # Of channels with levels of their own, the root mean square; a level of 0 keeps a finite derivative.
-            square = unit.square().mean(1, keepdim=True)
-            unit = torch.where(square > 0, square, 1.0).sqrt() * (square > 0)
+        unit = self.unit_factor("sigma", channels) * (level if level.ndim == 1 else pixel_level(level))
         sigma, sigma_f = (
             width.view(-1, 1, 1, 1) if unit.ndim == 4 and width.ndim == 1 else width
             for width in (parameters.sigma, parameters.sigma_f)
@@ -304,10 +301,19 @@ class GraphDiffusion(RestorationOperator):
         if not isinstance(noise, Tensor | float | int):
             raise ValueError("a graph takes the noise level as a number for each, not an object")
         level = per_image("noise", noise, each).to(each.dtype)
-        if self.widths == "noise":
-            unit = (2 * data.x.shape[1]) ** 0.25 * level
-            parameters = parameters._replace(sigma=parameters.sigma * unit, sigma_f=parameters.sigma_f * unit)
-        return diffuse_graph(data, parameters, level, self.laplacian, self.reach, bound)
+        # Pixels are no unit of a cloud's positions: there, all that is joined may be similar.
+        reach = self.reach if self._reach_is_given else bound
+        if self.widths == "absolute":
+            return diffuse_graph(data, parameters, level, self.laplacian, reach, bound)
+        self._check_guide(data.guide if "guide" in data else None)
+        unit = (2 * data.x.shape[1]) ** 0.25 * level
+        parameters = parameters._replace(sigma=parameters.sigma * unit, sigma_f=parameters.sigma_f * unit)
+        restored = diffuse_graph(data, parameters, level, self.laplacian, reach, bound)
+        return torch.where((level > 0)[batch][:, None], restored, data.x)
+
+    def _check_guide(self, guide: Tensor | None) -> None:
+        if guide is not None and self.widths == "noise":
+            raise ValueError("a guide has no noise level for widths='noise' to be measured in: use widths='absolute'")
 
     def _dependency(self, steps: int, max_radius: float) -> int:
         """How far, in pixels, a restored pixel looks."""
@@ -368,9 +374,10 @@ class GraphDiffusion(RestorationOperator):
             - output: `[B]`
         """
         radius = per_image("radius", radius, noisy)
-        level = _mean_level(noise, noisy)
+        level = image_level(noise_level(noise, noisy))
         width = self._width(sigma_f, noise, noisy)
-        weight = self._mean_similarity(noisy, width, level, self._grid(noisy), max(self._bound(radius), self.stride))[0]
+        largest = max(float(radius.max()), self.stride)  # on steps that log, the host may wait
+        weight = self._mean_similarity(noisy, width, level, self._grid(noisy), largest)[0]
         return {"edge_weight": torch.where(radius > self.stride, weight, 0.0)}
 
     def warnings(self, diagnostics: Mapping[str, float]) -> dict[str, str]:
@@ -400,11 +407,9 @@ class GraphDiffusion(RestorationOperator):
     def _width(self, width: Tensor | float, noise: Noise, images: Tensor) -> Tensor:
         """σ or σ_f as a patch distance, `[B]`."""
         own = per_image("sigma", width, images)
-        return (
-            own * self.unit_factor("sigma", images.shape[1]) * _mean_level(noise, images)
-            if self.widths == "noise"
-            else own
-        )
+        if self.widths == "absolute":
+            return own
+        return own * self.unit_factor("sigma", images.shape[1]) * image_level(noise_level(noise, images))
 
     def _mean_similarity(
         self, images: Tensor, width: Tensor, noise: Tensor | float, grid: PatchGrid, radius: float
@@ -451,11 +456,6 @@ def _former_keywords(former: Mapping[str, Any], noise: Noise, guide: Tensor | No
         noise = value if name == "noise_std" else noise
         guide = value if name == "features" else guide
     return noise, guide
-
-
-def _mean_level(noise: Noise, images: Tensor) -> Tensor:
-    level = noise_level(noise, images)
-    return level if level.ndim == 1 else level.square().flatten(1).mean(1).sqrt()
 
 
 def _full_precision(tensor: Tensor) -> Tensor:

@@ -144,7 +144,7 @@ def check_batch(batch: Mapping[str, Any], needed: Collection[str], image_channel
             _check_entry(name, batch[name], size)
     if "noise_std" in batch:
         level = torch.as_tensor(batch["noise_std"])
-        if level.ndim and size is not None and len(level) not in (1, size):
+        if level.ndim > 1 or (level.ndim and size is not None and len(level) not in (1, size)):
             raise ValueError(f"noise_std must be one number for each of the {size} images, got {_describe(level)}")
         for extreme in level.aminmax() if level.numel() else ():
             check_noise_std(float(extreme))

@@ -12,6 +12,7 @@ from lightning_modules.operators.operator import (
     check_images,
     noise_level,
     per_image,
+    pixel_level,
 )
 
 # Under this level, far below a step of 8 bits, widths in units of the noise count as 0: the filter is the identity.
@@ -71,7 +72,7 @@ class BilateralFilter(RestorationOperator):
         guide = noisy if guide is None else guide
         level = noise_level(noise, noisy)
         is_map = level.ndim == 4
-        variance = (level if is_map else level.view(-1, 1, 1, 1)).square().mean(1, keepdim=True)
+        variance = pixel_level(level).square()
         space, spread = (
             per_image(name, parameters[name], noisy).view(-1, 1, 1, 1) for name in ("sigma_space", "sigma_range")
         )

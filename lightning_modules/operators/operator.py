@@ -162,8 +162,10 @@ class RestorationOperator(nn.Module, ABC):
         """
         return None
 
-    def check_bounds(self, bounds: Mapping[str, tuple[float, float]]) -> None:
-        """Raise `ValueError` for bounds of a run under which the operator cannot work.
+    def set_bounds(self, bounds: Mapping[str, tuple[float, float]]) -> None:
+        """Take the bounds of a run, or raise `ValueError` where the operator cannot work between them.
+
+        Results must not depend on them; what is worked out once for all parameters of a run may.
 
         Args:
             bounds: Smallest and largest value that each parameter can have in the run.
@@ -226,7 +228,8 @@ def noise_level(noise: Noise, images: Tensor) -> Tensor:
     """
     if not isinstance(noise, Tensor | float | int):
         return noise.variance(images).sqrt()
-    level = torch.as_tensor(noise, dtype=images.dtype, device=images.device)
+    # A number is filled in, not copied: a copy to an accelerator would make the host wait.
+    level = noise.to(images) if isinstance(noise, Tensor) else images.new_full((), noise)
     size = len(images)
     if level.ndim == 4 and level.shape == (size, 1, 1, 1):
         level = level.flatten()
@@ -247,6 +250,32 @@ def noise_level(noise: Noise, images: Tensor) -> Tensor:
     return level
 
 
+def pixel_level(level: Tensor) -> Tensor:
+    """Noise level of each pixel: the root mean square over the channels.
+
+    Shape:
+        - level: as `noise_level` returns it
+        - output: `[B, 1, 1, 1]`, or of a map `[B, 1, H, W]`
+    """
+    return level.view(-1, 1, 1, 1) if level.ndim == 1 else _root_mean_square(level, (1,))
+
+
+def image_level(level: Tensor) -> Tensor:
+    """Noise level of each image: the root mean square over its pixels.
+
+    Shape:
+        - level: as `noise_level` returns it
+        - output: `[B]`
+    """
+    return level if level.ndim == 1 else _root_mean_square(level, (1, 2, 3)).flatten()
+
+
+def _root_mean_square(level: Tensor, dim: tuple[int, ...]) -> Tensor:
+    square = level.square().mean(dim, keepdim=True)
+    # A level of 0 keeps a finite derivative.
+    return torch.where(square > 0, torch.where(square > 0, square, 1.0).sqrt(), 0.0)
+
+
 def per_image(name: str, value: Tensor | float | Sequence[float], images: Tensor, size: int | None = None) -> Tensor:
     """A parameter as one number, or one bank, for each image.
 
@@ -264,9 +293,12 @@ def per_image(name: str, value: Tensor | float | Sequence[float], images: Tensor
     Raises:
         ValueError: If the value has another shape.
     """
-    # Python's numbers keep their digits on the way to double precision.
-    dtype = None if isinstance(value, Tensor | int) else torch.float64
-    number = torch.as_tensor(value, dtype=dtype, device=images.device)
+    if isinstance(value, Tensor):
+        number = value.to(images.device)
+    elif isinstance(value, float | int):  # filled in, not copied: a copy would make the host wait for an accelerator
+        number = images.new_full((), value, dtype=torch.long if isinstance(value, int) else images.dtype)
+    else:
+        number = torch.tensor(value, dtype=images.dtype, device=images.device)
     number = number.to(images.dtype) if number.is_floating_point() or size is not None else number
     count = len(images)
     if size is None:

@@ -12,6 +12,7 @@ from lightning_modules.operators.operator import (
     check_images,
     noise_level,
     per_image,
+    pixel_level,
 )
 
 # Squared norm of the gradient by forward differences (Chambolle, JMIV 20, 2004, theorem 3.1).
@@ -62,8 +63,7 @@ class TotalVariation(RestorationOperator):
         check_images(noisy)
         if guide is not None:
             raise ValueError("TotalVariation compares no pixels and takes no guide: leave it out")
-        level = noise_level(noise, noisy)
-        level = level.view(-1, 1, 1, 1) if level.ndim == 1 else level.mean(1, keepdim=True)
+        level = pixel_level(noise_level(noise, noisy))
         bound = per_image("weight", parameters["weight"], noisy).view(-1, 1, 1, 1) * level
         image = extrapolated = noisy
         rows, columns = torch.zeros_like(noisy), torch.zeros_like(noisy)  # the dual variable, by direction

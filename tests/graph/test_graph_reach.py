@@ -27,7 +27,7 @@ def results(diffusion: GraphDiffusion, data: Any, radius: float, max_radius: flo
         noise = torch.full_like(leaves[0], 0.05)
         restored = diffuse_graph(data, parameters, noise, diffusion.laplacian, diffusion.reach, max_radius)
     else:
-        diffusion.check_bounds({"radius": (2.5, max_radius)})
+        diffusion.set_bounds({"radius": (2.5, max_radius)})
         restored = diffusion(data, **values, smooth_steps=3, noise=0.05)
     return [restored, *torch.autograd.grad((restored * restored.detach().cos()).sum(), (signal, *leaves))]
 
