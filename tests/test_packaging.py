@@ -24,6 +24,7 @@ PUBLIC = {
         "ResidualDenoiser",
         "ConvAutoencoder",
         "PerceptualLoss",
+        "restore",
     ],
     "datamodules": ["CIFAR10DataModule", "PhotoCropsDataModule", "ImageFolderDataModule"],
     "callbacks": [
