@@ -1,7 +1,10 @@
-"""Writer of what `predict` restores: one PNG for each image, and one CSV for all."""
+"""Writes what `predict` restores: one file for each image, and one CSV for all."""
 
 import csv
+import errno
+import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,23 +12,34 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from callbacks._display import run_directory
 from callbacks._tables import gather, keep_predictions, require_directory, write_table
-from lightning_modules.imaging import output_names, png_name, write_png
+from lightning_modules.imaging import (
+    Picture,
+    kind_of,
+    output_names,
+    png_name,
+    read_picture,
+    restored_name,
+    write_picture,
+)
 
 TABLE_NAME = "restored.csv"
 
 
 class RestoredImageWriter(BasePredictionWriter):
-    """Writes each restored image as a PNG of the same name and size, and `restored.csv` about all of them.
+    """Writes each restored image under its name, at once, and `restored.csv` about all of them.
 
     It takes what `predict_step` returns: `{"restored", "noisy": [B, C, H, W], "name": list[str], "noise_std": [B],
-    "parameters": {name: [B]}}`, and `"clean"` where it is known. Images that differ only in their suffix (`a.jpg`,
-    `a.png`) keep it: `a.jpg.png`, `a.png.png`. A file that no earlier run has written is never overwritten.
+    "parameters": {name: [B]}}`, and `"clean"` where it is known. Where the data set has `names` and `paths`, each
+    result is a file of the kind that it came from, with its depth, transparency, color profile and metadata; otherwise
+    a PNG, whose names keep a suffix that tells two of them apart (`a.jpg`, `a.png`: `a.jpg.png`, `a.png.png`). A file
+    that no earlier run has written is never overwritten. What cannot be written is listed at the end, when all others
+    are done.
 
-    While it runs, files are called `NAME.part.png`: which names collide is known at the end. Every process writes its
-    own images; the first writes the CSV, in the order of the input.
+    Every process writes its own images; the first writes the CSV, in the order of the input.
 
     Args:
         output_dir: Where to write; by default `restored` in the directory of the run.
@@ -43,15 +57,31 @@ class RestoredImageWriter(BasePredictionWriter):
         self.output_dir = output_dir
         self.keep_predictions = keep_predictions
         self._directory = Path()
+        self._journal = Path()
+        self._outputs: dict[str, str] = {}
+        self._sources: dict[str, Path] = {}
         self._earlier: set[str] = set()
-        self._lines: list[dict[str, Any]] = []
+        self._rows: list[dict[str, Any]] = []
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Finds the directory, and what an earlier run has left in it."""
+        """Finds the directory, what an earlier run has left in it, and the names of the files to come."""
         default = Path(run_directory(trainer) or trainer.default_root_dir) / "restored"
         self._directory = default if self.output_dir is None else Path(self.output_dir).expanduser()
-        self._lines = []
-        self._earlier = _outputs_of(self._directory / TABLE_NAME)
+        self._journal = self._directory / f".{TABLE_NAME}.{trainer.global_rank}.part"
+        self._rows = []
+        self._earlier = self._earlier_outputs()
+        loaders: Any = trainer.predict_dataloaders
+        datasets = [loader.dataset for loader in (loaders if isinstance(loaders, list | tuple) else [loaders])]
+        names = [name for dataset in datasets for name in getattr(dataset, "names", None) or () if name]
+        paths = [path for dataset in datasets for path in getattr(dataset, "paths", None) or ()]
+        _refuse_repeated(names)
+        self._sources = dict(zip(names, paths, strict=True)) if paths else {}
+        self._outputs = output_names(names, restored_name if paths else None)
+        if results := [path for path in paths if path.resolve().is_relative_to(self._directory.resolve())]:
+            raise ValueError(
+                f"{results[0]} is a result of an earlier run and would be restored again: set output_dir to a "
+                "directory that is not inside the folder of the images, or move the results away."
+            )
         keep_predictions(trainer, self.keep_predictions)
 
     def write_on_batch_end(
@@ -72,46 +102,93 @@ class RestoredImageWriter(BasePredictionWriter):
                 f"RestoredImageWriter needs {', '.join(wanted)} from {type(pl_module).__name__}.predict_step; "
                 f"{', '.join(missing)} is missing."
             )
-        weight = batch.get("weight") if isinstance(batch, dict) else None
-        index = batch.get("index") if isinstance(batch, dict) else None
+        batch = batch if isinstance(batch, dict) else {}
+        weight, index = batch.get("weight"), batch.get("index")
         columns = _columns(prediction)
         for i, name in enumerate(prediction["name"]):
             if weight is not None and weight[i] == 0:
                 continue  # the padded repeat of an uneven distributed epoch
-            self._refuse_foreign(self._directory / png_name(name))
             image = prediction["restored"][i]
-            write_png(image, self._directory / _provisional(name))
-            order = (dataloader_idx, int(index[i]) if index is not None else len(self._lines))
+            order = (dataloader_idx, int(index[i]) if index is not None else len(self._rows))
             size = {"width": image.shape[-1], "height": image.shape[-2]}
             values = {column: value[i] for column, value in columns.items()}
-            self._lines.append({"order": order, "name": name, "output": "", **size, **values})
+            self._rows.append({"order": order, "name": name, **self._write(image, name), **size, **values})
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gives every file its name, and writes the CSV."""
-        lines = gather(self._lines)
-        count = Counter(line["name"] for line in lines)
-        if repeated := [name for name in count if count[name] > 1]:
-            raise ValueError(f"RestoredImageWriter: two images are called {repeated[0]!r}; names must be unique.")
-        names = output_names(list(count))
-        for line in lines:
-            line["output"] = names[line["name"]]
-        # The table comes first: it is what permits the next run to replace these files.
-        if trainer.is_global_zero and lines:
-            columns = list(dict.fromkeys(column for line in lines for column in line if column != "order"))
-            write_table(lines, self._directory / TABLE_NAME, columns)
-        for line in self._lines:
-            target = self._directory / names[line["name"]]
-            self._refuse_foreign(target)
-            (self._directory / _provisional(line["name"])).replace(target)
-        rank_zero_info(f"restored {len(lines)} images into {self._directory}, described in {TABLE_NAME}")
-        self._lines = []
+        """Writes the CSV; raises where an image could not be written."""
+        rows = gather(self._rows)
+        _refuse_repeated([row["name"] for row in rows])
+        failed = [f"{row['name']}: {row['failure']}" for row in rows if row["failure"]]
+        rows = [row for row in rows if not row["failure"]]
+        if trainer.is_global_zero:
+            self._write_table(rows)
+            for journal in self._journals():
+                journal.unlink(missing_ok=True)
+        rank_zero_info(f"restored {len(rows)} images into {self._directory}, described in {TABLE_NAME}")
+        self._rows = []
+        if failed:
+            raise RuntimeError(f"{len(failed)} images could not be written, all others are: " + "; ".join(failed))
 
-    def _refuse_foreign(self, path: Path) -> None:
-        if path.exists() and path.relative_to(self._directory).as_posix() not in self._earlier:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Writes the CSV about what is finished; with several processes only the next run can know it all."""
+        if trainer.world_size == 1:
+            self._write_table([row for row in self._rows if not row["failure"]])
+
+    def _journals(self) -> list[Path]:
+        return list(self._directory.glob(f".{TABLE_NAME}.*.part"))
+
+    def _earlier_outputs(self) -> set[str]:
+        """Returns the files of earlier runs, by their table and the journals of those that were killed."""
+        outputs = set()
+        if (table := self._directory / TABLE_NAME).is_file():
+            with table.open(newline="", encoding="utf-8", errors="surrogateescape") as file:  # as it was written
+                outputs = {row.get("output") or "" for row in csv.DictReader(file)}
+        for journal in self._journals():
+            lines = journal.read_text().split("\n")[:-1]  # the last, if cut off, is of a file that was not begun
+            outputs |= {json.loads(line) for line in lines}
+        return outputs
+
+    def _write_table(self, rows: list[dict[str, Any]]) -> None:
+        columns = list(dict.fromkeys(column for row in rows for column in row if column not in ("order", "failure")))
+        if rows:
+            write_table(rows, self._directory / TABLE_NAME, columns)
+
+    def _write(self, image: Tensor, name: str) -> dict[str, str]:
+        # A data set that does not say which names are to come gets them with a suffix more, which keeps them apart.
+        output = self._outputs.get(name) or png_name(name if name.endswith(".png") else f"{name}.png")
+        target = self._directory / output
+        if target.exists() and output not in self._earlier:
+            _refuse_repeated([name, *(row["name"] for row in self._rows)])
             raise FileExistsError(
-                f"{path} exists and is not an earlier result of RestoredImageWriter (it is not in "
+                f"{target} exists and is not an earlier result of RestoredImageWriter (it is not in "
                 f"{self._directory / TABLE_NAME}): set output_dir to another directory, or move the file away."
             )
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with self._journal.open("a") as journal:  # what permits the next run to replace this file
+            journal.write(json.dumps(output) + "\n")
+        try:
+            write_picture(_picture(image, self._sources.get(name), target), target)
+        except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            return {"output": output, "failure": str(error)}
+        return {"output": output, "failure": ""}
+
+
+def _picture(image: Tensor, path: Path | None, target: Path) -> Picture:
+    """The restored picture in the kind of the file that it came from."""
+    if path is None:
+        return Picture(image)
+    source = read_picture(path)
+    image = image.detach().float().cpu()
+    pixels = image.mean(0, keepdim=True) if len(source.pixels) == 1 else image
+    kind = source.kind if target.suffix == path.suffix else kind_of(target) or "PNG"
+    return replace(source, pixels=pixels, kind=kind)
+
+
+def _refuse_repeated(names: list[str]) -> None:
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"RestoredImageWriter: two images are called {repeated[0]!r}; names must be unique.")
 
 
 def _columns(prediction: dict[str, Any]) -> dict[str, list[float]]:
@@ -122,15 +199,3 @@ def _columns(prediction: dict[str, Any]) -> dict[str, list[float]]:
             error = (image.float().clamp(0, 1) - prediction["clean"].float()).square().mean((1, 2, 3))
             columns[column] = -10 * torch.log10(error)
     return {column: value.tolist() for column, value in columns.items()}
-
-
-def _provisional(name: str) -> str:
-    return f"{name}.part.png"
-
-
-def _outputs_of(path: Path) -> set[str]:
-    """Returns the files that an earlier run has written, by its table."""
-    if not path.is_file():
-        return set()
-    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:  # as it was written
-        return {line.get("output") or "" for line in csv.DictReader(file)}

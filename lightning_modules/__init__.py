@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lightning_modules.operators import BilateralFilter, ParameterSpec, RestorationOperator, TotalVariation
     from lightning_modules.patch_mixture import PatchMixture
     from lightning_modules.reconstruction import GraphDiffusionReconstruction, Reconstruction
+    from lightning_modules.restoration import restore
 
 _HOME = {
     "BilateralFilter": "operators",
@@ -58,6 +59,7 @@ _HOME = {
     "RestorationResidual": "detection",
     "TotalVariation": "operators",
     "TraceNetwork": "networks",
+    "restore": "restoration",
 }
 
 __all__ = [
@@ -87,6 +89,7 @@ __all__ = [
     "RestorationResidual",
     "TotalVariation",
     "TraceNetwork",
+    "restore",
 ]
 
 

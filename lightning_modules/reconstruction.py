@@ -24,7 +24,7 @@ from lightning_modules.imaging import (
 )
 from lightning_modules.noise import estimate_noise_std
 from lightning_modules.operators import RestorationOperator, Smoothness
-from lightning_modules.operators.operator import Noise, image_level, noise_level
+from lightning_modules.operators.operator import Noise, ParameterSpec, check_images, image_level, noise_level
 from lightning_modules.optimizers import optimizer_config
 
 Parameters = dict[str, Tensor | int]
@@ -181,6 +181,7 @@ class Reconstruction(L.LightningModule):
             - labels: int64 `[B]`
             - output: `[B, C, H, W]`
         """
+        check_images(noisy)
         if labels is None:
             labels = torch.full((len(noisy),), -1, device=noisy.device)
         noise = estimate_noise_std(noisy) if noise_std is None else noise_std
@@ -257,7 +258,12 @@ class Reconstruction(L.LightningModule):
         restored = self._restore(noisy, level, parameters)
         used = {name: torch.as_tensor(value, device=level.device) for name, value in parameters.items()}
         used = {name: value.expand(len(level)) if value.ndim == 0 else value for name, value in used.items()}
-        output = {"restored": restored.clamp(0, 1), "noisy": noisy, "name": batch["name"], "noise_std": level}
+        output = {
+            "restored": restored.clamp(0, 1),
+            "noisy": noisy,
+            "name": batch["name"],
+            "noise_std": image_level(level),
+        }
         return {**output, "parameters": used, **({"clean": image} if clean else {})}
 
     @torch.no_grad()
@@ -297,6 +303,8 @@ class Reconstruction(L.LightningModule):
             position=batch_idx * self._batch_size,
             split_stream=SPLIT_STREAMS[stage],
         )
+        if stage == "predict" and "name" not in batch and "index" in batch:
+            batch["name"] = [f"{index:05d}.png" for index in batch["index"].tolist()]
         if stage not in self._checked:
             draws = self.objective == "sure" or self._has_noise
             needed = {"image", "name"} if stage == "predict" else {"image", "label", "weight"}
@@ -345,11 +353,11 @@ class Reconstruction(L.LightningModule):
             restored = self.backbone(noisy, restore)
         else:
             restored = restore(self.backbone(noisy), noise=0.0)  # an estimate no longer has the noise of its input
-        if restored.shape != noisy.shape:
-            maker = self.operator if self.backbone is None else self.backbone
+        if not isinstance(restored, Tensor) or restored.shape != noisy.shape:
+            maker = type(self.operator if self.backbone is None else self.backbone).__name__
+            got = list(restored.shape) if isinstance(restored, Tensor) else type(restored).__name__
             raise ValueError(
-                f"{type(maker).__name__} returned {list(restored.shape)} for images {list(noisy.shape)}: it must keep "
-                "the shape of what it restores"
+                f"{maker} returned {got} for images {list(noisy.shape)}: it must keep the shape of what it restores"
             )
         return restored
 
@@ -443,7 +451,8 @@ def _check_arguments(
     smoothness_weight: float,
 ) -> None:
     if len(levels) != 2 or not 0 <= levels[0] <= levels[1]:
-        raise ValueError(f"noise_std must be a number ≥ 0 or a range (lower, upper), got {levels}")
+        got = levels[0] if len(set(levels)) == 1 else levels
+        raise ValueError(f"noise_std must be a number ≥ 0 or a range (lower, upper), got {got}")
     if levels_given is not None and (not levels_given or min(levels_given) < 0):
         raise ValueError(f"noise_levels must be numbers ≥ 0, at least one, got {levels_given}")
     for level in levels_given or levels:
@@ -456,7 +465,17 @@ def _check_arguments(
 
 
 def _check_operator(operator: RestorationOperator, backbone: nn.Module | None, smoothness_weight: float) -> None:
-    name = type(operator).__name__
+    if not isinstance(operator, RestorationOperator):
+        raise TypeError(
+            f"operator must be an instance of a lightning_modules.RestorationOperator, got {operator!r:.80}: subclass "
+            "it, and give an object, not its class"
+        )
+    name, specs = type(operator).__name__, operator.parameter_specs
+    if not isinstance(specs, tuple | list) or not specs or not all(isinstance(spec, ParameterSpec) for spec in specs):
+        raise TypeError(
+            f"{name}.parameter_specs must be a property that returns a tuple of ParameterSpec, at least one, got "
+            f"{specs!r:.80}"
+        )
     plain = backbone is not None and not getattr(backbone, "accepts_diffusion", False)
     if plain and any(spec.unit == "noise" for spec in operator.parameter_specs):
         raise ValueError(

@@ -38,6 +38,8 @@ def test_imports_run_one_way() -> None:
         ("lightning_modules/detection/inputs.py", "import datamodules.image_folder"),
         ("datamodules/labels.py", "import lightning_modules.graph.weights"),
         ("lightning_modules/imaging/discovery.py", "import lightning"),
+        ("lightning_modules/restoration.py", "import lightning"),
+        ("lightning_modules/cli/restore.py", "import callbacks"),
         ("lightning_modules/imaging/crops.py", "def late():\n    import lightning_modules.graph.weights"),
     ],
 )

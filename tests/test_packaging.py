@@ -25,6 +25,7 @@ PUBLIC = {
         "ResidualDenoiser",
         "ConvAutoencoder",
         "PerceptualLoss",
+        "restore",
     ],
     "datamodules": ["CIFAR10DataModule", "PhotoCropsDataModule", "ImageFolderDataModule"],
     "callbacks": [

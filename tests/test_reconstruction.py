@@ -7,7 +7,16 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
 
-from lightning_modules import GraphDiffusion, GraphDiffusionReconstruction, ParameterTable, ResidualDenoiser
+from lightning_modules import (
+    GraphDiffusion,
+    GraphDiffusionReconstruction,
+    ParameterSpec,
+    ParameterTable,
+    Reconstruction,
+    ResidualDenoiser,
+    RestorationOperator,
+    TotalVariation,
+)
 from lightning_modules.em import LabelAssignment
 
 
@@ -42,7 +51,7 @@ def make_batch(size: int = 4, weight: list[float] | None = None) -> dict[str, An
 def no_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps are called without a Trainer here; there is nobody to log to."""
     for name in ("log", "log_dict"):
-        monkeypatch.setattr(GraphDiffusionReconstruction, name, lambda self, *args, **options: None)
+        monkeypatch.setattr(Reconstruction, name, lambda self, *args, **options: None)
 
 
 def test_training_step_is_the_e_step_of_each_image() -> None:
@@ -193,3 +202,100 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
 def test_image_smaller_than_a_patch() -> None:
     with pytest.raises(ValueError, match="smaller than a patch"):
         make()(torch.rand(1, 3, 2, 9), noise_std=0.1)
+
+
+class Halved(RestorationOperator):
+    """Returns images of half the size."""
+
+    @property
+    def parameter_specs(self) -> tuple[ParameterSpec, ...]:
+        return (ParameterSpec("share", 0.5, (0.1, 1.0)),)
+
+    def forward(self, noisy: Tensor, *, noise: Any, guide: Tensor | None = None, **parameters: Any) -> Tensor:
+        return noisy[..., ::2, ::2]
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            lambda: Reconstruction(TotalVariation(), backbone=Blur()),
+            "TotalVariation has parameters in units of the noise",
+        ),
+        (
+            lambda: make(diffusion=GraphDiffusion(3, widths="noise"), backbone=Blur()),
+            "choose an operator with absolute parameters",
+        ),
+        (
+            lambda: Reconstruction(TotalVariation(), smoothness_weight=0.1),
+            "TotalVariation has no measure of smoothness",
+        ),
+        (lambda: Reconstruction(TotalVariation(), add_noise=False), "choose objective='sure'"),
+        (lambda: Reconstruction(TotalVariation(), noise_std=25), "25 of 255 is 0.0980"),
+        (
+            lambda: Reconstruction(TotalVariation(), ParameterTable(initial={"wieght": 1.0})),
+            "initial names 'wieght', but the operator's parameters are weight",
+        ),
+        (
+            lambda: Reconstruction(TotalVariation(), ParameterTable(initial={"weight": 100.0})),
+            r"'weight' starts at 100.0, outside its bounds \[0.02, 20.0\]",
+        ),
+        (lambda: Reconstruction(Halved())(torch.rand(1, 3, 8, 8), 0.1), r"Halved returned \[1, 3, 4, 4\] for images"),
+    ],
+)
+def test_what_would_not_work_is_refused_by_name(build: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_an_operator_that_declares_a_name_twice_is_refused() -> None:
+    spec = ParameterSpec("share", 0.5, (0.1, 1.0))
+    with pytest.raises(ValueError, match="the operator declares 'share' twice"):
+        ParameterTable().declare([spec, spec])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"key": None}, ValueError, r"no entry 'key', which is needed.*\n.*key_stream.*\n.*batch\[\"key\"\]"),
+        ({"image": torch.zeros(4, 3, 8, 8, dtype=torch.uint8)}, TypeError, "divide bytes by 255"),
+        ({"image": torch.zeros(0, 3, 8, 8)}, ValueError, "the batch is empty"),
+        ({"noise_std": torch.tensor(25.0)}, ValueError, "25 of 255 is 0.0980"),
+        ({"noise_std": torch.zeros(3)}, ValueError, "noise_std must be one number for each of the 4 images"),
+    ],
+)
+def test_the_first_batch_of_a_run_is_held_against_the_contract(change: Any, error: type, message: str) -> None:
+    batch = {name: value for name, value in {**make_batch(), **change}.items() if value is not None}
+    with pytest.raises(error, match=message):
+        make().train().training_step(batch, 0)
+
+
+def test_validation_needs_the_index() -> None:
+    batch = {name: value for name, value in make_batch().items() if name != "index"}
+    with pytest.raises(ValueError, match="no entry 'index'"):
+        make().eval().validation_step(batch, 0)
+
+
+def test_plain_batches_get_keys_by_position_and_the_last_small_one_goes_on() -> None:
+    module = Reconstruction(TotalVariation(4)).train()
+    image, label = torch.rand(9, 3, 8, 8), torch.arange(9)
+    keys = []
+    for number, part in enumerate((slice(0, 4), slice(4, 8), slice(8, 9))):
+        batch = module._checked_batch((image[part], label[part]), number, "train")
+        assert batch["index"].tolist() == list(range(9))[part]
+        assert batch["label"].tolist() == list(range(9))[part]
+        keys += batch["key"].tolist()
+    assert len(set(keys)) == 9
+    again = module._checked_batch((image[:4], label[:4]), 0, "val")
+    assert not set(again["key"].tolist()) & set(keys)
+    output = module.training_step((image[:4], label[:4]), 0)
+    assert output["em"].weight.tolist() == [1.0] * 4
+
+
+def test_a_map_of_levels_restores_each_part_at_its_own() -> None:
+    module = Reconstruction(GraphDiffusion(3, widths="noise")).eval()
+    noisy = make_batch(1)["image"] + 0.1 * torch.randn(1, 3, 37, 31, generator=torch.Generator().manual_seed(2))
+    level = torch.full((1, 1, 37, 31), 0.1)
+    torch.testing.assert_close(module(noisy, level), module(noisy, 0.1), atol=1e-5, rtol=1e-4)
+    level[..., 16:] = 0
+    assert torch.equal(module(noisy, level)[..., 16:], noisy[..., 16:])

@@ -90,8 +90,8 @@ class RestorationResidual(DetectorInput):
         state = torch.load(self.checkpoint, map_location="cpu", weights_only=True).get("state_dict", {})
         table = self.em_parameters
         shared, columns = state.get("em_parameters.shared"), stored_columns(state, "em_parameters.")
-        missing = [name for name in table.column_labels if name not in columns]
-        if shared is None or missing:
+        missing = [name for name in table.column_labels if name not in columns] if columns else []
+        if not columns or missing:
             raise ValueError(
                 f"{self.checkpoint} has no {', '.join(missing) or 'parameter table'} of a diffusion: give a "
                 "checkpoint of GraphDiffusionReconstruction"

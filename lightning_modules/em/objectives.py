@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from lightning_modules.operators.operator import image_level
+
 # Length of the probe in units of the noise: long beside rounding, and short beside what the restoration reacts to: 0.1
 # overestimates the risk by 2 to 4 %.
 _PROBE_LENGTH = 0.01
@@ -36,8 +38,10 @@ def probe_step(noise_std: Tensor) -> Tensor:
     """Length of the step along the probe in `stein_risk`.
 
     Shape:
-        - noise_std, output: `[B]`
+        - noise_std: `[B]` or a map `[B, 1 or C, H, W]`
+        - output: `[B]`
     """
+    noise_std = image_level(noise_std)
     length = max(_PROBE_LENGTH, torch.finfo(noise_std.dtype).eps ** 0.5)  # longer where numbers have few digits
     return (length * noise_std).clamp_min(_LEAST_STEP)
 
@@ -57,16 +61,16 @@ def stein_risk(noisy: Tensor, restored: Tensor, perturbed: Tensor, probe: Tensor
         restored: f(y).
         perturbed: f(y + εb), by the same f, with ε of `probe_step`.
         probe: Standard normal draws b.
-        noise_std: Noise standard deviation σ of each image.
+        noise_std: Noise standard deviation σ of each image, or of each pixel, whose σ² then weighs the pixel's part.
 
     Shape:
         - noisy, restored, perturbed, probe: `[B, C, H, W]`
-        - noise_std: `[B]`
+        - noise_std: `[B]` or a map `[B, 1 or C, H, W]`
         - output: `[B]`
     """
-    variance = noise_std.square()
-    divergence = (probe * (perturbed - restored)).mean((1, 2, 3)) / probe_step(noise_std)
-    return squared_error(restored, noisy) - variance + 2 * variance * divergence
+    variance = (noise_std.view(-1, 1, 1, 1) if noise_std.ndim == 1 else noise_std).square()
+    divergence = (variance * probe * (perturbed - restored)).mean((1, 2, 3)) / probe_step(noise_std)
+    return squared_error(restored, noisy) - variance.mean((1, 2, 3)) + 2 * divergence
 
 
 __all__ = ["log_squared_error", "probe_step", "squared_error", "stein_risk"]

@@ -99,7 +99,7 @@ class ParameterTable(Float64Buffers):
         for name in ("shared", "offsets", "lower", "upper", "layout"):
             self.register_buffer(name, torch.zeros(0, dtype=torch.float64), persistent=name not in ("lower", "upper"))
         self._specs: dict[str, ParameterSpec] = {}
-        self._declared: tuple[ParameterSpec, ...] | None = None
+        self._declared: tuple[tuple[Any, ...], ...] | None = None
         others = {*(learned or ()), *self.per_row, *self._integers}
         if self._initial and self._initial.keys() == self._bounds.keys() >= others:
             self._build([self._own_spec(name) for name in self._initial])
@@ -107,7 +107,7 @@ class ParameterTable(Float64Buffers):
     def declare(self, specs: Sequence[ParameterSpec]) -> "ParameterTable":
         """Take the parameters that an operator declares; what was given at construction overrides them by name.
 
-        A table that has learned under equal parameters keeps its values.
+        A table that has taken the same parameters before keeps its values and bounds.
 
         Args:
             specs: The operator's parameters.
@@ -119,7 +119,8 @@ class ParameterTable(Float64Buffers):
             ValueError: If a parameter is declared twice, a name given at construction is not declared, or a start value
                 is outside its bounds.
         """
-        if self._declared == tuple(specs):
+        layout = tuple((spec.name, spec.shape, spec.unit == "noise", spec.integer) for spec in specs)
+        if self._declared == layout:
             return self
         if self._declared is not None:
             raise ValueError(
@@ -147,7 +148,7 @@ class ParameterTable(Float64Buffers):
                 for spec in specs
             ]
         )
-        self._declared = tuple(specs)
+        self._declared = layout
         return self
 
     def _own_spec(self, name: str) -> ParameterSpec:

@@ -10,33 +10,59 @@ from lightning_modules.imaging.batch import (
 )
 from lightning_modules.imaging.counters import draw, mix, permutation, seeded_normal, seeded_uniform, stream
 from lightning_modules.imaging.crops import corner, cut_crop, fixed_crops, fixed_places, mirror
-from lightning_modules.imaging.decoding import decode_image, read_image, to_pixels
+from lightning_modules.imaging.decoding import (
+    decode_image,
+    find_white,
+    read_image,
+    read_picture,
+    to_picture,
+    to_pixels,
+)
 from lightning_modules.imaging.discovery import find_images
-from lightning_modules.imaging.encoding import output_names, png_name, write_png
+from lightning_modules.imaging.encoding import (
+    kind_of,
+    output_names,
+    png_name,
+    restored_name,
+    write_picture,
+    write_png,
+    write_whole,
+)
+from lightning_modules.imaging.picture import Picture, color_channels, from_array
 
 __all__ = [
     "SPLIT_STREAMS",
     "ImageBatch",
+    "Picture",
     "as_batch",
     "check_batch",
     "check_noise_std",
+    "color_channels",
     "corner",
     "cut_crop",
     "decode_image",
     "draw",
     "find_images",
+    "find_white",
     "fixed_crops",
     "fixed_places",
+    "from_array",
     "key_stream",
+    "kind_of",
     "mirror",
     "mix",
     "output_names",
     "permutation",
     "png_name",
     "read_image",
+    "read_picture",
+    "restored_name",
     "seeded_normal",
     "seeded_uniform",
     "stream",
+    "to_picture",
     "to_pixels",
+    "write_picture",
     "write_png",
+    "write_whole",
 ]

@@ -17,7 +17,10 @@ _REMEDIES = {
     "image": ("image = pixels.float() / 255  # [B, C, H, W], white is 1", "image"),
     "label": ("label = torch.full((len(image),), -1)  # int64, the number of the class; -1: unknown", "label"),
     "weight": ("weight = torch.ones(len(image))  # 0: a repeat that fills up the batch", "weight"),
-    "key": ("from lightning_modules.imaging import draw, key_stream", "draw(key_stream(seed, epoch), index)"),
+    "key": (
+        "from lightning_modules.imaging import draw, key_stream  # or hand over (image, label), which needs no key",
+        "draw(key_stream(0, epoch), torch.as_tensor(index))  # int64, another one for each sample",
+    ),
     "index": ("index = torch.tensor(positions)  # int64, the samples' positions in the data set", "index"),
     "name": ("name = [f'{position:05d}.png' for position in positions]  # paths below the root of the data", "name"),
     "noise_std": (
@@ -103,7 +106,10 @@ def as_batch(
     else:
         entries = (batch,) if isinstance(batch, Tensor) else batch
         if not isinstance(entries, tuple | list) or len(entries) not in (1, 2) or not isinstance(entries[0], Tensor):
-            raise TypeError(f"a batch must be a dict, (image, label) or a tensor of images, got {_describe(batch)}")
+            raise TypeError(
+                f"a batch must be a dict, (image, label) or a tensor of images, got {_describe(batch)}: give a dict "
+                "with the entries of lightning_modules.imaging.ImageBatch for anything else"
+            )
         image = entries[0]
         index = (torch.arange(len(image), device=image.device) + position) * world_size + rank
         keys = draw(key_stream(int(stream(seed, split_stream)), epoch), index)
@@ -144,7 +150,7 @@ def check_batch(batch: Mapping[str, Any], needed: Collection[str], image_channel
             _check_entry(name, batch[name], size)
     if "noise_std" in batch:
         level = torch.as_tensor(batch["noise_std"])
-        if level.ndim > 1 or (level.ndim and size is not None and len(level) not in (1, size)):
+        if level.ndim not in (0, 1, 4) or (level.ndim and size is not None and len(level) not in (1, size)):
             raise ValueError(f"noise_std must be one number for each of the {size} images, got {_describe(level)}")
         for extreme in level.aminmax() if level.numel() else ():
             check_noise_std(float(extreme))
@@ -174,7 +180,7 @@ def _check_image(image: Any, channels: int | None) -> None:
     if image.ndim != 4:
         raise ValueError(f"image must be [B, C, H, W], got {list(image.shape)}")
     if image.numel() == 0:
-        raise ValueError(f"the batch is empty: image is {list(image.shape)}")
+        raise ValueError(f"the batch is empty: image is {list(image.shape)}; leave it out, or look at the sampler")
     if channels is not None and image.shape[1] != channels:
         raise ValueError(f"image must have {channels} channels, got {list(image.shape)}")
     if image.device.type == "cpu" and not bool(image.isfinite().all()):

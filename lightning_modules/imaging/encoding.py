@@ -1,37 +1,77 @@
-"""Encoding of images as PNG files, and the names of those files."""
+"""Encoding of pictures in the kind of file that they came from, written whole or not at all, and their names."""
 
+import errno
+import os
+import shutil
+import struct
+import zlib
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from io import BytesIO
 from pathlib import Path, PurePosixPath
+from typing import Any
 
-import torch
-from PIL import Image
+import imagecodecs
+import numpy as np
+import tifffile
+from PIL import Image, PngImagePlugin, TiffImagePlugin
 from torch import Tensor
 
+from lightning_modules.imaging.decoding import EXIF_IFD, GPS_IFD, TEXT_TAGS, png_chunks
+from lightning_modules.imaging.picture import Picture, opaque
 
-def output_names(names: list[str]) -> dict[str, str]:
-    """Returns the file for each image: its name with the suffix `.png`, which is appended where two would collide.
+# Formats that are written as they were read, with their suffixes, and what each takes beside the pixels. The others,
+# palettes of animations among them, become PNG.
+_SUFFIXES = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "PNG": (".png", ".apng"),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+    "AVIF": (".avif",),
+    "JPEG2000": (".jp2", ".j2k", ".jpx"),
+    "BMP": (".bmp",),
+    "TGA": (".tga",),
+    "PPM": (".ppm", ".pgm", ".pnm"),
+}
+_METADATA = {
+    "JPEG": ("exif", "xmp", "icc_profile", "dpi"),
+    "PNG": ("exif", "icc_profile", "dpi"),
+    "WEBP": ("exif", "xmp", "icc_profile"),
+    "AVIF": ("exif", "xmp", "icc_profile"),
+    "BMP": ("dpi",),
+}
+_OPAQUE = ("JPEG", "BMP", "PPM")
+_QUALITY = {"JPEG": 95, "WEBP": 95, "AVIF": 90}  # where the source does not say
+_TIFF_COMPRESSION = {1: None, 5: "lzw", 50000: "zstd"}  # others become deflate: lossless, and every reader knows it
+_LONGEST_NAME = 255  # bytes, on every file system in use
 
-    Names count as equal where they differ in case only: some file systems cannot keep them apart.
 
-    Example:
-        >>> output_names(["a.jpg", "a.png", "b/c.tif"])
-        {'a.jpg': 'a.jpg.png', 'a.png': 'a.png.png', 'b/c.tif': 'b/c.png'}
+def kind_of(path: Path | PurePosixPath) -> str | None:
+    """Format that a file of this name is written in; None where it is not one that can be written."""
+    return next((kind for kind, suffixes in _SUFFIXES.items() if path.suffix.lower() in suffixes), None)
+
+
+def write_picture(picture: Picture, path: Path, quality: int | None = None) -> None:
+    """Writes a picture in its own kind, with everything that its file held, whole or not at all.
+
+    JPEG files have the quantization tables and the subsampling of the file that was read; 16 bits stay 16 bits where
+    the format has them.
+
+    Args:
+        picture: The picture.
+        path: The file.
+        quality: Quality from 1 to 100 for JPEG, WebP and AVIF, in place of the source's.
+
+    Raises:
+        ValueError: If the format cannot hold the picture.
+        OSError: If the file cannot be written; a full disk with the space that is needed and left.
     """
-    outputs = {name: png_name(name) for name in names}
-    while True:
-        count = Counter(output.casefold() for output in outputs.values())
-        colliding = [n for n, output in outputs.items() if count[output.casefold()] > 1 and output != f"{n}.png"]
-        if not colliding:
-            return outputs
-        outputs.update({name: f"{name}.png" for name in colliding})
-
-
-def png_name(name: str) -> str:
-    """Returns a name with the suffix `.png`; a name that leads out of the folder it is written to is refused."""
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or not path.name:
-        raise ValueError(f"the name of an image must be a path below the input's root, got {name!r}")
-    return str(path.with_suffix(".png"))
+    try:
+        content = _encode(picture, quality)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be written as {picture.kind}: {error}") from error
+    write_whole(path, content)
 
 
 def write_png(image: Tensor, path: Path) -> None:
@@ -42,7 +82,191 @@ def write_png(image: Tensor, path: Path) -> None:
     """
     if image.ndim != 3 or image.shape[0] not in (1, 3):
         raise ValueError(f"{path}: an image of shape [1 or 3, H, W] can be written as PNG, got {list(image.shape)}.")
-    pixels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
-    array = pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)
+    write_picture(Picture(image), path)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file that is there whole or not at all, even where the machine stops on the way."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array.contiguous().numpy()).save(path)
+    # One name for each file, of a length that fits: what a run leaves that was killed is replaced by the next.
+    part = path.with_name(f".{zlib.crc32(os.fsencode(path.name)):08x}.part")
+    try:
+        part.unlink(missing_ok=True)
+        with part.open("xb") as file:  # x: a link that somebody has put there is not followed
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException as error:
+        part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(path.parent).free
+            message = f"the disk is full: {path} needs {len(content) / 1e6:.1f} MB, and {free / 1e6:.1f} MB are left"
+            raise OSError(error.errno, message) from error
+        raise
+
+
+def output_names(names: list[str], rename: Callable[[str], str] | None = None) -> dict[str, str]:
+    """Returns the file for each image: its name with the suffix `.png`, which is appended where two would collide.
+
+    Names count as equal where they differ in case only: some file systems cannot keep them apart.
+
+    Args:
+        names: Names of the images.
+        rename: Name of a file for one of an image, `png_name` by default; `restored_name` keeps formats.
+
+    Example:
+        >>> output_names(["a.jpg", "a.png", "b/c.tif"])
+        {'a.jpg': 'a.jpg.png', 'a.png': 'a.png.png', 'b/c.tif': 'b/c.png'}
+    """
+    outputs = {name: (rename or png_name)(name) for name in names}
+    while True:
+        count = Counter(output.casefold() for output in outputs.values())
+        colliding = [n for n, output in outputs.items() if count[output.casefold()] > 1 and output != f"{n}.png"]
+        if not colliding:
+            return outputs
+        outputs.update({name: f"{name}.png" for name in colliding})
+
+
+def png_name(name: str) -> str:
+    """Returns a name with the suffix `.png`; a name that leads out of the folder it is written to is refused."""
+    return str(_below_root(name).with_suffix(".png"))
+
+
+def _below_root(name: str) -> PurePosixPath:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.name:
+        raise ValueError(f"the name of an image must be a path below the input's root, got {name!r}")
+    return path
+
+
+def restored_name(name: str, tag: str = "") -> str:
+    """Name of a restored file: that of its source, which `.png` is added to where its format is not written.
+
+    A name that leads out of the folder that it is written to is refused.
+
+    Args:
+        name: Name of the source, or its path below a root.
+        tag: What to put before the suffix.
+
+    Example:
+        >>> restored_name("a/photo.jpg", ".restored"), restored_name("a/moving.gif")
+        ('a/photo.restored.jpg', 'a/moving.gif.png')
+    """
+    path = _below_root(name)
+    stem, suffix = (path.stem, path.suffix) if kind_of(path) else (path.name, ".png")
+    ending = tag + suffix
+    excess = len(os.fsencode(stem + ending)) - _LONGEST_NAME
+    if excess > 0:  # told apart by a number that the whole name gives
+        ending = f"~{zlib.crc32(os.fsencode(name)):08x}{ending}"
+        stem = os.fsdecode(os.fsencode(stem)[: _LONGEST_NAME - len(os.fsencode(ending))])
+    return str(path.with_name(stem + ending))
+
+
+def _encode(picture: Picture, quality: int | None) -> bytes:
+    kind = picture.kind if picture.kind in _SUFFIXES else "PNG"
+    picture = _as_held_by(picture, kind)
+    array = picture.array()
+    if kind == "TIFF":
+        return _encode_tiff(picture, array)
+    array = array[..., 0] if array.shape[-1] == 1 else array
+    if kind == "PNG":
+        return _encode_png(picture, array)
+    if kind == "JPEG2000" and array.dtype == np.uint16:
+        return bytes(imagecodecs.jpeg2k_encode(array, level=0, codecformat="jp2"))
+    if kind == "PPM":
+        header = f"P{6 if array.ndim == 3 else 5}\n{array.shape[1]} {array.shape[0]}\n{np.iinfo(array.dtype).max}\n"
+        return header.encode() + array.astype(array.dtype.newbyteorder(">")).tobytes()
+    encoding = dict(picture.encoding) if picture.kind == kind else {}
+    if kind in _QUALITY and (quality is not None or not ({"qtables", "lossless"} & encoding.keys())):
+        encoding.pop("qtables", None)
+        encoding |= {"quality": quality or _QUALITY[kind], "lossless": False}
+    return _save(array, kind, **_metadata_of(picture, kind), **encoding)
+
+
+def _as_held_by(picture: Picture, kind: str) -> Picture:
+    """The picture with the numbers that a format can hold."""
+    if picture.alpha is not None and kind in _OPAQUE:
+        raise ValueError("it holds no transparency; choose PNG, for instance")
+    deep = kind in ("PNG", "TIFF", "JPEG2000", "PPM")
+    if picture.dtype == np.uint8 or (kind == "TIFF" and picture.dtype != np.bool_):
+        return picture
+    if picture.dtype == np.uint16 and deep:
+        return picture
+    dtype = np.dtype(np.uint16 if deep and picture.white != 255 and picture.dtype != np.bool_ else np.uint8)
+    alpha, white = picture.alpha, opaque(dtype)
+    if alpha is not None:
+        share = alpha.astype(np.float64) / opaque(picture.dtype)
+        alpha = np.rint(share.clip(0, 1) * white).astype(dtype)
+    return replace(picture, dtype=dtype, white=white, alpha=alpha)
+
+
+def _metadata_of(picture: Picture, kind: str) -> dict[str, Any]:
+    return {name: value for name in _METADATA.get(kind, ()) if (value := getattr(picture, name))}
+
+
+def _save(array: np.ndarray, kind: str, **options: Any) -> bytes:
+    buffer = BytesIO()
+    Image.fromarray(array).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def _encode_png(picture: Picture, array: np.ndarray) -> bytes:
+    """Pixels by a library that knows 16 bits, and the chunks around them as Pillow writes them."""
+    text = PngImagePlugin.PngInfo()
+    if picture.xmp:
+        text.add_itxt("XML:com.adobe.xmp", picture.xmp.decode("utf-8", "replace"))
+    described = _save(array[:1, :1].astype(np.uint8), "PNG", pnginfo=text, **_metadata_of(picture, "PNG"))
+    chunks = [(kind, data) for kind, data in png_chunks(described) if kind not in (b"IHDR", b"IDAT", b"IEND")]
+    chunks += picture.encoding.get("chunks", ())
+    pixels = memoryview(imagecodecs.png_encode(array, level=6))
+    start = 8 + 25  # signature and header
+    return b"".join([pixels[:start], *(_chunk(*chunk) for chunk in chunks), pixels[start:]])
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def _encode_tiff(picture: Picture, array: np.ndarray) -> bytes:
+    exif = Image.Exif()
+    exif.load(picture.exif)
+    tags: list[tuple[int, int, int, Any, bool]] = [
+        (tag, 2, 0, str(exif[tag]), True) for tag in TEXT_TAGS if tag in exif
+    ]
+    if picture.xmp:
+        tags.append((700, 1, len(picture.xmp), picture.xmp, True))
+    below = {tag: values for tag in (EXIF_IFD, GPS_IFD) if (values := exif.get_ifd(tag))}
+    # Placeholders: tifffile writes no EXIF, and where it will be is known when the rest is written.
+    tags += [(tag - 1, 4, 1, 0, True) for tag in below]
+    compression = _TIFF_COMPRESSION.get(picture.encoding.get("compression", 8), "zlib")
+    buffer = BytesIO()
+    tifffile.imwrite(
+        buffer,
+        array[..., 0] if array.shape[-1] == 1 else array,
+        photometric="rgb" if array.shape[-1] >= 3 else "minisblack",
+        extrasamples=["unassalpha"] if picture.alpha is not None else None,
+        planarconfig="contig" if array.shape[-1] > 1 else None,
+        compression=compression,
+        predictor=compression is not None,
+        iccprofile=picture.icc_profile or None,
+        resolution=picture.dpi,
+        resolutionunit="inch" if picture.dpi else None,
+        metadata=None,
+        software=False,
+        byteorder="<",
+        extratags=sorted(tags),
+    )
+    for tag, values in below.items():
+        directory = TiffImagePlugin.ImageFileDirectory_v2(b"II\x2a\0\0\0\0\0", group=tag)
+        directory.update(values)
+        place = buffer.seek(0, 2)
+        buffer.write(b"\0" * (place % 2))
+        place += place % 2
+        buffer.write(directory.tobytes(place))
+        buffer.seek(0)
+        with tifffile.TiffFile(buffer) as file:
+            entry = file.pages.first.tags[tag - 1].offset
+        buffer.seek(entry)
+        buffer.write(struct.pack("<HHII", tag, 4, 1, place))
+    return buffer.getvalue()

@@ -42,6 +42,10 @@ class ParameterSpec:
     relative_step: float = 0.05
 
     def __post_init__(self) -> None:
+        if not self.name.isidentifier() or self.name in ("noisy", "noise", "guide"):
+            raise ValueError(
+                f"{self.name!r} cannot be a parameter's name: it is the keyword of `forward` for its value"
+            )
         if len(self.shape) > 1 or any(size < 1 for size in self.shape):
             raise ValueError(f"the shape of {self.name!r} must be () or (K,) with K ≥ 1, got {self.shape}")
         if not 0 <= self.relative_step < 1:

@@ -213,3 +213,115 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
         RestoredImageWriter(" ")
     with pytest.raises(ValueError, match=r"output_dir must name a directory, got .*file"):
         RestoredImageWriter(str(tmp_path / "file"))
+
+
+class Files(Samples):
+    """Files of the user's own, which the writer may look at."""
+
+    def __init__(self, root: Path, names: list[str]) -> None:
+        super().__init__(names)
+        self.paths = [root / name for name in names]
+
+
+def test_files_come_back_in_their_own_kind(tmp_path: Path) -> None:
+    gray, alpha = np.full((5, 7), 40000, np.uint16), np.arange(35, dtype=np.uint8).reshape(5, 7)
+    Image.new("RGB", (7, 5)).save(tmp_path / "a.jpg", quality=40, dpi=(300, 300))
+    Image.new("RGBA", (7, 5)).save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        image.putalpha(Image.fromarray(alpha))
+        image.save(tmp_path / "a.png")
+    Image.fromarray(gray).save(tmp_path / "b.tif")
+    Image.new("L", (7, 5)).save(tmp_path / "c.gif")
+    names = ["a.jpg", "a.png", "b.tif", "c.gif"]
+    predict(tmp_path, Files(tmp_path, names))
+    assert [row["output"] for row in rows(tmp_path)] == ["a.jpg", "a.png", "b.tif", "c.gif.png"]
+    out = tmp_path / "out"
+    with Image.open(out / "a.jpg") as image, Image.open(tmp_path / "a.jpg") as source:
+        assert image.quantization == source.quantization
+        assert image.info["dpi"] == (300, 300)
+    with Image.open(out / "a.png") as image:
+        assert np.array_equal(np.asarray(image)[..., 3], alpha)
+        assert np.all(np.asarray(image)[..., :3] == 1)
+    with Image.open(out / "b.tif") as image:
+        assert image.mode == "I;16"
+        assert np.all(np.asarray(image) == 2 * 257)
+    assert Image.open(out / "c.gif.png").format == "PNG"
+
+
+def test_what_cannot_be_written_is_listed_when_everything_else_is_done(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "c.png"):
+        Image.new("L", (7, 5)).save(tmp_path / name)
+    (tmp_path / "b.png").write_bytes(b"")
+    with pytest.raises(
+        RuntimeError, match=r"1 images could not be written, all others are: b\.png: .*b\.png cannot be read"
+    ):
+        predict(tmp_path, Files(tmp_path, ["a.png", "b.png", "c.png"]))
+    assert files(tmp_path) == ["a.png", "c.png"]
+    assert [row["name"] for row in rows(tmp_path)] == ["a.png", "c.png"]
+
+
+class Stopping(Duck):
+    """Fails at the second batch."""
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        if batch_idx == 1:
+            raise RuntimeError("stopped")
+        return super().predict_step(batch, batch_idx)
+
+
+def test_what_is_finished_is_finished(tmp_path: Path) -> None:
+    data = Samples(["a.jpg", "b.jpg", "c.jpg"])
+    with pytest.raises(RuntimeError, match="stopped"):
+        predict(tmp_path, data, Stopping())
+    assert files(tmp_path) == ["a.png", "b.png"]
+    assert [row["output"] for row in rows(tmp_path)] == ["a.png", "b.png"]
+    predict(tmp_path, data)
+    assert files(tmp_path) == ["a.png", "b.png", "c.png"]
+
+
+def test_a_run_goes_on_where_another_was_killed(tmp_path: Path) -> None:
+    data = Samples(["a.jpg", "b.jpg", "c.jpg"])
+    with pytest.raises(RuntimeError, match="stopped"):
+        predict(tmp_path, data, Stopping())
+    (tmp_path / "out" / "restored.csv").unlink()  # which a killed process does not write
+    predict(tmp_path, data)
+    assert len(rows(tmp_path)) == 3
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_names_that_nobody_has_announced_stay_apart(tmp_path: Path) -> None:
+    class Silent(Samples):
+        def __init__(self, silent: list[str]) -> None:
+            super().__init__([])
+            self.silent = silent
+
+        def __len__(self) -> int:
+            return len(self.silent)
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            return {"image": torch.zeros(3, 5, 7), "index": index, "weight": 1.0, "name": self.silent[index]}
+
+    predict(tmp_path, Silent(["a.jpg", "a.png"]))
+    assert files(tmp_path) == ["a.jpg.png", "a.png"]
+
+
+@pytest.mark.parametrize("length", [244, 250, 255])
+def test_names_may_be_as_long_as_the_file_system_has_them(tmp_path: Path, length: int) -> None:
+    name = "x" * (length - 4) + ".png"
+    predict(tmp_path, Samples([name]))
+    assert files(tmp_path) == [name]
+
+
+def test_leftovers_and_folders_of_an_output_s_name(tmp_path: Path) -> None:
+    (tmp_path / "out" / "b.png").mkdir(parents=True)
+    (tmp_path / "out" / "a.png.part.png").touch()
+    with pytest.raises(FileExistsError, match=r"b\.png exists"):
+        predict(tmp_path, Samples(["a.png", "b.jpg"]))
+
+
+def test_results_are_not_restored_again(tmp_path: Path) -> None:
+    for name in ("a.png", "out/a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("L", (7, 5)).save(tmp_path / name)
+    with pytest.raises(ValueError, match=r"out/a\.png is a result of an earlier run .* set output_dir"):
+        predict(tmp_path, Files(tmp_path, ["a.png", "out/a.png"]))

@@ -171,6 +171,26 @@ def test_state_holds_tensors_only_and_names_survive_an_average() -> None:
     table().load_state_dict(averaged)
 
 
+def test_units_are_part_of_the_names_and_a_learned_table_keeps_its_values() -> None:
+    absolute, noise = (
+        ParameterTable().declare(GraphDiffusion(widths=w).parameter_specs) for w in ("absolute", "noise")
+    )
+    with pytest.raises(ValueError, match="values would land under other names"):
+        absolute.load_state_dict(noise.state_dict())
+    noise.write(TableValues(noise.shared + 0.1, noise.offsets))
+    learned = noise.values().clone()
+    assert torch.equal(noise.declare(GraphDiffusion(widths="noise").parameter_specs).values(), learned)
+    with pytest.raises(ValueError, match="of another operator: make a table for each operator"):
+        noise.declare(GraphDiffusion().parameter_specs)
+
+
+def test_a_partial_table_waits_for_its_operator() -> None:
+    t = ParameterTable({"sigma": 0.2}, {"sigma": (0.1, 0.4)}, learned=["sigma", "tau"])
+    assert t.declare(GraphDiffusion().parameter_specs).learned == ("sigma", "tau")
+    with pytest.raises(ValueError, match="learned names 'tua', but the table's parameters are gain"):
+        ParameterTable({"gain": 0.2}, {"gain": (0.1, 0.4)}, learned=["tua"])(torch.zeros(1, 0))
+
+
 def test_a_checkpoint_of_version_0_1_loads() -> None:
     t = table()
     state = {name: value for name, value in t.state_dict().items() if name != "layout"}

@@ -1,10 +1,9 @@
-"""The command `lightning-em fit|validate|test|predict`."""
+"""`lightning-em fit|validate|test|predict`, by Lightning's own command line."""
 
 import shlex
 import sys
 import warnings
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from pydoc import locate
 from types import ModuleType
@@ -75,18 +74,6 @@ class EMCommand(LightningCLI):
         super().parse_arguments(parser, args)
 
 
-def main(args: list[str] | None = None) -> None:
-    """Run the command.
-
-    Args:
-        args: Words after the command's name; those of the process by default.
-    """
-    if args is None and sys.argv[1:2] == ["--version"]:
-        print(_version())
-        return
-    build(args, run=True)
-
-
 def build(args: list[str] | None, run: bool = False) -> EMCommand:
     """Data, module and trainer of a configuration, for scripts that drive them by themselves.
 
@@ -105,6 +92,7 @@ def build(args: list[str] | None, run: bool = False) -> EMCommand:
         save_config_kwargs={"overwrite": True},
         run=run,
         args=args,
+        parser_kwargs={"epilog": "Beside these: `lightning-em restore PATH...` restores photographs without training."},
     )
 
 
@@ -137,14 +125,3 @@ def _relative(path: str) -> str:
         return str(Path(path).resolve().relative_to(Path.cwd()))
     except ValueError:
         return path
-
-
-def _version() -> str:
-    try:
-        return version("lightning-em")
-    except PackageNotFoundError:  # a checkout on the path, not installed
-        return "0+unknown"
-
-
-if __name__ == "__main__":
-    main()

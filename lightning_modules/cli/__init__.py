@@ -1,0 +1,46 @@
+"""The command `lightning-em`: `fit`, `validate`, `test` and `predict` by Lightning, `restore` without it."""
+
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_modules.cli.training import EMCommand, build
+
+__all__ = ["EMCommand", "build", "main"]
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command.
+
+    Args:
+        args: Words after the command's name; those of the process by default.
+    """
+    words = sys.argv[1:] if args is None else args
+    if words[:1] == ["--version"]:
+        print(_version())
+    elif words[:1] == ["restore"]:
+        from lightning_modules.cli.restore import run
+
+        if code := run(words[1:]):
+            raise SystemExit(code)
+    else:
+        from lightning_modules.cli.training import build
+
+        build(args, run=True)
+
+
+def _version() -> str:
+    try:
+        return version("lightning-em")
+    except PackageNotFoundError:  # a checkout on the path, not installed
+        return "0+unknown"
+
+
+def __getattr__(name: str) -> Any:
+    """What trains loads Lightning, and is imported when it is asked for."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from lightning_modules.cli import training
+
+    return getattr(training, name)

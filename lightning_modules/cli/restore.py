@@ -1,0 +1,295 @@
+"""`lightning-em restore`: photographs and folders of them, restored file by file."""
+
+import argparse
+import csv
+import errno
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache, partial
+from io import StringIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lightning_modules.imaging import check_noise_std, find_images, restored_name, write_whole
+from lightning_modules.restoration import load_operator, restore_file
+
+TABLE_NAME = "restored.csv"
+_COLUMNS = ("name", "output", "noise_std", "seconds", "size", "note")
+_CHARACTERS: dict[str, Any] = {
+    "encoding": "utf-8",
+    "errors": "surrogateescape",
+}  # a name may be bytes that are no UTF-8
+
+Row = dict[str, str]
+
+
+class Job(NamedTuple):
+    """One file to restore.
+
+    Attributes:
+        name: What the table calls it.
+        source: Where it is.
+        target: Where the restored one goes.
+    """
+
+    name: str
+    source: Path
+    target: Path
+
+
+class Table:
+    """`restored.csv`: a line for each file that is done, appended at once, and put in order at the end.
+
+    Args:
+        folder: Where it is; None for no table.
+
+    Raises:
+        ValueError: If there is a file of that name that is something else.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.path = None if folder is None else folder / TABLE_NAME
+        self.rows: dict[str, Row] = {}
+        if self.path is None or not self.path.is_file():
+            return
+        with self.path.open(newline="", **_CHARACTERS) as file:
+            reader = csv.DictReader(file)
+            if tuple(reader.fieldnames or ()) != _COLUMNS:
+                raise ValueError(f"{self.path} is not a table of this command: name another folder with -o")
+            for row in reader:
+                # The last line of a run that was killed may be half there; what it names is looked at again.
+                if row["note"] is not None and (self.path.parent / row["output"]).is_file():
+                    self.rows[row["name"]] = {column: row[column] for column in _COLUMNS}
+        self.write()
+
+    def append(self, row: Row) -> None:
+        """Adds a line, in the file too."""
+        self.rows[row["name"]] = row
+        if self.path is not None and self.path.exists():
+            with self.path.open("a", newline="", **_CHARACTERS) as file:
+                csv.DictWriter(file, _COLUMNS).writerow(row)
+        else:
+            self.write()
+
+    def write(self) -> None:
+        """Writes the whole table, by name."""
+        if self.path is None or not (self.rows or self.path.exists()):
+            return
+        buffer = StringIO(newline="")
+        writer = csv.DictWriter(buffer, _COLUMNS)
+        writer.writeheader()
+        writer.writerows(self.rows[name] for name in sorted(self.rows))
+        write_whole(self.path, buffer.getvalue().encode(**_CHARACTERS))
+
+
+def run(words: list[str]) -> int:
+    """Run the command.
+
+    Args:
+        words: Words after `restore`.
+
+    Returns:
+        The exit code: 0 where everything is done, 1 where something is not, 130 where the user has stopped it.
+    """
+    options = _parser().parse_args(words)
+    console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False, emoji=False)
+    output = None if options.output is None else Path(options.output).expanduser()
+    outcome = Outcome()
+    try:
+        with warnings.catch_warnings(record=True, action="always") as left_out:
+            jobs, folder = _jobs(options.paths, output, outcome)
+        for warning in left_out:
+            console.print(str(warning.message))
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        table = Table(folder)
+        operator = cache(partial(load_operator, options.model))
+        restore_one = partial(restore_file, operator=operator, noise=options.noise, quality=options.quality)
+        if jobs:
+            operator(3)  # a model that cannot be read is one error, not one for each file
+    except (OSError, ValueError) as error:
+        console.print(f"lightning-em restore: {_reason(error)}")
+        return 1
+    try:
+        # Libraries warn of damaged metadata without a name; what we have to say is in the table.
+        with _progress(console, len(jobs)) as show, warnings.catch_warnings(action="ignore"):
+            for place, job in enumerate(jobs):
+                show(place, job.name)
+                progress = partial(_inside, show, place, job.name)
+                _restore(job, table, outcome, options.overwrite, partial(restore_one, progress=progress))
+                if outcome.is_disk_full:
+                    break
+    except KeyboardInterrupt:
+        outcome.is_stopped = True
+    try:
+        table.write()
+    except OSError as error:
+        outcome.fail(str(table.path), error)
+    if len(jobs) == 1 and outcome.done:
+        row = table.rows[jobs[0].name]
+        level = f"noise {255 * float(row['noise_std']):.1f}/255"
+        console.print(", ".join(filter(None, (f"{jobs[0].target}: {level}", f"{row['seconds']} s", row["note"]))))
+    outcome.report(console, len(jobs))
+    return 130 if outcome.is_stopped else int(bool(outcome.failures))
+
+
+@dataclass
+class Outcome:
+    """What became of the files: how many are done or were there, and which failed, with their reasons."""
+
+    done: int = 0
+    there: int = 0
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    is_disk_full: bool = False
+    is_stopped: bool = False
+
+    def fail(self, name: str, error: Exception) -> None:
+        """Counts a failure."""
+        self.failures.append((name, _reason(error)))
+        self.is_disk_full |= isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+    def report(self, console: Console, count: int) -> None:
+        """Prints the counts, then what failed."""
+        parts = [f"restored {self.done} of {count}"]
+        parts += [f"{self.there} there already (--overwrite restores them again)"] * (self.there > 0)
+        parts += ["stopped: the same command goes on"] * self.is_stopped
+        if count > 1 or len(parts) > 1:
+            console.print(", ".join(parts))
+        if self.failures:
+            console.print(f"{len(self.failures)} failed:")
+        for name, reason in self.failures:
+            console.print(f"  {reason}" if name in reason else f"  {name}: {reason}")
+
+
+def _restore(job: Job, table: Table, outcome: Outcome, overwrite: bool, restore_one: Callable[..., Row]) -> None:
+    is_there = job.target.exists() and not overwrite
+    if is_there and (table.path is None or job.name in table.rows):
+        outcome.there += 1
+        return
+    try:
+        # What is there and not in the table is the last result of a run that was killed, or somebody's own file.
+        row = restore_one(job.source, job.target, write=not is_there)
+        if is_there:
+            row["note"] = "; ".join(filter(None, (row["note"], "was there before")))
+        where = job.target if table.path is None else job.target.relative_to(table.path.parent)
+        table.append({"name": job.name, "output": where.as_posix(), **row})
+    except Exception as error:  # one bad file ends no folder, whatever its decoder raises
+        outcome.fail(str(job.source), error)
+        return
+    outcome.done += not is_there
+    outcome.there += is_there
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("lightning-em restore", description="Restore photographs, and folders of them.")
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="a photograph, or a folder of them")
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="OUT",
+        help="the file to write, or a folder, which gets the tree of the input and restored.csv; by default "
+        "photo.restored.jpg beside photo.jpg",
+    )
+    parser.add_argument(
+        "--noise",
+        type=_noise,
+        default="auto",
+        metavar="LEVEL",
+        help="standard deviation of the noise where white is 1, such as 25/255 or 0.1; auto (default) estimates it",
+    )
+    parser.add_argument("--model", default="auto", metavar="FILE", help="weights that save_pretrained has written")
+    parser.add_argument("--overwrite", action="store_true", help="restore again what is there already")
+    parser.add_argument(
+        "--quality",
+        type=int,
+        choices=range(1, 101),
+        metavar="Q",
+        help="quality from 1 to 100 of JPEG, WebP and AVIF files; by default a JPEG file has its source's tables",
+    )
+    return parser
+
+
+def _noise(text: str) -> float | str:
+    if text == "auto":
+        return text
+    numerator, _, denominator = text.partition("/")
+    try:
+        level = float(numerator) / float(denominator or 1)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number, such as 25/255 or 0.1, nor auto") from None
+    try:
+        check_noise_std(level)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return level
+
+
+def _jobs(paths: list[str], output: Path | None, outcome: Outcome) -> tuple[list[Job], Path | None]:
+    """What to restore, and the folder that the results go to where there is one."""
+    inputs = [Path(path).expanduser() for path in paths]
+    outcome.failures += [(str(path), "no such file") for path in inputs if not path.exists()]
+    inputs = [path for path in inputs if path.exists()]
+    is_file = len(paths) == 1 and not any(path.is_dir() for path in inputs)
+    if is_file and output is not None and output.suffix and not output.is_dir():
+        return [Job(path.name, path, output) for path in inputs], None
+    jobs: list[Job] = []
+    taken: set[str] = set()
+    for path in inputs:
+        if path.is_dir():
+            if output is None:
+                raise ValueError(f"{path} is a folder: name one for the results with -o")
+            if output.resolve() == path.resolve():
+                raise ValueError(f"the results would replace the photographs in {path}: name another folder with -o")
+            for source in find_images(path):
+                if not source.resolve().is_relative_to(output.resolve()):  # the results of the run before
+                    name = source.relative_to(path).as_posix()
+                    target = output / _untaken(restored_name(name), taken)
+                    jobs.append(Job(name if len(inputs) == 1 else str(source), source, target))
+        elif output is None:
+            jobs.append(Job(str(path), path, path.with_name(restored_name(path.name, ".restored"))))
+        else:
+            jobs.append(Job(str(path), path, output / _untaken(restored_name(path.name), taken)))
+    targets = {job.target.resolve() for job in jobs}
+    return [
+        job for job in jobs if job.source.resolve() not in targets
+    ], output  # `*.jpg` names results, the second time
+
+
+@contextmanager
+def _progress(console: Console, total: int) -> Iterator[Callable[[float, str], None]]:
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}", markup=False))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=total)
+
+        def show(done: float, name: str) -> None:
+            progress.update(task, completed=done, description=name)
+
+        yield show
+
+
+def _inside(show: Callable[[float, str], None], place: int, name: str, part: float) -> None:
+    show(place + part, name)
+
+
+def _untaken(name: str, taken: set[str]) -> str:
+    """A name that no other result has, on file systems that cannot tell `a.JPG` from `a.jpg` either."""
+    path, number = Path(name), 1
+    while name.casefold() in taken:
+        number += 1
+        name = path.with_name(f"{path.stem}~{number}{path.suffix}").as_posix()
+    taken.add(name.casefold())
+    return name
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.strerror}: {os.fspath(error.filename)}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,290 @@
+"""`restore`: any photograph, in memory or in a file, by the denoiser that comes with the package or by any operator."""
+
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, partial
+from importlib import import_module
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lightning_modules.imaging import (
+    Picture,
+    check_noise_std,
+    find_white,
+    fixed_crops,
+    kind_of,
+    read_picture,
+    restored_name,
+    to_picture,
+    write_picture,
+)
+from lightning_modules.noise import estimate_noise_std
+from lightning_modules.operators import RestorationOperator
+
+Progress = Callable[[float], Any]
+Model = str | Path | RestorationOperator
+OperatorFor = Callable[[int], RestorationOperator]  # by the number of channels
+
+_TILE_SIZE = 512
+_HALO = 32  # of an operator that does not say how far a restored pixel looks
+_ALIGNMENT = 16  # tiles begin where a network of several scales would begin its coarsest pixels
+# Of more pixels than the first number, the noise level is read off crops from all over the picture.
+_SAMPLE_ABOVE, _SAMPLE_SIZE, _SAMPLE_SIDE = 2**21, 256, 4
+_TAG = ".restored"
+
+
+class Restored(NamedTuple):
+    """A restored picture.
+
+    Attributes:
+        picture: The picture.
+        noise_std: Standard deviation of its noise where white is 1, told or estimated.
+    """
+
+    picture: Picture
+    noise_std: float
+
+
+def restore(
+    source: Any,
+    *,
+    noise: float | str = "auto",
+    model: Model = "auto",
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    quality: int | None = None,
+    progress: Progress | None = None,
+) -> Any:
+    """Restores a photograph.
+
+    Args:
+        source: Path of an image; `PIL.Image`; array `[H, W]`, `[H, W, C]` or `[C, H, W]`, or tensor `[H, W]`,
+            `[C, H, W]` or `[B, C, H, W]`, of whole numbers, or of floating point in [0, 1] or [0, 255].
+        noise: Standard deviation of the noise where white is 1, such as `25 / 255`; by default it is estimated.
+        model: The operator, or the file of a `GraphDenoiser`; by default the one that comes with the package, for color
+            or gray. An operator restores under the start values of its parameters.
+        output: File to write where the source is a file; by default `photo.restored.jpg` beside `photo.jpg`.
+        overwrite: Replace the output where it exists.
+        quality: Quality from 1 to 100 of a JPEG, WebP or AVIF file, in place of the source's.
+        progress: Called with the part of the work that is done, while it is.
+
+    Returns:
+        The path that was written, or an image of the source's kind: mode, or type, layout and range.
+
+    Shape:
+        - output: as the source
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        FileExistsError: If the output exists.
+        ValueError: If the source is none of these, or holds no image, or the noise level is out of range.
+
+    Example:
+        >>> from lightning_modules.operators import TotalVariation
+        >>> image = np.full((20, 30, 3), 128, np.uint8)
+        >>> restore(image, noise=5 / 255, model=TotalVariation()).shape
+        (20, 30, 3)
+    """
+    operator = cache(partial(load_operator, model))  # read once for all images of a batch
+    if isinstance(source, str | Path):
+        path = Path(source).expanduser()
+        target = path.with_name(restored_name(path.name, _TAG)) if output is None else Path(output).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(f"{source} is not a file: give the path of an image")
+        if target.exists() and not overwrite:
+            raise FileExistsError(f"{target} exists: give another output, or overwrite=True")
+        write_picture(_restore(_reading(path, target), noise, operator, progress), target, quality)
+        return target
+    if output is not None:
+        raise ValueError("output is for files; an image in memory is returned")
+    if isinstance(source, Image.Image):
+        source.load()
+        restored = _restore(to_picture(source), noise, operator, progress)
+        result = Image.fromarray(_without_channel(restored.array()))
+        upright = {name: getattr(restored, name) for name in ("exif", "xmp")}
+        result.info = {
+            name: upright.get(str(name), value) for name, value in source.info.items() if name != "transparency"
+        }
+        return result.convert("1") if source.mode == "1" else result
+    if isinstance(source, Tensor):
+        return _restore_tensor(source, noise, operator, progress)
+    if isinstance(source, np.ndarray):
+        planes = source.ndim == 3 and source.shape[0] in (1, 3) and source.shape[2] not in (1, 2, 3, 4)
+        array = source.transpose(1, 2, 0) if planes else source
+        numbers = _restore_array(array, noise, operator, progress)
+        return numbers.transpose(2, 0, 1) if planes else numbers
+    raise ValueError(f"expected the path of an image, a PIL image, an array or a tensor, got {type(source).__name__}")
+
+
+def restore_file(
+    source: Path,
+    target: Path,
+    operator: OperatorFor,
+    noise: float | str = "auto",
+    quality: int | None = None,
+    progress: Progress | None = None,
+    write: bool = True,
+) -> dict[str, Any]:
+    """Restores one file into another, and returns what there is to say of it.
+
+    Args:
+        source: The file to restore.
+        target: The file to write.
+        operator: The operator for a number of channels.
+        noise: As in `restore`.
+        quality: As in `restore`.
+        progress: As in `restore`.
+        write: Restore and write; without, only look at the source.
+    """
+    start = time.perf_counter()
+    picture = _reading(source, target)
+    height, width = picture.pixels.shape[-2:]
+    if write:
+        picture, noise_std = restore_picture(picture, operator, noise, progress)
+        write_picture(picture, target, quality)
+    else:
+        picture, noise_std = _level(picture, noise)
+    seconds = f"{time.perf_counter() - start:.2f}"
+    described = {"noise_std": f"{noise_std:.6f}", "seconds": seconds, "size": f"{width}x{height}"}
+    return described | {"note": "; ".join(picture.notes)}
+
+
+def restore_picture(
+    picture: Picture,
+    operator: OperatorFor,
+    noise: float | str = "auto",
+    progress: Progress | None = None,
+) -> Restored:
+    """Restores a picture; its notes say where it was left as it is.
+
+    Args:
+        picture: The picture.
+        operator: The operator for a number of channels.
+        noise: As in `restore`.
+        progress: As in `restore`.
+    """
+    picture, noise_std = _level(picture, noise)
+    if noise_std == 0:
+        return Restored(picture, 0.0)
+    return Restored(
+        replace(picture, pixels=_in_tiles(picture.pixels, operator(len(picture.pixels)), noise_std, progress)),
+        noise_std,
+    )
+
+
+def load_operator(model: Model, channels: int) -> RestorationOperator:
+    """The operator that a user has named, for images of so many channels.
+
+    Args:
+        model: As `restore` takes it.
+        channels: 1 for gray, 3 for color.
+    """
+    if isinstance(model, RestorationOperator):
+        return model
+    denoiser = import_module("lightning_modules").GraphDenoiser  # when it is needed: it loads the graph, and weights
+    return denoiser.from_pretrained(("gray" if channels == 1 else "color") if model == "auto" else model)
+
+
+def _reading(source: Path, target: Path) -> Picture:
+    """The picture in a file, of the kind that the target's name asks for where that is another."""
+    kind = kind_of(target)
+    if kind is None:
+        raise ValueError(f"{target}: files of this kind are not written; choose .png, .jpg or .tif")
+    picture = read_picture(source)
+    return picture if target.suffix == source.suffix else replace(picture, kind=kind)
+
+
+def _restore(picture: Picture, noise: float | str, operator: OperatorFor, progress: Progress | None) -> Picture:
+    restored, _ = restore_picture(picture, operator, noise, progress)
+    for note in restored.notes:
+        warnings.warn(note, stacklevel=3)
+    return restored
+
+
+def _restore_array(
+    array: np.ndarray, noise: float | str, operator: OperatorFor, progress: Progress | None, white: float | None = None
+) -> np.ndarray:
+    """Restores [H, W] or [H, W, C]."""
+    if array.ndim not in (2, 3) or 0 in array.shape or (array.ndim == 3 and array.shape[2] > 4):
+        raise ValueError(f"an image must be [H, W], or [H, W, C] of one to four channels, got {list(array.shape)}")
+    picture = to_picture(array if array.ndim == 3 else array[..., None], white)
+    restored = _restore(picture, noise, operator, progress).array()
+    return restored if array.ndim == 3 else restored[..., 0]
+
+
+def _restore_tensor(images: Tensor, noise: float | str, operator: OperatorFor, progress: Progress | None) -> Tensor:
+    if images.ndim not in (2, 3, 4):
+        raise ValueError(f"a tensor must be [H, W], [C, H, W] or [B, C, H, W], got {list(images.shape)}")
+    numbers = images.detach().cpu()
+    numbers = numbers.float() if numbers.dtype == torch.bfloat16 else numbers  # which NumPy does not know
+    arrays = (numbers if numbers.ndim == 2 else numbers.movedim(-3, -1)).numpy()
+    if images.ndim < 4:
+        restored = _restore_array(arrays, noise, operator, progress)
+    else:  # one scale for the whole batch
+        white, _ = find_white(arrays)
+        restored = np.stack([_restore_array(array, noise, operator, progress, white) for array in arrays])
+    result = torch.from_numpy(restored)
+    return (result if images.ndim == 2 else result.movedim(-1, -3)).to(images).contiguous()
+
+
+def _without_channel(array: np.ndarray) -> np.ndarray:
+    return array[..., 0] if array.shape[-1] == 1 else array
+
+
+def _level(picture: Picture, noise: float | str) -> Restored:
+    """The noise level that was told or is estimated; 0, with a note, where there is nothing to estimate it from."""
+    if not isinstance(noise, str):
+        check_noise_std(float(noise))
+        return Restored(picture, float(noise))
+    if noise != "auto":
+        raise ValueError(f"the noise level must be a number or 'auto', got {noise!r}")
+    pixels = picture.pixels[None]
+    if pixels[0, 0].numel() > _SAMPLE_ABOVE and min(pixels.shape[-2:]) >= _SAMPLE_SIZE:
+        crops = fixed_crops(picture.pixels, _SAMPLE_SIZE, _SAMPLE_SIDE**2)
+        pixels = torch.cat([torch.cat(list(row), dim=-1) for row in crops.split(_SAMPLE_SIDE)], dim=-2)[None]
+    try:
+        return Restored(picture, min(float(estimate_noise_std(pixels)), 1.0))
+    except ValueError as error:
+        return Restored(replace(picture, notes=(*picture.notes, f"left as it is: {error}")), 0.0)
+
+
+@torch.inference_mode()
+def _in_tiles(pixels: Tensor, operator: RestorationOperator, level: float, progress: Progress | None) -> Tensor:
+    """Restores an image of any size in bounded memory: in tiles, each with a halo that is computed and thrown away.
+
+    A denoiser of color restores gray as color, and one of gray restores each channel.
+
+    Shape:
+        - pixels: `[C, H, W]`
+        - output: `[C, H, W]` in [0, 1]
+    """
+    parameters = {spec.name: list(spec.starts) if spec.shape else spec.starts[0] for spec in operator.parameter_specs}
+    device = next((tensor.device for tensor in operator.state_dict().values()), pixels.device)
+    channels, halo = getattr(operator, "channels", None), getattr(operator, "halo", _HALO)
+    halo += -halo % _ALIGNMENT
+    output = torch.empty_like(pixels)
+    height, width = pixels.shape[1:]
+    corners = list(product(range(0, height, _TILE_SIZE), range(0, width, _TILE_SIZE)))
+    for done, (top, left) in enumerate(corners, start=1):
+        rows = slice(max(top - halo, 0), min(top + _TILE_SIZE + halo, height))
+        columns = slice(max(left - halo, 0), min(left + _TILE_SIZE + halo, width))
+        part = pixels[:, rows, columns].to(device)[None]
+        if channels == 3 and len(pixels) == 1:
+            restored = operator(part.expand(-1, 3, -1, -1), noise=level, **parameters).mean(1)
+        elif channels == 1:
+            restored = operator(part.transpose(0, 1), noise=level, **parameters)[:, 0]
+        else:
+            restored = operator(part, noise=level, **parameters)[0]
+        inside = restored[:, top - rows.start :, left - columns.start :][:, :_TILE_SIZE, :_TILE_SIZE]
+        output[:, top : top + _TILE_SIZE, left : left + _TILE_SIZE] = inside.clamp(0, 1)
+        if progress is not None:
+            progress(done / len(corners))
+    return output
