@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.datasets import FakeData
 
 from datamodules import CIFAR10DataModule, GeneratedImagesDataModule, ImageFolderDataModule
-from lightning_modules import GeneratedImageDetector, GraphDiffusionReconstruction
+from lightning_modules import GeneratedImageDetector, Reconstruction
 
 PROJECT = Path(__file__).parents[1]
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
@@ -97,7 +97,7 @@ def test_every_flag_that_it_names_exists() -> None:
         CIFAR10DataModule,
         ImageFolderDataModule,
         GeneratedImagesDataModule,
-        GraphDiffusionReconstruction,
+        Reconstruction,
     )
     options = {name for owner in owners for name in inspect.signature(owner).parameters}
     flags = set(re.findall(r"--(?:data|model|trainer)\.(\w+)", README))

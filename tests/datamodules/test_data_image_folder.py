@@ -34,12 +34,13 @@ class TestFolder:
 
 
 class TestPredict:
-    def test_whole_images_with_names_and_without_keys(self, folder):
+    def test_whole_images_with_names_that_are_not_said_to_be_clean(self, folder):
         data = ImageFolderDataModule(str(folder), noise_std=0.1)
         batches = [data.on_after_batch_transfer(batch, 0) for batch in data.predict_dataloader()]
         assert [batch["name"] for batch in batches][-2:] == [["sub/image_5.png"], ["sub/image_6.png"]]
         assert [tuple(batch["image"].shape) for batch in batches] == [(1, 3, 20 + i, 30 - 3 * i) for i in range(7)]
-        assert set(batches[0]) == {"image", "label", "index", "weight", "name", "noise_std"}
+        assert set(batches[0]) == {"image", "label", "index", "weight", "key", "name", "noise_std", "clean"}
+        assert batches[0]["clean"] is False
         assert batches[0]["noise_std"].tolist() == pytest.approx([0.1])
         assert batches[0]["label"].tolist() == [-1]
         with Image.open(folder / "image_3.png") as image:
