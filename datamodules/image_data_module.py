@@ -277,5 +277,7 @@ def _finish(batch: ImageBatch, split: Split, augment: bool) -> ImageBatch:
         batch = {**batch, "augment": True}
     if split == "predict":
         names = [f"{index:05d}.png" for index in batch["index"].tolist()]
-        batch = {**batch, "name": batch.get("name", names), "clean": batch.get("clean", True)}
+        batch = {**batch, "name": batch.get("name", names)}
+        if "condition" not in batch:  # a detector's
+            batch["clean"] = batch.get("clean", True)
     return batch

@@ -35,7 +35,8 @@ def test_a_batch_has_the_agreed_form(fake_cifar):
         assert batch["image"].dtype == batch["weight"].dtype == torch.float32
         assert 0 <= float(batch["image"].min()) <= float(batch["image"].max()) <= 1
         assert batch["label"].dtype == batch["index"].dtype == batch["key"].dtype == torch.int64
-        assert set(batch) - {"name"} == {"image", "label", "index", "weight", "key"}
+        assert set(batch) - {"name", "clean"} == {"image", "label", "index", "weight", "key"}
+        assert batch.get("clean") is (True if "name" in batch else None)
 
 
 def test_the_images_are_those_in_the_files(fake_cifar):
