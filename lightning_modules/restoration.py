@@ -189,8 +189,11 @@ def load_operator(model: Model, channels: int) -> RestorationOperator:
     """
     if isinstance(model, RestorationOperator):
         return model
-    denoiser = import_module("lightning_modules").GraphDenoiser  # when it is needed: it loads the graph, and weights
-    return denoiser.from_pretrained(("gray" if channels == 1 else "color") if model == "auto" else model)
+    home = import_module("lightning_modules.graph_denoiser")  # when it is needed: it loads the graph, and weights
+    if model == "auto":  # without weights for gray, those for color restore the three equal channels
+        model = "gray" if channels == 1 and (home.WEIGHTS / "gray").is_dir() else "color"
+    denoiser: RestorationOperator = home.GraphDenoiser.from_pretrained(model)
+    return denoiser
 
 
 def _reading(source: Path, target: Path) -> Picture:
