@@ -32,6 +32,8 @@ def test_imports_run_one_way() -> None:
         ("callbacks/rules/sign.py", "import lightning_modules.reconstruction"),
         ("callbacks/em_report.py", "import datamodules"),
         ("lightning_modules/detection/pixels.py", "import datamodules.image_folder"),
+        ("lightning_modules/mixtures/model.py", "import lightning_modules.mixtures.module"),
+        ("lightning_modules/mixtures/gaussian/em.py", "import lightning_modules.mixtures.kmeans.em"),
         ("datamodules/_random.py", "import lightning_modules.graph.noise"),
     ],
 )
