@@ -59,7 +59,7 @@ class ClusteringModel(nn.Module, ABC, Generic[P]):
     """Base of `MixtureModel` and `KMeansModel`: all of streaming EM but the mathematics.
 
     Everything learned is a float64 buffer, written in place and alike on every process; the sums of an epoch are plain
-    tensors. The leading dimension S of the learned buffers is `n_init`: the restarts run side by side, one epoch serves
+    tensors. The leading dimension S of the learned buffers is `n_init`: the restarts run side by side, one epoch is for
     all. The samples that a family sees are standardized.
 
     A family names its parameters (`make_parameters`, `parameter_shapes`), starts them at given centers (`start`),
