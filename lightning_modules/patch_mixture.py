@@ -17,7 +17,7 @@ class PatchMixture(GaussianMixture):
 
     Args:
         num_components: Components of the mixture.
-        noise_std: Standard deviation of the noise to remove, where white is 1; for data that does not come with its own.
+        noise_std: Standard deviation of the noise to remove, where white is 1; for data without their own.
         stride: Distance between the patches of an image that is restored; 1 takes all, and restores best.
         tol: The run has converged when the mean log-likelihood changes by no more.
         max_iter: Iterations at most.
