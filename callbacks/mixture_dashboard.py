@@ -25,7 +25,7 @@ class MixtureDashboard(Callback):
         every_n_epochs: Draw the pictures after every n-th epoch and after the last.
         num_components: Components drawn, the heaviest first.
         num_vectors: Eigenvectors drawn of each.
-        num_rows: Samples drawn in the projection; the first of each epoch.
+        num_samples: Samples drawn in the projection; the first of each epoch.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -33,16 +33,16 @@ class MixtureDashboard(Callback):
     """
 
     def __init__(
-        self, every_n_epochs: int = 5, num_components: int = 12, num_vectors: int = 6, num_rows: int = 2000
+        self, every_n_epochs: int = 5, num_components: int = 12, num_vectors: int = 6, num_samples: int = 2000
     ) -> None:
         require_positive(
             self,
             every_n_epochs=every_n_epochs,
             num_components=num_components,
             num_vectors=num_vectors,
-            num_rows=num_rows,
+            num_samples=num_samples,
         )
-        self.every_n_epochs, self.num_rows = every_n_epochs, num_rows
+        self.every_n_epochs, self.num_samples = every_n_epochs, num_samples
         self.num_components, self.num_vectors = num_components, num_vectors
         self._samples: list[Tensor] = []
         self._shape: tuple[int, ...] = ()
@@ -58,7 +58,7 @@ class MixtureDashboard(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keeps the first samples of the epoch."""
-        missing = self.num_rows - sum(len(part) for part in self._samples)
+        missing = self.num_samples - sum(len(part) for part in self._samples)
         if missing <= 0 or not trainer.is_global_zero:
             return
         x = batch.get("image") if isinstance(batch, dict) else batch[0] if isinstance(batch, (list, tuple)) else batch

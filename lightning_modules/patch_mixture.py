@@ -17,12 +17,12 @@ class PatchMixture(GaussianMixture):
 
     Args:
         num_components: Components of the mixture.
-        noise_std: Standard deviation of the noise to remove, where white is 1 and the data does not tell it.
+        noise_std: Standard deviation of the noise to remove, where white is 1; for data without their own.
         stride: Distance between the patches of an image that is restored; 1 takes all, and restores best.
         tol: The run has converged when the mean log-likelihood changes by no more.
         max_iter: Iterations at most.
         reg_covar: Added to the variances.
-        init_size: Rows that the sample for the initialisation may hold; by default 32 MiB of them.
+        init_size: Samples that the choice for the initialisation may hold; by default 32 MiB of them.
         algorithm: `exact` updates once an epoch, `stepwise` once an optimiser step.
         step_exponent: How fast stepwise EM forgets.
         seed: Seed of the start.
@@ -78,8 +78,9 @@ class PatchMixture(GaussianMixture):
             noise_std: Their noise, a number or one for each image.
 
         Shape:
-            - images: `[B, C, H, W]`, in [0, 1]
-            - output: `[B, C, H, W]`, in [0, 1]
+            - images: `[B, C, H, W]` in [0, 1]
+            - noise_std: `[B]`, where a tensor
+            - output: `[B, C, H, W]` in [0, 1]
         """
         return self.prior()(images, noise_std).clamp(0.0, 1.0)
 

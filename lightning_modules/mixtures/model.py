@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import reduce
 from itertools import chain
 from typing import Any, Generic, Literal, TypeVar
 
@@ -54,11 +55,11 @@ class EpochResult:
     empty: list[int] = field(default_factory=list)
 
 
-class ClusteringModel(nn.Module, Generic[P]):
+class ClusteringModel(nn.Module, ABC, Generic[P]):
     """Base of `MixtureModel` and `KMeansModel`: all of streaming EM but the mathematics.
 
     Everything learned is a float64 buffer, written in place and alike on every process; the sums of an epoch are plain
-    tensors. The leading dimension S of the learned buffers is `n_init`: the restarts run side by side, one epoch serves
+    tensors. The leading dimension S of the learned buffers is `n_init`: the restarts run side by side, one epoch is for
     all. The samples that a family sees are standardized.
 
     A family names its parameters (`make_parameters`, `parameter_shapes`), starts them at given centers (`start`),
@@ -426,16 +427,13 @@ class ClusteringModel(nn.Module, Generic[P]):
         everyone = self.algorithm == "stepwise" or not bool(self.active.any())
         self._selected = torch.ones_like(self.active) if everyone else self.active.clone()
         self._before = self.current_parameters(self._selected)
+        self._epoch_statistics: SufficientStatistics | None = None
         self._forget()
-        self._epoch_statistics = self._no_statistics()
 
     def _forget(self) -> None:
         self._prepared = self.prepare(self.current_parameters(self._selected))
-        self._statistics = self._no_statistics()
+        self._statistics: SufficientStatistics | None = None
         self._invalid = self.offset.new_zeros(())
-
-    def _no_statistics(self) -> SufficientStatistics:
-        return self.e_step(self._prepared, self.offset.new_zeros(0, self.num_features))
 
     @torch.no_grad()
     def add_batch(self, x: Tensor, mask: Tensor | None = None) -> None:
@@ -458,7 +456,7 @@ class ClusteringModel(nn.Module, Generic[P]):
             if part is not None:
                 finite |= ~part
             self._invalid += (~finite).sum()
-            self._statistics.add(self.e_step(self._prepared, z, part))
+            self._statistics = _plus(self._statistics, self.e_step(self._prepared, z, part))
 
     def _block_size(self) -> int:
         if self.chunks_itself:
@@ -468,10 +466,14 @@ class ClusteringModel(nn.Module, Generic[P]):
     def _reduced(self, collectives: Collectives | None) -> Any:
         """The statistics of all processes: the one reduction."""
         collectives = collectives or Collectives()
-        flat = collectives.reduce(torch.cat([self._invalid.view(1), self._statistics.pack(collectives)]))
+        own = self._statistics
+        if own is None:
+            # a process without a batch takes part in the reduction all the same
+            own = self.e_step(self._prepared, self.offset.new_zeros(0, self.num_features))
+        flat = collectives.reduce(torch.cat([self._invalid.view(1), own.pack(collectives)]))
         if int(flat[0]):
             self._check_count(self.num_components, int(flat[0]))
-        statistics = self._statistics.unpack(flat[1:], collectives)
+        statistics = own.unpack(flat[1:], collectives)
         if not bool(statistics.count > 0):
             raise ValueError("Found array with 0 sample(s) while a minimum of 1 is required: the data is empty.")
         return statistics
@@ -480,7 +482,7 @@ class ClusteringModel(nn.Module, Generic[P]):
     def end_batch(self, collectives: Collectives | None = None) -> None:
         """The stepwise algorithm's M-step, after a batch of every process."""
         statistics = self._reduced(collectives)
-        self._epoch_statistics.add(statistics)
+        self._epoch_statistics = _plus(self._epoch_statistics, statistics)
         theta = self.stepwise_m_step(statistics)
         self.check_parameters(theta)
         self._write(theta, self._selected)
@@ -520,6 +522,13 @@ class ClusteringModel(nn.Module, Generic[P]):
         near = score >= score.max() - TIE * score.max().abs().clamp(min=1.0)
         self.best.copy_(near.int().argmax())
         return (self.objective[self.best] - previous[self.best]).item()
+
+
+def _plus(total: SufficientStatistics | None, part: SufficientStatistics) -> SufficientStatistics:
+    if total is None:
+        return part
+    total.add(part)
+    return total
 
 
 class MixtureModel(ClusteringModel[P]):
@@ -643,9 +652,7 @@ class MixtureModel(ClusteringModel[P]):
         whole = self._standardized(stream) if samples is None else [(samples, None, None)]
         nothing: Samples = (centers.new_zeros(0, self.num_features), None, None)
         parts = (self.e_step(prepared, z, mask, assign(centers, z)[0]) for z, mask, _ in chain([nothing], whole))
-        statistics = next(parts)
-        for part in parts:
-            statistics.add(part)
+        statistics = reduce(_plus, parts)
         if samples is None:
             statistics = statistics.unpack(collectives.reduce(statistics.pack(collectives)), collectives)
             self.initialization_passes += 1

@@ -24,14 +24,14 @@ def test_scikit_learn_checks(estimator: Any, check: Any) -> None:
     check(estimator)
 
 
-def rows() -> Any:
+def samples() -> Any:
     generator = np.random.default_rng(0)
     return np.concatenate([generator.normal(m, 1, (80, 3)) for m in (-4, 0, 5)])
 
 
 @pytest.mark.parametrize("kind", ["full", "tied", "diag", "spherical"])
 def test_mixture_equals_the_reference_from_the_same_start(kind: Any) -> None:
-    x = rows()
+    x = samples()
     theirs = ReferenceMixture(3, covariance_type=kind, max_iter=1, tol=0, random_state=0)
     with pytest.warns(ConvergenceWarning):
         theirs.fit(x)
@@ -49,7 +49,7 @@ def test_mixture_equals_the_reference_from_the_same_start(kind: Any) -> None:
 
 
 def test_k_means_equals_the_reference_from_the_same_start() -> None:
-    x = rows()
+    x = samples()
     ours = KMeansEstimator(3, init=x[:3], tol=0).fit(x)
     theirs = ReferenceKMeans(3, init=x[:3], n_init=1, tol=0).fit(x)
     np.testing.assert_allclose(ours.cluster_centers_, theirs.cluster_centers_, rtol=1e-9)
@@ -60,7 +60,7 @@ def test_k_means_equals_the_reference_from_the_same_start() -> None:
 
 
 def test_clones_pipelines_and_searches() -> None:
-    x = rows()
+    x = samples()
     for estimator in (GaussianMixtureEstimator(3, random_state=0), KMeansEstimator(3, random_state=0)):
         fitted = clone(estimator).fit(x)
         piped = make_pipeline(StandardScaler(), clone(estimator)).fit(x)
@@ -71,7 +71,7 @@ def test_clones_pipelines_and_searches() -> None:
 
 
 def test_errors_are_of_scikit_learns_kinds() -> None:
-    x = rows()
+    x = samples()
     for estimator in (GaussianMixtureEstimator, KMeansEstimator):
         with pytest.raises(ValueError, match="must be an int in the range"):
             estimator(0).fit(x)
@@ -98,7 +98,7 @@ def test_errors_are_of_scikit_learns_kinds() -> None:
 
 
 def test_choosing_the_number_of_components() -> None:
-    choice = choose_num_components(torch.from_numpy(rows()), range(1, 6), covariance_type="diag", n_init=2)
+    choice = choose_num_components(torch.from_numpy(samples()), range(1, 6), covariance_type="diag", n_init=2)
     assert choice.best == 3
     axes = choice.figure().axes[0]
     assert axes.get_lines()[0].get_xdata().tolist() == [1, 2, 3, 4, 5]

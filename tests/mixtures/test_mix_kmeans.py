@@ -20,10 +20,12 @@ from lightning_modules.mixtures.lloyd import assign, lloyd
 from lightning_modules.mixtures.model import fit_in_memory
 
 
-def blobs(rows: int = 500, width: int = 4, groups: int = 5, seed: int = 0) -> Tensor:
+def blobs(samples: int = 500, width: int = 4, groups: int = 5, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     centers = 4 * torch.randn(groups, width, generator=generator, dtype=torch.float64)
-    return centers[torch.arange(rows) % groups] + torch.randn(rows, width, generator=generator, dtype=torch.float64)
+    return centers[torch.arange(samples) % groups] + torch.randn(
+        samples, width, generator=generator, dtype=torch.float64
+    )
 
 
 def test_enumeration_counts_the_partitions() -> None:
@@ -36,9 +38,9 @@ def test_enumeration_counts_the_partitions() -> None:
 
 
 @settings(max_examples=10)
-@given(rows=st.integers(3, 9), clusters=st.integers(1, 3), seed=st.integers(0, 1000))
-def test_many_starts_reach_the_optimum_of_brute_force(rows: int, clusters: int, seed: int) -> None:
-    x = torch.randn(rows, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+@given(samples=st.integers(3, 9), clusters=st.integers(1, 3), seed=st.integers(0, 1000))
+def test_many_restarts_reach_the_optimum_of_brute_force(samples: int, clusters: int, seed: int) -> None:
+    x = torch.randn(samples, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     _, optimum = best_clustering(x, clusters)
     model = KMeansModel(clusters, n_init=20, tol=0.0)
     fit_in_memory(model, x)
@@ -87,7 +89,7 @@ def test_a_start_out_of_reach_of_single_precision() -> None:
     assert result.converged
     labels = torch.cdist(x, result.centers).argmin(1)
     assert torch.equal(labels, result.labels)
-    assert len(labels.unique()) == 5  # the lost centre has been restarted
+    assert len(labels.unique()) == 5  # the lost center has been restarted
 
 
 @pytest.mark.parametrize("standardize", [False, True])
@@ -103,18 +105,18 @@ def test_streaming_equals_lloyd(standardize: bool) -> None:
 
 @settings(max_examples=40)
 @given(
-    rows=st.integers(1, 50),
+    samples=st.integers(1, 50),
     clusters=st.integers(1, 6),
     scale=st.sampled_from([1e-8, 1.0, 1e8]),
     kind=st.sampled_from(["blobs", "duplicates", "constant"]),
     init=st.sampled_from(["k-means++", "k-means||", "random"]),
     seed=st.integers(0, 1000),
 )
-def test_inertia_never_rises(rows: int, clusters: int, scale: float, kind: str, init: Any, seed: int) -> None:
-    clusters = min(clusters, rows)
-    x = blobs(rows, 3, 3, seed)
+def test_inertia_never_rises(samples: int, clusters: int, scale: float, kind: str, init: Any, seed: int) -> None:
+    clusters = min(clusters, samples)
+    x = blobs(samples, 3, 3, seed)
     if kind == "duplicates":
-        x = x[torch.randint(min(rows, 3), (rows,), generator=torch.Generator().manual_seed(seed))]
+        x = x[torch.randint(min(samples, 3), (samples,), generator=torch.Generator().manual_seed(seed))]
     elif kind == "constant":
         x[:, :2] = 5.0
     x = scale * x
@@ -126,7 +128,7 @@ def test_inertia_never_rises(rows: int, clusters: int, scale: float, kind: str, 
         assert after <= before + 1e-9 * abs(before) + 1e-14 * spread
 
 
-def test_a_centre_without_rows_restarts_far_away() -> None:
+def test_a_center_without_samples_restarts_far_away() -> None:
     x = torch.cat([torch.zeros(50, 2), torch.tensor([[10.0, 0.0]])]).double()
     x += 0.01 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     centers = torch.tensor([[[0.0, 0.0], [-99.0, -99.0]]], dtype=torch.float64)
@@ -149,7 +151,7 @@ def test_sample_of_a_stream_depends_on_neither_order_nor_batches() -> None:
     assert float((histogram - 1000).abs().max()) < 150
 
 
-def test_starts_are_rows_of_the_data() -> None:
+def test_starts_are_samples_of_the_data() -> None:
     x = blobs(100)
     for choose in (kmeans_plus_plus, random_samples):
         centers = choose(x, 7, torch.Generator().manual_seed(0))

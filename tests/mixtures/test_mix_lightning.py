@@ -34,7 +34,7 @@ def trainer(epochs: int = 50, **options: Any) -> L.Trainer:
     return L.Trainer(max_epochs=epochs, accelerator="cpu", **{**quiet, **options})
 
 
-def rows(count: int = 300, width: int = 3, seed: int = 0) -> Tensor:
+def samples(count: int = 300, width: int = 3, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     centers = 4 * torch.randn(3, width, generator=generator, dtype=torch.float64)
     return centers[torch.arange(count) % 3] + torch.randn(count, width, generator=generator, dtype=torch.float64)
@@ -75,7 +75,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- any data
 
 
-class Rows(IterableDataset[Tensor]):
+class Samples(IterableDataset[Tensor]):
     def __init__(self, x: Tensor) -> None:
         self.x = x
 
@@ -83,23 +83,25 @@ class Rows(IterableDataset[Tensor]):
         return iter(self.x)
 
 
-class RowsDataModule(L.LightningDataModule):
+class SamplesDataModule(L.LightningDataModule):
     def __init__(self, x: Tensor) -> None:
         super().__init__()
         self.x = x
 
     def train_dataloader(self) -> Any:
-        return DataLoader(self.x, batch_size=64, collate_fn=lambda rows: {"image": torch.stack(rows).view(-1, 1, 1, 3)})
+        return DataLoader(
+            self.x, batch_size=64, collate_fn=lambda samples: {"image": torch.stack(samples).view(-1, 1, 1, 3)}
+        )
 
 
 def test_every_source_gives_the_same_mixture() -> None:
-    x = rows()
+    x = samples()
     sources: list[Any] = [
         DataLoader(x, 300),
         DataLoader(TensorDataset(x, torch.arange(300)), 7, shuffle=True),
-        DataLoader(Rows(x), 50),
-        DataLoader([{"x": row, "weight": torch.tensor(1.0)} for row in x], 32),
-        RowsDataModule(x),
+        DataLoader(Samples(x), 50),
+        DataLoader([{"x": sample, "weight": torch.tensor(1.0)} for sample in x], 32),
+        SamplesDataModule(x),
     ]
     means = []
     for source in sources:
@@ -110,9 +112,9 @@ def test_every_source_gives_the_same_mixture() -> None:
         torch.testing.assert_close(other, means[0], rtol=1e-9, atol=1e-9)
 
 
-def test_rows_of_weight_zero_do_not_count() -> None:
-    x = rows()
-    padded = [{"x": row, "weight": torch.tensor(1.5)} for row in x]
+def test_samples_of_weight_zero_do_not_count() -> None:
+    x = samples()
+    padded = [{"x": sample, "weight": torch.tensor(1.5)} for sample in x]
     padded += [{"x": torch.full((3,), 1e3, dtype=torch.float64), "weight": torch.tensor(0.0)}] * 9
     modules = []
     for data in (x, padded):
@@ -124,7 +126,7 @@ def test_rows_of_weight_zero_do_not_count() -> None:
 
 
 def test_trainer_equals_scikit_learn_and_says_what_it_took() -> None:
-    x = rows()
+    x = samples()
     start = {
         "weights_init": np.full(3, 1 / 3),
         "means_init": x[:3].numpy(),
@@ -150,28 +152,28 @@ def test_trainer_equals_scikit_learn_and_says_what_it_took() -> None:
 def test_the_run_stops_at_tol_or_warns_at_the_ceiling(recwarn: pytest.WarningsRecorder) -> None:
     module = GaussianMixture(3)
     run = trainer(1000)
-    run.fit(module, DataLoader(rows(), 64))
+    run.fit(module, DataLoader(samples(), 64))
     assert run.current_epoch < 100
     assert module.converged
     short = GaussianMixture(3, tol=0.0, max_iter=3, init="random")
     run = trainer(1000)
     with pytest.warns(UserWarning, match=r"did not converge.*tol 0, 300 samples, 1 initialisation pass"):
-        run.fit(short, DataLoader(rows(), 64))
+        run.fit(short, DataLoader(samples(), 64))
     assert run.current_epoch == 3
     assert not short.converged
 
 
 def test_stepwise_updates_once_an_optimiser_step() -> None:
     module = GaussianMixture(3, algorithm="stepwise", tol=0.0)
-    trainer(2, accumulate_grad_batches=2).fit(module, DataLoader(rows(), 50))
+    trainer(2, accumulate_grad_batches=2).fit(module, DataLoader(samples(), 50))
     assert int(module.model.steps) == 2 * 3
     bigger = GaussianMixture(3, algorithm="stepwise", tol=0.0)
-    trainer(2).fit(bigger, DataLoader(rows(), 100))
+    trainer(2).fit(bigger, DataLoader(samples(), 100))
     torch.testing.assert_close(module.means, bigger.means, rtol=1e-9, atol=1e-9)
 
 
 def test_validate_test_and_predict() -> None:
-    x = rows()
+    x = samples()
     for module in (GaussianMixture(3), KMeans(3)):
         run = trainer()
         run.fit(module, DataLoader(x, 64), DataLoader(x, 50))
@@ -198,7 +200,7 @@ def test_validate_test_and_predict() -> None:
     ],
 )
 def test_resumed_equals_uninterrupted_and_checkpoints_are_plain(make: Any, tmp_path: Path) -> None:
-    data = DataLoader(rows(), 50)
+    data = DataLoader(samples(), 50)
     whole = make()
     trainer(6).fit(whole, data)
     first = make()
@@ -209,14 +211,14 @@ def test_resumed_equals_uninterrupted_and_checkpoints_are_plain(make: Any, tmp_p
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(second.state_dict()[name], value, rtol=0, atol=0, equal_nan=True)
     loaded = type(first).load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
-    torch.testing.assert_close(loaded.predict(rows()), first.predict(rows()))
+    torch.testing.assert_close(loaded.predict(samples()), first.predict(samples()))
     assert {k for k, v in vars(loaded.model).items() if isinstance(v, Tensor)} <= {"_invalid"}
 
 
 def test_given_start_survives_the_checkpoint(tmp_path: Path) -> None:
     module = GaussianMixture(2, means_init=np.array([[0.0, 0, 0], [1, 1, 1]]), covariance_type="diag")  # type: ignore[arg-type]
     run = trainer(2)
-    run.fit(module, DataLoader(rows(), 50))
+    run.fit(module, DataLoader(samples(), 50))
     run.save_checkpoint(tmp_path / "mixture.ckpt")
     loaded = GaussianMixture.load_from_checkpoint(tmp_path / "mixture.ckpt", weights_only=True)
     torch.testing.assert_close(loaded.means, module.means)
@@ -228,21 +230,21 @@ def test_given_start_survives_the_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("module_class", [GaussianMixture, KMeans])
 def test_data_that_is_not_finite(value: float, module_class: Any) -> None:
-    x = rows()
+    x = samples()
     x[17, 1] = value
     with pytest.raises(ValueError, match=r"NaN or infinity in 1 sample.*Remove them, impute.*look at"):
         trainer().fit(module_class(3), DataLoader(x, 50))
     module = module_class(3)
-    trainer(3).fit(module, DataLoader(rows(), 50))
+    trainer(3).fit(module, DataLoader(samples(), 50))
     with pytest.raises(ValueError, match="NaN or infinity"):
         module.predict(x)
 
 
-def test_a_row_that_turns_bad_after_the_start_changes_nothing() -> None:
-    module = GaussianMixture(3, means_init=rows()[:3].tolist(), covariance_type="diag")
-    trainer(2).fit(module, DataLoader(rows(), 50))
+def test_a_sample_that_turns_bad_after_the_start_changes_nothing() -> None:
+    module = GaussianMixture(3, means_init=samples()[:3].tolist(), covariance_type="diag")
+    trainer(2).fit(module, DataLoader(samples(), 50))
     before = module.means
-    x = rows()
+    x = samples()
     x[3] = torch.nan
     with pytest.raises(ValueError, match="NaN or infinity"):
         trainer(4).fit(module, DataLoader(x, 50))
@@ -254,15 +256,15 @@ def test_shapes_and_counts(module_class: Any) -> None:
     with pytest.raises(ValueError, match="num_components must be an integer of at least 1, got 0"):
         module_class(0)
     with pytest.raises(ValueError, match=r"n_components = 9, n_samples = 4.*fewer components"):
-        trainer().fit(module_class(9), DataLoader(rows(4), 2))
+        trainer().fit(module_class(9), DataLoader(samples(4), 2))
     with pytest.raises(ValueError, match="0 sample"):
-        trainer().fit(module_class(2), DataLoader(Rows(rows(0)), 2))
+        trainer().fit(module_class(2), DataLoader(Samples(samples(0)), 2))
     with pytest.raises(ValueError, match=r"X has 3 features, but .* is expecting 5"):
-        trainer().fit(module_class(2, num_features=5), DataLoader(rows(), 50))
+        trainer().fit(module_class(2, num_features=5), DataLoader(samples(), 50))
     module = module_class(2)
     with pytest.raises(RuntimeError, match="not fitted"):
-        module.predict(rows())
-    trainer(2).fit(module, DataLoader(rows(), 50))
+        module.predict(samples())
+    trainer(2).fit(module, DataLoader(samples(), 50))
     with pytest.raises(ValueError, match=r"X has 4 features, but .* is expecting 3"):
         module.predict(torch.zeros(2, 4))
 
@@ -290,7 +292,7 @@ def test_arguments_that_are_impossible(options: dict[str, Any], message: str) ->
 
 @pytest.mark.parametrize("kind", ["full", "diag", "tied"])
 def test_singular_covariance_names_components_and_remedies(kind: Any) -> None:
-    x = rows()
+    x = samples()
     x[:, 1] = 3.0
     module = GaussianMixture(2, covariance_type=kind, reg_covar=0.0)
     with pytest.raises(
@@ -304,11 +306,11 @@ def test_k_means_start_of_the_wrong_shape() -> None:
     with pytest.raises(ValueError, match=r"shape of the initial centers \(1, 2\)"):
         KMeans(2, centers_init=[[0.0, 0.0]])
     with pytest.raises(ValueError, match="number of features of the data 3"):
-        trainer().fit(KMeans(1, centers_init=[[0.0, 0.0]]), DataLoader(rows(), 50))
+        trainer().fit(KMeans(1, centers_init=[[0.0, 0.0]]), DataLoader(samples(), 50))
 
 
 def test_more_components_than_distinct_points_is_named() -> None:
-    x = rows(2).repeat(20, 1)
+    x = samples(2).repeat(20, 1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer(3).fit(KMeans(4), DataLoader(x, 50))
@@ -317,4 +319,4 @@ def test_more_components_than_distinct_points_is_named() -> None:
 
 def test_half_precision_is_refused() -> None:
     with pytest.raises(ValueError, match="precision='bf16-true'"):
-        trainer(precision="bf16-true").fit(GaussianMixture(2), DataLoader(rows().float(), 50))
+        trainer(precision="bf16-true").fit(GaussianMixture(2), DataLoader(samples().float(), 50))

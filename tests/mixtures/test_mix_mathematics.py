@@ -12,6 +12,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture as Reference
 from torch import Tensor
 
+from lightning_modules import em, mixtures
 from lightning_modules.mixtures import (
     MixtureParameters,
     enumerated_log_likelihood,
@@ -33,12 +34,12 @@ from lightning_modules.mixtures.model import fit_in_memory
 KINDS: tuple[CovarianceType, ...] = ("full", "diag", "tied", "spherical")
 
 
-def blobs(rows: int = 300, width: int = 5, groups: int = 3, seed: int = 0) -> Tensor:
+def blobs(samples: int = 300, width: int = 5, groups: int = 3, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     centers = 3 * torch.randn(groups, width, generator=generator, dtype=torch.float64)
     mixing = torch.randn(groups, width, width, generator=generator, dtype=torch.float64)
-    labels = torch.arange(rows) % groups
-    noise = torch.randn(rows, width, generator=generator, dtype=torch.float64)
+    labels = torch.arange(samples) % groups
+    noise = torch.randn(samples, width, generator=generator, dtype=torch.float64)
     return centers[labels] + torch.einsum("nd,nde->ne", noise, mixing[labels])
 
 
@@ -145,16 +146,27 @@ def test_bound_touches_the_likelihood_at_the_posterior_and_nowhere_else(kind: Co
         )  # the gap is the divergence from the posterior
 
 
-def test_bound_from_statistics_is_the_bound_from_rows() -> None:
+def test_bound_from_statistics_is_the_bound_from_samples() -> None:
     x = blobs(60)
     for kind, centered in itertools.product(KINDS, (False, True)):
         theta = start(kind, x)[0].batched()
         statistics = e_step(theta.components(centered), x)
         moved = m_step(statistics, torch.full((5,), 1e-6, dtype=torch.float64), theta)
-        by_rows = evidence_lower_bound(posterior(theta.select(0), x), moved.select(0), x)
+        by_samples = evidence_lower_bound(posterior(theta.select(0), x), moved.select(0), x)
         by_sums = expected_log_joint(statistics, moved) + statistics.entropy
-        torch.testing.assert_close(by_sums[0], by_rows, rtol=1e-10, atol=1e-8)
-        assert by_rows >= log_likelihood(theta.select(0), x) - 1e-9
+        torch.testing.assert_close(by_sums[0], by_samples, rtol=1e-10, atol=1e-8)
+        assert by_samples >= log_likelihood(theta.select(0), x) - 1e-9
+
+
+def test_names_of_the_version_before_warn() -> None:
+    with pytest.warns(FutureWarning, match=r"MixtureStatistics is now lightning_modules\.mixtures\.GaussianStatistics"):
+        assert em.MixtureStatistics is mixtures.GaussianStatistics
+    for name in (
+        "MixtureParameters", "best_clustering", "enumerated_log_likelihood", "evidence_lower_bound", "log_likelihood",
+        "posterior",
+    ):  # fmt: skip
+        with pytest.warns(FutureWarning, match=name):
+            assert getattr(em, name) is getattr(mixtures, name)
 
 
 def test_bound_refuses_what_is_no_distribution() -> None:
@@ -254,7 +266,7 @@ def test_an_empty_component_keeps_its_place_and_is_named() -> None:
     torch.testing.assert_close(model.best_parameters().means[1], far[0])
 
 
-def test_starts_run_side_by_side_and_the_best_is_kept() -> None:
+def test_restarts_run_side_by_side_and_the_best_is_kept() -> None:
     x = blobs(400, 3, 5)
     together = GaussianMixtureModel(5, n_init=4, init="random", max_iter=40)
     fit_in_memory(together, x)
@@ -299,9 +311,9 @@ def test_samples_have_the_moments_of_the_mixture() -> None:
         model = GaussianMixtureModel(3, covariance_type=kind)
         x = blobs()
         fit_in_memory(model, x)
-        rows, labels = model.sample(40_000, torch.Generator().manual_seed(0))
+        samples, labels = model.sample(40_000, torch.Generator().manual_seed(0))
         theta = model.best_parameters()
-        torch.testing.assert_close(rows.mean(0), theta.weights @ theta.means, rtol=0.05, atol=0.1)
+        torch.testing.assert_close(samples.mean(0), theta.weights @ theta.means, rtol=0.05, atol=0.1)
         torch.testing.assert_close(labels.bincount() / 40_000, theta.weights.float(), rtol=0.05, atol=0.01)
-        score = float(torch.logsumexp(model.log_joint(rows), 1).mean())
+        score = float(torch.logsumexp(model.log_joint(samples), 1).mean())
         assert score == pytest.approx(float(log_likelihood(theta, x)) / len(x), abs=0.3)

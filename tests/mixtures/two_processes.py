@@ -14,13 +14,13 @@ from datamodules._sampler import EpochBatches
 from lightning_modules import GaussianMixture, KMeans
 from tests.mixtures.student_t import StudentTMixture
 
-ROWS = 401  # odd: one rank has a row less
+SAMPLES = 401  # odd: one rank has a sample less
 
 
-def rows() -> Tensor:
+def samples() -> Tensor:
     generator = torch.Generator().manual_seed(0)
     centers = 4 * torch.randn(4, 3, generator=generator, dtype=torch.float64)
-    return centers[torch.arange(ROWS) % 4] + torch.randn(ROWS, 3, generator=generator, dtype=torch.float64)
+    return centers[torch.arange(SAMPLES) % 4] + torch.randn(SAMPLES, 3, generator=generator, dtype=torch.float64)
 
 
 class Weighted(Dataset[Any]):
@@ -53,7 +53,7 @@ CASES: dict[str, tuple[str, type[Any], dict[str, Any]]] = {
         GaussianMixture,
         {"covariance_type": "spherical", "init": "k-means||", "init_size": 40},
     ),
-    # which rows share a batch matters here, and Lightning shuffles a plain loader for several processes
+    # which samples share a batch matters here, and Lightning shuffles a plain loader for several processes
     "stepwise": ("weighted", GaussianMixture, {"algorithm": "stepwise"}),
     "k-means": ("plain", KMeans, {"num_components": 6, "init": "random", "n_init": 2}),
     "a family of one's own": ("plain", StudentTMixture, {"n_init": 2, "init_size": 40}),
@@ -75,7 +75,7 @@ def fit(case: str, world: int, rank: int) -> dict[str, Tensor]:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, loader(kind, rows(), world, rank))
+    trainer.fit(module, loader(kind, samples(), world, rank))
     return {name: value.clone() for name, value in module.state_dict().items()}
 
 
