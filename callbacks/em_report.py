@@ -181,9 +181,14 @@ def class_path(cls: type) -> str:
 
 
 def _caption(table: "ParameterTable") -> str:
-    now = table.get_parameters()
+    now, values = table.get_parameters(), table.values()
+    stopped = any(
+        stopped_at(table, name, value)
+        for name in table.learned
+        for value in values[:, table.columns(name)].flatten().tolist()
+    )
     fixed = ", ".join(f"{name} {_text(now[name])}" for name in table.names if name not in table.learned)
-    return escape("* rests on a bound" + (f"; fixed: {fixed}" if fixed else ""))
+    return escape("; ".join(["* rests on a bound"] * stopped + [f"fixed: {fixed}"] * bool(fixed)))
 
 
 def _heading(table: "ParameterTable", name: str) -> str:

@@ -41,10 +41,8 @@ def test_imports_run_one_way() -> None:
         ("lightning_modules/restoration.py", "import lightning"),
         ("lightning_modules/cli/restore.py", "import callbacks"),
         ("lightning_modules/imaging/crops.py", "def late():\n    import lightning_modules.graph.weights"),
-        ("lightning_modules/detection/pixels.py", "import datamodules.image_folder"),
         ("lightning_modules/mixtures/model.py", "import lightning_modules.mixtures.module"),
         ("lightning_modules/mixtures/gaussian/em.py", "import lightning_modules.mixtures.kmeans.em"),
-        ("datamodules/_random.py", "import lightning_modules.graph.noise"),
     ],
 )
 def test_a_forbidden_import_breaks_a_contract(tmp_path: Path, file: str, forbidden: str) -> None:

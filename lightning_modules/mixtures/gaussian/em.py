@@ -51,7 +51,7 @@ class MixtureParameters:
         return cls(covariance_type, centers.new_full((restarts, k), 1 / k), centers, unit.expand(shape))
 
     def batched(self) -> MixtureParameters:
-        """The same in float64 and with a leading dimension of rerestarts."""
+        """The same in float64 and with a leading dimension of restarts."""
         weights, means, covariances = self.weights.double(), self.means.double(), self.covariances.double()
         if means.ndim == 3:
             return MixtureParameters(self.covariance_type, weights, means, covariances)
