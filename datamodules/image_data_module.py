@@ -192,15 +192,15 @@ class ImageDataModule(L.LightningDataModule, ABC):
         return self.trainer.accumulate_grad_batches, self.trainer.num_training_batches
 
 
-class BatchDataset(Dataset[ImageBatch]):
+class BatchDataset(Dataset[ImageBatch], ABC):
     """A data set that is asked for whole batches."""
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
+    @abstractmethod
     def __getitem__(self, samples: SampleBatch) -> ImageBatch:
         """Returns the batch of these samples, with their `index`, `weight` and `key`."""
-        raise NotImplementedError
 
 
 class TensorImages(BatchDataset):
