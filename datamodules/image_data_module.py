@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules._augmentation import flip_and_shift
 from datamodules._sampler import EpochBatches, EpochLoader, FixedBatches, SampleBatch
+from lightning_modules._checkpoints import GuardedCheckpoint
 from lightning_modules.imaging import SPLIT_STREAMS, ImageBatch, decode_image, stream
 
 Split = Literal["train", "val", "test", "predict"]
@@ -29,7 +30,7 @@ _SPLITS: dict[str | None, tuple[Split, ...]] = {
 }
 
 
-class ImageDataModule(L.LightningDataModule, ABC):
+class ImageDataModule(GuardedCheckpoint, L.LightningDataModule, ABC):
     """Base for a DataModule of images: a subclass writes `load_split`, and `class_names` where there are classes.
 
     Its batches are `lightning_modules.imaging.ImageBatch`, the same on any number of processes and after a resume.
@@ -162,8 +163,9 @@ class ImageDataModule(L.LightningDataModule, ABC):
         return self._data[split]
 
     def _training_loader(self, sampler: type[EpochBatches], shuffle: bool) -> DataLoader[Any]:
-        options = {"shuffle": shuffle, "accumulation": self._accumulation, "done": self._batches_done}
-        return self._loader("train", EpochLoader, sampler, **options)
+        return self._loader(
+            "train", EpochLoader, sampler, shuffle=shuffle, accumulation=self._accumulation, done=self._batches_done
+        )
 
     def _loader(
         self,

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
+from lightning_modules._checkpoints import GuardedCheckpoint
 from lightning_modules.mixtures.collectives import Collectives
 from lightning_modules.mixtures.initialization import Samples
 from lightning_modules.mixtures.interruption import FitRecord
@@ -20,7 +21,7 @@ from lightning_modules.mixtures.model import ClusteringModel, EpochResult, Mixtu
 EPOCH_STATE = "clustering_epoch"
 
 
-class ClusteringModule(L.LightningModule):
+class ClusteringModule(GuardedCheckpoint, L.LightningModule):
     """Base of `MixtureModule` and `KMeans`: a `ClusteringModel` fed by a Trainer.
 
     A batch is a tensor `[B, …]`, a tuple or list whose first entry is one, or a dictionary with `image` (or `x`,

@@ -151,7 +151,9 @@ MOMENTS = {
 
 
 @pytest.mark.parametrize("family", MOMENTS)
-def test_written_at_any_moment(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_written_at_any_moment(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """As a signal of the queue has it: the checkpoint is written where the run happens to be."""
     whole = FAMILIES[family]()
     fit(whole, stream(tmp_path))
@@ -163,8 +165,11 @@ def test_written_at_any_moment(family: str, tmp_path: Path, monkeypatch: pytest.
             fit(first, stream(tmp_path))
         monkeypatch.undo()
         resumed = FAMILIES[family]()
+        caplog.clear()
         fit(resumed, stream(tmp_path), ckpt_path=path)
         assert_same(resumed, whole)
+        # the E-step is where a run spends its time: from there it goes on with the same batch
+        assert (name == "e_step") <= ("starts again" not in caplog.text)
 
 
 def interrupt(module: Any, name: str, count: int, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
