@@ -1,4 +1,4 @@
-"""What a checkpoint may build: the classes it names are asked about before anything of theirs is imported."""
+"""Guard of checkpoints: the classes that one names are asked about before anything of theirs is imported."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class _Trust:
 
     def check_found(self, name: str, found: Any) -> None:
         """Refuse what a name leads to: a class or function that comes from elsewhere, or what is neither."""
-        if name in self.named:
+        if name in self.named or name in self.allow:
             return
         origin = getattr(found, "__module__", None)
         whole = f"{origin}.{getattr(found, '__qualname__', '')}"

@@ -50,11 +50,12 @@ def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         path = tmp_path / f"{name}.py"
         path.parent.mkdir(exist_ok=True)
         path.write_text(EVIL)
+    (tmp_path / "evilalias.py").write_text("from evilmod import Evil, make")
     (tmp_path / "evil.yaml").write_text(yaml.safe_dump({"class_path": "evilmod.Evil"}))
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.chdir(tmp_path)
     yield
-    for name in ("evilmod", "evilpkg", "evilpkg.inner"):
+    for name in ("evilmod", "evilalias", "evilpkg", "evilpkg.inner"):
         sys.modules.pop(name, None)
     import builtins
 
@@ -193,6 +194,11 @@ def test_what_the_caller_allows_is_built(plain: dict[str, Any], tmp_path: Path) 
     other = write(tmp_path / "y.ckpt", plain, backbone={"class_path": "evilmod.builtins.eval"})
     with pytest.raises(UntrustedCheckpointError, match=r"builtins.eval"):
         GraphDiffusionReconstruction.load_from_checkpoint(other, allow=["evilmod"])
+    # what a module has from elsewhere is allowed by its own name, which is what the refusal advises
+    other = write(tmp_path / "z.ckpt", plain, backbone={"class_path": "evilalias.make"})
+    with pytest.raises(UntrustedCheckpointError, match=r"allow=\['evilalias.make'\]"):
+        GraphDiffusionReconstruction.load_from_checkpoint(other, allow=["evilalias"])
+    GraphDiffusionReconstruction.load_from_checkpoint(other, allow=["evilalias.make"], strict=False)
     # what the caller gives, the caller has named
     own = GraphDiffusionReconstruction.load_from_checkpoint(
         path, backbone={"class_path": "evilpkg.inner.Evil"}, strict=False
