@@ -10,7 +10,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from _photograph import photograph_rows
 from _plain_torch import plain_image_operator
 from _timing import floor_ms, in_own_process, median_ms, record
 from torch import Tensor
@@ -55,7 +54,6 @@ print(forward - begin, time.perf_counter() - begin)
 def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Results of this section, as records of `_timing.record`."""
     yield from _operator(options)
-    yield from photograph_rows(bm3d=True)
     yield from _large(options)
     yield from _scaling()
 
