@@ -3,21 +3,16 @@
 python docs/picture_em_study.py
 """
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from tables import rows as load
 
 DOCS = Path(__file__).parent
 COLORS = {"fixed": "0.5", "learned": "C0"}
-
-
-def load(name: str) -> list[dict[str, Any]]:
-    records: list[dict[str, Any]] = json.loads((DOCS / "results" / f"{name}.json").read_text())
-    return records
 
 
 def save(figure: Figure, name: str) -> None:
@@ -49,7 +44,7 @@ def impact() -> Figure:
 
 def search() -> Figure:
     """Quality over images restored: learning runs by batch, searches by trial; median and range of the seeds."""
-    records = load("em_vs_search")
+    records = [record for record in load("em_vs_search") if "failed" not in record]
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
     works = list(dict.fromkeys(record["work"] for record in records))
