@@ -9,6 +9,7 @@ within 0.01 dB of the best, the one with the shortest trials. Parameters are jud
 defaults, work in log space and know the bounds; seconds and images restored are given for each.
 """
 
+import itertools
 import logging
 import statistics
 import time
@@ -34,7 +35,7 @@ from lightning_modules.em.objectives import squared_error
 from lightning_modules.imaging import seeded_normal
 
 BATCH_SIZE = 16
-LENGTHS = (1, 2, 5, 10)  # batches of a trial
+LENGTHS = (1, 2, 5)  # batches of a trial
 NEAR = 0.01  # dB
 RULES: dict[str, Callable[[], Rule]] = {"GradientRule": lambda: GradientRule(lr=0.1), "NewtonRule": NewtonRule}
 Parameters = dict[str, float]
@@ -145,8 +146,7 @@ def learn(data: CIFAR10DataModule, steps: int, rule: Rule) -> Course:
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=50, help="batches of a learning run")
-    parser.add_argument("--trials", type=int, default=100, help="of a search")
-    parser.add_argument("--tuning-trials", type=int, default=30, help="of a search whose settings are being found")
+    parser.add_argument("--trials", type=int, nargs="+", default=[30, 100], help="of a search, one run for each number")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tuning-seeds", type=int, nargs="+", default=[10, 11, 12])
     parser.add_argument("--images", type=int, default=200, help="test images")
@@ -159,26 +159,32 @@ def main() -> None:
     def data(seed: int) -> CIFAR10DataModule:
         return CIFAR10DataModule(root=str(options.data), batch_size=BATCH_SIZE, val_size=100, augment=False, seed=seed)
 
-    def judge(images: TestImages, parameters: Parameters) -> float:
-        with torch.no_grad():
-            return float(images.quality(parameters))
+    @torch.no_grad()
+    def judge(images: TestImages, course: Course) -> list[float]:
+        """Quality after each step; the best parameters of a search stay the same for many."""
+        known: dict[tuple[float, ...], float] = {}
+        for _, parameters in course:
+            key = tuple(parameters.values())
+            if key not in known:
+                known[key] = float(images.quality(parameters))
+        return [known[tuple(parameters.values())] for _, parameters in course]
 
-    def best_setting(search: Search) -> tuple[Setting, int]:
-        """Setting and length of a trial: the shortest of the best ones on validation images."""
-        found = []
-        for length in LENGTHS:
-            for setting in search.settings:
-                scores = []
-                for seed in options.tuning_seeds:
-                    objective = Objective(data(seed), length)
-                    search.run(objective, options.tuning_trials, seed, **setting)
-                    scores.append(judge(validation, objective.course[-1][1]))
-                found.append((statistics.mean(scores), length, setting))
-        best = max(score for score, *_ in found)
-        _, length, setting = min(
-            (each for each in found if each[0] >= best - NEAR), key=lambda each: (each[1], -each[0])
-        )
-        return setting, length
+    def best_settings(search: Search) -> dict[int, tuple[int, Setting]]:
+        """For each number of trials the length of a trial and the setting that did best on validation images."""
+        scores: dict[int, list[tuple[float, int, Setting]]] = {count: [] for count in options.trials}
+        for length, setting in itertools.product(LENGTHS, search.settings):
+            found = []
+            for seed in options.tuning_seeds:
+                objective = Objective(data(seed), length)
+                search.run(objective, max(options.trials), seed, **setting)
+                found.append(judge(validation, objective.course))
+            for count, those in scores.items():
+                those.append((statistics.mean(each[min(count, len(each)) - 1] for each in found), length, setting))
+        near = {
+            c: [each for each in those if each[0] >= max(each[0] for each in those) - NEAR]
+            for c, those in scores.items()
+        }
+        return {count: min(those, key=lambda each: (each[1], -each[0]))[1:] for count, those in near.items()}
 
     validation = TestImages(data(options.tuning_seeds[0]), 100, split="val")
     images = TestImages(data(0), options.images)
@@ -186,24 +192,23 @@ def main() -> None:
     print(f"oracle {best:.3f} dB", flush=True)
     records: list[dict[str, Any]] = []
 
-    def report(work: str, seed: int, each: int, course: Course, **more: Any) -> None:
-        """A row for each step of a course: what it had cost, and how good it was."""
-        for count, (seconds, parameters) in enumerate(course, 1):
-            row = {"work": work, "seed": seed, "count": count, "images": count * each, "seconds": seconds, **more}
-            records.append({**row, "psnr": judge(images, parameters), "psnr_oracle": best})
+    def report(work: str, seed: int, batches: int, course: Course, **more: Any) -> None:
+        """A row for a course: seconds and quality after each step, or trial, of so many batches."""
+        seconds, scores = [round(point[0], 4) for point in course], [round(s, 4) for s in judge(images, course)]
+        row = {"work": work, "seed": seed, "batches": batches, "images": batches * BATCH_SIZE, **more}
+        records.append({**row, "seconds": seconds, "psnr": scores, "psnr_oracle": best})
         write_json(options.json, records)
-        print(f"{work}, seed {seed}: {records[-1]}", flush=True)
+        print(f"{row}: {scores[-1]:.3f} dB after {len(course)}, {seconds[-1]:.2f} s", flush=True)
 
-    for seed in options.seeds:
-        for name, make in RULES.items():
-            report(name, seed, BATCH_SIZE, learn(data(seed), options.steps, make()))
+    for seed, (name, make) in itertools.product(options.seeds, RULES.items()):
+        report(name, seed, 1, learn(data(seed), options.steps, make()))
     for name, search in SEARCHES.items():
         try:
-            setting, length = best_setting(search)
-            for seed in options.seeds:
-                objective = Objective(data(seed), length)
-                search.run(objective, options.trials, seed, **setting)
-                report(name, seed, length * BATCH_SIZE, objective.course, batches=length, setting=setting)
+            for count, (length, setting) in best_settings(search).items():
+                for seed in options.seeds:
+                    objective = Objective(data(seed), length)
+                    search.run(objective, count, seed, **setting)
+                    report(name, seed, length, objective.course, trials=count, setting=setting)
         except Exception as error:
             records.append({"work": name, "failed": failure(error)})
             write_json(options.json, records)

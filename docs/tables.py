@@ -209,20 +209,19 @@ table("em_rules")(_rules("blind"))
 def em_vs_search(found: list[Row]) -> tuple[list[str], Iterable[list[str]]]:
     header = ["", "images restored", "seconds", "PSNR of the test images, by seed"]
     lines = []
-    counts = {"GradientRule": (15, 50), "NewtonRule": (5, 10, 50)}
-    for work in dict.fromkeys(row["work"] for row in found):
-        own = [row for row in found if row["work"] == work]
+    for work, trials in dict.fromkeys((row["work"], row.get("trials")) for row in found):
+        own = [row for row in found if (row["work"], row.get("trials")) == (work, trials)]
         if "failed" in own[0]:
             lines.append([work, "", "", f"failed: {own[0]['failed']}"])
             continue
-        last = max(row["count"] for row in own)
-        for count in sorted({*counts.get(work, (10, 30)), last} & {row["count"] for row in own}):
-            at = [row for row in own if row["count"] == count]
-            plural = "" if at[0].get("batches") == 1 else "es"
-            name = f"`{work}`, {count} batches" if work in counts else f"{work}, {count} trials of "
-            name += "" if work in counts else f"{at[0]['batches']} batch{plural}"
-            scores = ", ".join(db(row["psnr"], 3) for row in at)
-            lines.append([name, f"{at[0]['images']:,}", f"{median(row['seconds'] for row in at):.2f}", scores])
+        for count in (len(own[0]["psnr"]),) if trials else (5, 10, 15, 50):
+            name = f"`{work}`, {count} batches"
+            if trials:
+                name = f"{work}, {trials} trials of {own[0]['batches']} batch{'' if own[0]['batches'] == 1 else 'es'}"
+            at = [min(count, len(row["psnr"])) - 1 for row in own]
+            seconds = median(row["seconds"][where] for row, where in zip(own, at, strict=True))
+            scores = ", ".join(db(row["psnr"][where], 3) for row, where in zip(own, at, strict=True))
+            lines.append([name, f"{count * own[0]['images']:,}", f"{seconds:.2f}", scores])
     return header, [*lines, ["oracle, on the test images", "", "", db(found[0]["psnr_oracle"], 3)]]
 
 
