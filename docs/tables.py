@@ -22,8 +22,8 @@ RESULTS = PROJECT / "docs" / "results"
 _MARKED = re.compile(r"(<!-- table: (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Row = dict[str, Any]
-# From the rows of a record to the header and the lines of a table.
-Make = Callable[[list[Row]], tuple[list[str], Iterable[list[str]]]]
+Columns = tuple[list[str], Iterable[list[str]]]  # the header and the lines of a table
+Make = Callable[[list[Row]], Columns]  # from the rows of a record
 TABLES: dict[str, Callable[[], str]] = {}
 
 
@@ -91,7 +91,7 @@ def markdown(header: list[str], lines: Iterable[list[str]], record: str) -> str:
     table = "\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |").replace("|  |", "| |") for line in text)
     source = f"`docs/results/{record}.json`"
     if not made:
-        return f"{table}\n\n*{source}, of an earlier version.*"
+        return f"{table}\n\n*{source}, from before records held more than their rows.*"
     threads = "one thread" if made["threads"] == 1 else f"{made['threads']} threads"
     where = f"{threads} of {made['processor']}, torch {made['versions']['torch'].partition('+')[0]}"
     return f"{table}\n\n*{source}: `{made['command']}`\nat {made['commit'][:8]}, {where}.*"
@@ -116,7 +116,7 @@ def db(value: float, digits: int = 2) -> str:
 
 
 @table("recovery")
-def recovery(found: list[Row]) -> tuple[list[str], Iterable[list[str]]]:
+def recovery(found: list[Row]) -> Columns:
     header = ["start (σ, τ, σ_s, σ_f)", "at the start", "after 15 batches", "after 50", "to the oracle"]
     return header, (
         [
@@ -130,7 +130,7 @@ def recovery(found: list[Row]) -> tuple[list[str], Iterable[list[str]]]:
 
 
 @table("operators")
-def operators(found: list[Row]) -> tuple[list[str], Iterable[list[str]]]:
+def operators(found: list[Row]) -> Columns:
     header = ["operator", "learned, worst start, with clean images", "without", "oracle", "ms an image"]
     lines = []
     for name in dict.fromkeys(row["operator"] for row in found):
@@ -149,7 +149,7 @@ def operators(found: list[Row]) -> tuple[list[str], Iterable[list[str]]]:
 
 
 @table("graph_gain")
-def graph_gain(found: list[Row]) -> tuple[list[str], Iterable[list[str]]]:
+def graph_gain(found: list[Row]) -> Columns:
     header = ["weights of the network", "seed", "without graph", "with graph", "gain", "seconds without, with"]
     lines, gains = [], dict[int, list[float]]()
     for on, off in zip(found[::2], found[1::2], strict=False):
@@ -164,7 +164,7 @@ def graph_gain(found: list[Row]) -> tuple[list[str], Iterable[list[str]]]:
 
 
 @table("em_regimes")
-def em_regimes(found: list[Row]) -> tuple[list[str], Iterable[list[str]]]:
+def em_regimes(found: list[Row]) -> Columns:
     header = ["learned by", "parameters", "mean", "5", "15", "25", "50"]
     names = {"supervised": "squared error", "sure": "risk estimate, no clean image"}
     lines = []
@@ -177,7 +177,7 @@ def em_regimes(found: list[Row]) -> tuple[list[str], Iterable[list[str]]]:
 
 
 def _rules(noise: str) -> Make:
-    def make(found: list[Row]) -> tuple[list[str], Iterable[list[str]]]:
+    def make(found: list[Row]) -> Columns:
         header = ["learns from", "rule", "within 0.05 dB after, median", "worst", "never"]
         header += ["distance to the oracle at the end, median (worst)", "ms a step of the rule"]
 
@@ -206,7 +206,7 @@ table("em_rules")(_rules("blind"))
 
 
 @table("em_vs_search")
-def em_vs_search(found: list[Row]) -> tuple[list[str], Iterable[list[str]]]:
+def em_vs_search(found: list[Row]) -> Columns:
     header = ["", "images restored", "seconds", "PSNR of the test images, by seed"]
     lines = []
     for work, trials in dict.fromkeys((row["work"], row.get("trials")) for row in found):
@@ -226,7 +226,7 @@ def em_vs_search(found: list[Row]) -> tuple[list[str], Iterable[list[str]]]:
 
 
 @table("em_impact")
-def em_impact(found: list[Row]) -> tuple[list[str], Iterable[list[str]]]:
+def em_impact(found: list[Row]) -> Columns:
     header = ["setting", "parameters", "MSE ·10³", "PSNR", "lower MSE, mean (range) of the seeds"]
     header += ["steps to the fixed run's final MSE"]
     ends = {(r["setting"], r["variant"], r["seed"]): r for r in found if r["final"]}
@@ -254,11 +254,34 @@ def _reached(found: list[Row], fixed: Row, end: Row) -> str:
     return "never" if step is None else f"{step} of {fixed['step']}"
 
 
+@table("textbook")
+def textbook(found: list[Row]) -> Columns:
+    header = ["rule", "seed", "noisy", "untrained", "trained", "σ, τ of the rows"]
+    lines = []
+    for row in found:
+        ranges = [[values[name] for values in row["rows"].values()] for name in ("sigma", "tau")]
+        spread = ", ".join(f"{min(values):.2f} to {max(values):.2f}" for values in ranges)
+        numbers = [db(value) for value in (row["psnr_noisy"], row["psnr"][0], row["psnr"][-1])]
+        lines.append([f"`{row['rule']}`", str(row["seed"]), *numbers, spread])
+    return header, lines
+
+
+@table("textbook")
+def textbook_classes(found: list[Row]) -> Columns:
+    row = next(row for row in found if row["rule"] == "SignRule")
+    everything = {"global set": row["parameters"], **row["rows"]}
+    losses = {name: f"{loss:.4f}" for name, loss in row["class_loss"].items()}
+    return ["`SignRule`, the first seed", "σ", "τ", "smooth_steps", "loss"], (
+        [name, db(theta["sigma"], 3), db(theta["tau"], 3), str(theta["smooth_steps"]), losses.get(name, "")]
+        for name, theta in everything.items()
+    )
+
+
 # Photographs
 
 
 @table("photographs")
-def photographs(found: list[Row]) -> tuple[list[str], Iterable[list[str]]]:
+def photographs(found: list[Row]) -> Columns:
     return ["noise, of 255", "noisy", "level told", "level estimated", "SSIM"], _restored(found, stored=False)
 
 
@@ -273,7 +296,7 @@ def _restored(found: list[Row], stored: bool) -> Iterable[list[str]]:
 
 
 @table("patch_prior")
-def patch_prior(found: list[Row]) -> tuple[list[str], Iterable[list[str]]]:
+def patch_prior(found: list[Row]) -> Columns:
     return ["set", "PSNR", "SSIM", "seconds a photograph"], (
         [row["set"], f"{row['mean']['psnr']:.2f} dB", f"{row['mean']['ssim']:.3f}", _digits(row["mean"]["seconds"])]
         for row in found
@@ -285,7 +308,7 @@ def patch_prior(found: list[Row]) -> tuple[list[str], Iterable[list[str]]]:
 
 
 @table("mixtures")
-def mixtures(found: list[Row]) -> tuple[list[str], Iterable[list[str]]]:
+def mixtures(found: list[Row]) -> Columns:
     lines = []
     for row in (row for row in found if "library" in row):
         work = row["work"] + (f", {row['iterations']}" if row["work"].endswith("rest") else "")
@@ -298,7 +321,7 @@ def mixtures(found: list[Row]) -> tuple[list[str], Iterable[list[str]]]:
 
 
 @table("mixtures")
-def mixture_stream(found: list[Row]) -> tuple[list[str], Iterable[list[str]]]:
+def mixture_stream(found: list[Row]) -> Columns:
     lines = []
     for row in (row for row in found if "library" not in row):
         peak = row.get("peak_mib", row.get("peak_mib_above_start"))
@@ -313,7 +336,7 @@ def mixture_stream(found: list[Row]) -> tuple[list[str], Iterable[list[str]]]:
 def _speed(name: str, *works: str) -> None:
     """A table of those rows of `speed.json` whose work begins so."""
 
-    def make(found: list[Row]) -> tuple[list[str], Iterable[list[str]]]:
+    def make(found: list[Row]) -> Columns:
         lines, last = [], None
         for row in (row for row in found if row["work"].startswith(works)):
             ours = ms(row["ours_ms"]) + (f", {db(row['psnr'])} dB" if "psnr" in row else "")
@@ -342,7 +365,7 @@ _speed("speed_sizes", *(f"{side}×{side}" for side in (512, 1024, 2048)))
 
 
 @table("speed")
-def speed_growth(found: list[Row]) -> tuple[list[str], Iterable[list[str]]]:
+def speed_growth(found: list[Row]) -> Columns:
     series: dict[str, list[Row]] = {}
     for row in found:
         if row["work"].startswith("scaling with "):

@@ -74,6 +74,7 @@ EARLY = {
     "noise_level": "no page shows it",
     "operators": "an hour of searching",
     "photographs": "comes with the weights",
+    "textbook": "hours of training",
 }
 
 
