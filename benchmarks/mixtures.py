@@ -291,7 +291,7 @@ def streaming_memory(rows: int, width: int = 64) -> dict[str, Any]:
         )
         taken = time.perf_counter() - begin
     return {
-        "work": "lightning-em fit of a file",
+        "work": "lightning-em fit",
         "rows": rows,
         "width": width,
         "peak_mib": int(done.stdout.split("PEAK")[1].split()[0]) / 1024,

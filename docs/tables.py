@@ -324,9 +324,11 @@ def mixtures(found: list[Row]) -> Columns:
 def mixture_stream(found: list[Row]) -> Columns:
     lines = []
     for row in (row for row in found if "library" not in row):
-        peak = row.get("peak_mib", row.get("peak_mib_above_start"))
-        each = _digits(1e6 * row["seconds"] / row["rows"])
-        lines.append([row["work"], f"{row['rows']:,}", f"{each} µs", f"{peak:.0f} MiB" if "peak_mib" in row else ""])
+        if row["work"] == "stream":
+            each = f"{_digits(row['microseconds_per_row'])} µs"
+            lines.append(["an iteration", f"{row['rows']:,}", each, f"{row['peak_mib_above_start']:.0f} MiB more"])
+        else:
+            lines.append([f"`{row['work']}`", f"{row['rows']:,}", "", f"{row['peak_mib']:.0f} MiB, imports included"])
     return ["work", "rows", "time a row", "peak memory"], lines
 
 
