@@ -1,7 +1,6 @@
 """The command `lightning-em`: `fit`, `validate`, `test` and `predict` by Lightning, `restore` without it."""
 
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,7 +17,9 @@ def main(args: list[str] | None = None) -> None:
     """
     words = sys.argv[1:] if args is None else args
     if words[:1] == ["--version"]:
-        print(_version())
+        from lightning_modules._version import package_version
+
+        print(package_version())
     elif words[:1] == ["restore"]:
         from lightning_modules.cli.restore import run
 
@@ -28,13 +29,6 @@ def main(args: list[str] | None = None) -> None:
         from lightning_modules.cli.training import build
 
         build(args, run=True)
-
-
-def _version() -> str:
-    try:
-        return version("lightning-em")
-    except PackageNotFoundError:  # a checkout on the path, not installed
-        return "0+unknown"
 
 
 def __getattr__(name: str) -> Any:

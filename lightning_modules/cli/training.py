@@ -1,5 +1,6 @@
 """`lightning-em fit|validate|test|predict`, by Lightning's own command line."""
 
+import re
 import shlex
 import sys
 import warnings
@@ -17,8 +18,10 @@ if not sys.warnoptions:
     warnings.filterwarnings("ignore", "You have overridden `on_before_batch_transfer` in `LightningModule`")
 
 import lightning as L
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
 # Importing the packages is what makes their classes known by their short names on the command line.
@@ -31,13 +34,15 @@ import lightning_modules.mixtures.kmeans.module
 import lightning_modules.networks
 import lightning_modules.patch_mixture
 import lightning_modules.reconstruction
+from lightning_modules.checkpoint_file import CheckpointError, read_checkpoint
+from lightning_modules.checkpoints import AtomicCheckpointIO, check_class, check_content, checkpoint_paths
 
 
 class EMCommand(LightningCLI):
     """Lightning's command line for modules trained by expectation-maximisation.
 
-    Class names travel from the data to the rows of the parameter table, where the module has one; and `fit` ends by
-    saying what to run next.
+    Class names travel from the data to the rows of the parameter table, where the module has one. Checkpoints are
+    written whole; a run that is resumed goes on in its folder; and `fit` ends by saying what to run next.
     """
 
     def before_instantiate_classes(self) -> None:
@@ -47,6 +52,8 @@ class EMCommand(LightningCLI):
         config = self.config[self.subcommand] if self.subcommand else self.config
         if config.trainer.enable_progress_bar is False and config.trainer.callbacks:
             config.trainer.callbacks = [c for c in config.trainer.callbacks if not _is_progress_bar(c.class_path)]
+        if self.subcommand == "fit" and config.ckpt_path:
+            _stay_in_folder(config.trainer.logger, Path(config.ckpt_path))
         table = config.get("model.init_args.em_parameters.init_args")
         if table is None or table.get("row_names") is not None:
             return
@@ -54,19 +61,48 @@ class EMCommand(LightningCLI):
             "data.class_names", "model.init_args.em_parameters.init_args.row_names", apply_on="instantiate"
         )
 
+    def after_instantiate_classes(self) -> None:
+        """Write checkpoints whole, unless the configuration brings a plugin of its own."""
+        strategy = self.trainer.strategy
+        if (
+            isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
+            and type(strategy.checkpoint_io) is TorchCheckpointIO
+        ):
+            strategy.checkpoint_io = AtomicCheckpointIO()
+
     def after_fit(self) -> None:
-        """Say what to run next."""
-        checkpoint = getattr(self.trainer.checkpoint_callback, "best_model_path", "") or getattr(
-            self.trainer.checkpoint_callback, "last_model_path", ""
-        )
-        if not checkpoint or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        """Say what to run next: what evaluates the best state, and what goes on from the newest."""
+        best, last = checkpoint_paths(self.trainer)
+        if not (best or last) or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        checkpoint = _relative(checkpoint)
         root = _relative(self.trainer.log_dir or self.trainer.default_root_dir)
-        words = shlex.join([*(word for word in self._arguments if word != "fit"), "--ckpt_path", checkpoint])
-        lines = [f"  lightning-em {verb} {words}" for verb in ("validate", "test", "predict")]
+        words = _without("--ckpt_path", [word for word in self._arguments if word != "fit"])
+        lines = [self._next(verb, words, best or last) for verb in ("validate", "test", "predict")]
+        if last:
+            limit = self.trainer.max_epochs or -1
+            if 0 < limit <= self.trainer.current_epoch:
+                words = [*_without("--trainer.max_epochs", words), "--trainer.max_epochs", str(2 * limit)]
+            lines.append(self._next("fit", words, last))
         lines.append(f"  tensorboard --logdir {root}")
         rank_zero_info("\nNext:\n" + "\n".join(lines))
+
+    @staticmethod
+    def _next(verb: str, words: Sequence[str], checkpoint: str) -> str:
+        return f"  lightning-em {verb} {shlex.join([*words, '--ckpt_path', _relative(checkpoint)])}"
+
+    def _parse_ckpt_path(self) -> None:
+        """Name a checkpoint that cannot be used, before Lightning takes the hyperparameters from it."""
+        config = self.config.get(self.config.get("subcommand") or "") or {}
+        path, model = config.get("ckpt_path"), config.get("model")
+        if path and Path(path).exists():
+            stored = check_content(read_checkpoint(path, "meta"), path)
+            kind = locate(model.class_path) if model is not None else None
+            if isinstance(kind, type):
+                try:
+                    check_class(kind, stored)
+                except CheckpointError as error:
+                    raise CheckpointError(f"{path} does not fit the configuration: {error}") from None
+        super()._parse_ckpt_path()
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and keep the words for the hints at the end."""
@@ -82,18 +118,49 @@ def build(args: list[str] | None, run: bool = False) -> EMCommand:
         run: Take the verb (`fit`, `validate`, `test` or `predict`) from the words and run it.
     """
     _check_packages()
-    return EMCommand(
-        L.LightningModule,
-        L.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        seed_everything_default=0,
-        save_config_kwargs={"overwrite": True},
-        run=run,
-        args=args,
-        parser_kwargs={"epilog": "Beside these: `lightning-em restore PATH...` restores photographs without training."},
-    )
+    try:
+        return EMCommand(
+            L.LightningModule,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            run=run,
+            args=args,
+            parser_kwargs={
+                "epilog": "Beside these: `lightning-em restore PATH...` restores photographs without training."
+            },
+        )
+    except CheckpointError as error:
+        raise SystemExit(f"lightning-em: {error}") from None
+
+
+def _stay_in_folder(logger: Any, checkpoint: Path) -> None:
+    """Lets a resumed run go on in its folder, `version_N`, unless a later state is there, which it would replace."""
+    arguments = getattr(logger, "init_args", None) or {}
+    run = checkpoint.resolve().parent.parent
+    number = re.fullmatch(r"version_(\d+)", run.name)
+    home = Path(str(arguments.get("save_dir"))) / str(arguments.get("name"))
+    if number is None or arguments.get("version") is not None or home.resolve() != run.parent:
+        return
+    last = checkpoint.resolve().parent / "last.ckpt"
+    if last.is_file() and last != checkpoint.resolve():
+        steps = [read_checkpoint(path, "meta").get("global_step", 0) for path in (checkpoint, last)]
+        if steps[0] < steps[1]:
+            rank_zero_info(f"{last} is further on, at step {steps[1]}: this run gets a folder of its own")
+            return
+    arguments["version"] = int(number[1])
+
+
+def _without(option: str, words: Sequence[str]) -> list[str]:
+    """The words without an option and its value."""
+    kept = list(words)
+    while option in kept:
+        place = kept.index(option)
+        del kept[place : place + 2]
+    return [word for word in kept if not word.startswith(f"{option}=")]
 
 
 def _is_progress_bar(class_path: str) -> bool:

@@ -4,18 +4,18 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
-import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
+from lightning_modules.checkpoints import CheckpointedModule
 from lightning_modules.mixtures.collectives import Collectives
 from lightning_modules.mixtures.initialization import Samples
 from lightning_modules.mixtures.model import ClusteringModel, EpochResult, MixtureModel
 
 
-class ClusteringModule(L.LightningModule):
+class ClusteringModule(CheckpointedModule):
     """Base of `MixtureModule` and `KMeans`: a `ClusteringModel` fed by a Trainer.
 
     A batch is a tensor `[B, …]`, a tuple or list whose first entry is one, or a dictionary with `image` (or `x`,
