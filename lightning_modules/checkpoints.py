@@ -118,6 +118,14 @@ class CheckpointedModule(L.LightningModule):
             except (RuntimeError, ValueError):
                 self.load_state_dict(former, strict=False)
                 raise
+        if trainer.state.fn == "fit":
+            _finish_epoch(checkpoint, trainer)
+
+    def on_validation_start(self) -> None:
+        """Takes back the mark that `_finish_epoch` has left for the loop of the trainer."""
+        total: Any = self.trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
+        if self.trainer.state.fn == "fit" and (total.started, total.processed) == (1, 0):
+            total.reset()
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **options: Any) -> Self:
@@ -138,6 +146,29 @@ class CheckpointedModule(L.LightningModule):
     def _classes(self) -> dict[str, str]:
         parts = {"class": self, "operator": getattr(self, "operator", None)}
         return {name: class_name(type(part)) for name, part in parts.items() if part is not None}
+
+
+def _finish_epoch(checkpoint: dict[str, Any], trainer: Trainer) -> None:
+    """Lets a run resumed after the last batch of an epoch begin with that epoch's validation and end.
+
+    Lightning goes on with the next epoch instead: what validation fits, and what the end of an epoch does, would be left
+    out. The state of its loops becomes that of a run stopped when validation had begun. It needs data that go on where
+    they were, here with nothing; other loaders would begin the epoch once more.
+    """
+    loop = checkpoint.get("loops", {}).get("fit_loop", {})
+    batches = loop.get("epoch_loop.batch_progress", {"is_last_batch": False})
+    if not batches["is_last_batch"] or batches["total"]["completed"] != batches["total"]["processed"] - 1:
+        return
+    if not loop["state_dict"].get("combined_loader"):
+        return
+    for counts in (batches["total"], batches["current"]):
+        counts["completed"] = counts["processed"]
+    validation = loop["epoch_loop.val_loop.batch_progress"]
+    validation["current"] = dict.fromkeys(validation["current"], 0)
+    validation["total"] = {**validation["current"], "ready": 1, "started": 1}
+    every, epoch = trainer.check_val_every_n_epoch, loop["epoch_progress"]["current"]["processed"]
+    if every is not None and (epoch + 1) % every:  # without validation the loop does not count the batch itself
+        loop["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
 
 
 def checkpoint_paths(trainer: Trainer) -> tuple[str, str]:

@@ -156,6 +156,29 @@ class TestTheNewestState:
         assert {"last.ckpt", "last-v1.ckpt"} <= {path.name for path in tmp_path.iterdir()}
 
 
+@pytest.mark.parametrize("step", [7, 10])  # in the middle of an epoch of five steps, and after its last
+@pytest.mark.parametrize("network", [False, True])
+def test_a_run_resumed_at_a_step_is_the_uninterrupted_one(tmp_path: Path, network: bool, step: int) -> None:
+    def steps(root: Path) -> ModelCheckpoint:
+        return ModelCheckpoint(dirpath=root, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+
+    def model() -> Worsening:
+        return make(backbone=Net(3) if network else None)
+
+    whole, module = model(), model()
+    trainer = fit(make_trainer(tmp_path, usual(tmp_path), steps(tmp_path)), whole)
+    other = tmp_path / "other"
+    resumed = fit(make_trainer(other, usual(other), steps(other)), module, tmp_path / f"step={step}.ckpt")
+    for name, value in whole.state_dict().items():
+        assert torch.equal(module.state_dict()[name], value), name
+    one, two = (state(root / "step=20.ckpt") for root in (tmp_path, other))
+    assert one["epoch"] == two["epoch"]
+    assert str(one["optimizer_states"]) == str(two["optimizer_states"])
+    assert str(one["callbacks"]["EMParameterCallback"]) == str(two["callbacks"]["EMParameterCallback"])
+    for name, value in trainer.callback_metrics.items():
+        assert resumed.callback_metrics[name] == value, name
+
+
 class TestWriting:
     def test_nothing_goes_by_way_of_another_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("TMPDIR", "/nonexistent")

@@ -1,5 +1,6 @@
 """The command `lightning-em`: `fit`, `validate`, `test` and `predict` by Lightning, `restore` without it."""
 
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,10 @@ def main(args: list[str] | None = None) -> None:
         if code := run(words[1:]):
             raise SystemExit(code)
     else:
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # before Lightning is loaded, which takes seconds
+            from lightning_modules.cli.processes import end_with_parent
+
+            end_with_parent()
         from lightning_modules.cli.training import build
 
         build(args, run=True)

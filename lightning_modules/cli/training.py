@@ -1,8 +1,11 @@
 """`lightning-em fit|validate|test|predict`, by Lightning's own command line."""
 
+import os
 import re
 import shlex
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +22,8 @@ if not sys.warnoptions:
 
 import lightning as L
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
@@ -36,6 +40,36 @@ import lightning_modules.patch_mixture
 import lightning_modules.reconstruction
 from lightning_modules.checkpoint_file import CheckpointError, read_checkpoint
 from lightning_modules.checkpoints import AtomicCheckpointIO, check_class, check_content, checkpoint_paths
+
+# Seconds that a rank which is to end has for what remains.
+_PATIENCE = 10.0
+
+
+class EndTogether(Callback):
+    """Ends a rank at once that is sent SIGTERM.
+
+    Lightning's own handler waits for a broadcast in which the other ranks do not take part, so that all of them hang.
+    Where one has ended, the others end by what Lightning has for that: an observer of its children in the first rank,
+    which looks every five seconds. SLURM's requeuing has handlers of its own, which stay.
+    """
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Takes the place of Lightning's handler, which is set after every earlier hook."""
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        if trainer.world_size > 1 and not isinstance(environment, SLURMEnvironment):
+
+            def end(number: int, frame: Any) -> None:
+                signal.signal(number, signal.SIG_DFL)
+                late = threading.Timer(_PATIENCE, os._exit, (128 + number,))  # a save, say, waits for other ranks
+                late.daemon = True
+                late.start()
+                if trainer.strategy.launcher is not None:
+                    trainer.strategy.launcher.kill(number)
+                raise SystemExit(128 + number)
+
+            signal.signal(signal.SIGTERM, end)
+
+    on_validation_start = on_test_start = on_predict_start = on_train_start
 
 
 class EMCommand(LightningCLI):
@@ -127,6 +161,7 @@ def build(args: list[str] | None, run: bool = False) -> EMCommand:
             auto_configure_optimizers=False,
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
+            trainer_defaults={"callbacks": [EndTogether()]},
             run=run,
             args=args,
             parser_kwargs={
