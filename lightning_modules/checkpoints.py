@@ -151,7 +151,7 @@ class CheckpointedModule(L.LightningModule):
 def _finish_epoch(checkpoint: dict[str, Any], trainer: Trainer) -> None:
     """Lets a run resumed after the last batch of an epoch begin with that epoch's validation and end.
 
-    Lightning goes on with the next epoch instead: what validation fits, and what the end of an epoch does, would be left
+    Lightning goes on with the next epoch instead: what validation fits, and what an epoch's end does, would be left
     out. The state of its loops becomes that of a run stopped when validation had begun. It needs data that go on where
     they were, here with nothing; other loaders would begin the epoch once more.
     """

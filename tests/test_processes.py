@@ -19,17 +19,20 @@ DEMO = str(Path(__file__).parents[1] / "configs" / "demo.yaml")
 
 
 class Endless(L.LightningModule):
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, victim: int) -> None:
         super().__init__()
-        self.layer, self.root = torch.nn.Linear(2, 1), root
+        self.layer, self.root, self.victim = torch.nn.Linear(2, 1), root, victim
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(TensorDataset(torch.ones(64, 2)))
 
     def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        loss = self.layer(batch[0]).sum()
         if batch_idx == 3:
             (self.root / f"rank{self.global_rank}").write_text(str(os.getpid()))
-        return self.layer(batch[0]).sum()
+            if self.global_rank == self.victim:  # within the backward pass, where Lightning's own handler hangs
+                loss.register_hook(lambda gradient: os.kill(os.getpid(), signal.SIGTERM))
+        return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.0)
@@ -54,7 +57,7 @@ def test_sigterm_to_one_rank_ends_all(tmp_path: Path, rank: int) -> None:
             trainer = L.Trainer(
                 accelerator="cpu", devices=2, strategy="ddp_fork", max_epochs=-1, callbacks=[EndTogether()], **quiet
             )
-            trainer.fit(Endless(tmp_path))
+            trainer.fit(Endless(tmp_path, rank))
         finally:
             os._exit(3)
     files = [tmp_path / f"rank{index}" for index in (0, 1)]
@@ -62,7 +65,6 @@ def test_sigterm_to_one_rank_ends_all(tmp_path: Path, rank: int) -> None:
     try:
         assert wait_for(lambda: all(file.exists() and file.read_text() for file in files), 60), "they train"
         ranks = [int(file.read_text()) for file in files]
-        os.kill(ranks[rank], signal.SIGTERM)
         ended = wait_for(lambda: os.waitpid(child, os.WNOHANG)[0] == child, 30)
         assert ended, "the others hang"
         assert wait_for(lambda: not any(is_running(pid) for pid in ranks), 10)
