@@ -3,6 +3,7 @@
 import io
 import re
 import sys
+from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
@@ -227,18 +228,18 @@ def _named(path: Any, checkpoint: dict[str, Any]) -> Iterator[None]:
     """Turns what a checkpoint that does not fit raises into one line with the file's name and version."""
     try:
         yield
-    except (RuntimeError, ValueError, TypeError) as error:
+    except (RuntimeError, ValueError, TypeError, ArgumentError) as error:
         written = checkpoint.get(_ORIGIN, {}).get("version", package_version())
         version = (
             "" if written == package_version() else f" (lightning-em {written} wrote it, {package_version()} reads it)"
         )
-        raise CheckpointError(f"{path} does not fit{version}: {_differences(error)}") from error
+        raise CheckpointError(f"{path} does not fit{version}: {differences(str(error))}") from error
 
 
-def _differences(error: Exception) -> str:
-    """What torch's list of keys and sizes comes to, in one line."""
+def differences(text: str) -> str:
+    """Returns what a list of keys and sizes of torch, or of reasons of jsonargparse, comes to in one line."""
     parts = []
-    for line in str(error).splitlines():
+    for line in text.splitlines():
         names = re.findall(r'"([^"]+)"', line)
         sizes = re.search(r"size mismatch for (\S+): .*?\[([\d, ]*)\].*?\[([\d, ]*)\]", line)
         if "Missing key" in line:
@@ -249,7 +250,14 @@ def _differences(error: Exception) -> str:
             parts.append(f"{sizes[1]} is [{sizes[2]}] in it and [{sizes[3]}] here")
     if parts:
         return "; ".join(parts[:_SHOWN]) + (f"; and {len(parts) - _SHOWN} more" if len(parts) > _SHOWN else "")
-    return " ".join(str(error).split())
+    if "Does not validate" not in text:
+        return " ".join(text.split())
+    # jsonargparse nests what it tried; the cause has the deepest indent
+    noise = re.compile("NoneType|Given value|Subtypes:|Errors:|Does not validate")
+    lines = [line for line in text.splitlines() if line.strip() and not noise.search(line)] or [text]
+    keys = re.findall('Parser key "([^"]+)"', text)
+    where = f"hyperparameter {'.'.join(keys[1:])}: " if keys[1:] else ""
+    return where + max(lines, key=lambda line: len(line) - len(line.lstrip())).strip(" -")
 
 
 def _few(names: list[str]) -> str:

@@ -21,6 +21,7 @@ from lightning_modules import (
     BilateralFilter,
     GaussianMixture,
     GeneratedImageDetector,
+    GraphDiffusionReconstruction,
     ParameterTable,
     PatchPrior,
     Reconstruction,
@@ -295,6 +296,9 @@ class TestDamagedFiles:
 
     @pytest.mark.parametrize("kind", ["truncated", "directory"])
     def test_the_command_says_one_line(self, written: Path, kind: str, tmp_path: Path) -> None:
+        with pytest.raises(SystemExit) as error:
+            build(["fit", "-c", DEMO, *FEW, f"--ckpt_path={tmp_path / 'none.ckpt'}"], run=True)
+        assert str(error.value.code).startswith(f"lightning-em: Checkpoint file not found: {tmp_path / 'none.ckpt'}; ")
         path = damaged(written, kind, tmp_path)
         with pytest.raises(SystemExit) as error:
             build(["validate", "-c", DEMO, *FEW, f"--ckpt_path={path}"], run=True)
@@ -395,6 +399,39 @@ class TestOtherModels:
         assert "(lightning-em 0.0.9 wrote it, " in message
         assert "backbone.layer.weight is [3, 3, 3, 3] in it and [3, 3, 1, 1] here" in message
         assert "\n" not in message
+
+    @pytest.mark.parametrize(
+        ("change", "says"),
+        [
+            (lambda h: h.update(gone=3), "unexpected keyword argument 'gone'"),
+            (
+                lambda h: h["diffusion"]["init_args"].update(gone=3),
+                "hyperparameter diffusion: Option 'gone' is not accep",
+            ),
+            (lambda h: h.update(data_range="x"), "hyperparameter data_range: Expected a <class 'float'>. Got value: x"),
+        ],
+    )
+    def test_hyperparameters_of_another_version_are_named(
+        self, demo_run: Path, change: Any, says: str, tmp_path: Path
+    ) -> None:
+        content = state(demo_run / "logs" / "demo" / "version_0" / "checkpoints" / "last.ckpt")
+        change(content["hyper_parameters"])
+        torch.save(content, tmp_path / "old.ckpt")
+        with pytest.raises(CheckpointError) as error:
+            GraphDiffusionReconstruction.load_from_checkpoint(tmp_path / "old.ckpt")
+        assert str(error.value).startswith(f"{tmp_path / 'old.ckpt'} does not fit: ")
+        assert says in str(error.value)
+        assert len(str(error.value)) < 400
+        assert "\n" not in str(error.value)
+        if "unexpected" in says:
+            return  # not the parser's to find
+        with pytest.raises(SystemExit) as stopped:
+            build(["validate", "-c", DEMO, *FEW, f"--ckpt_path={tmp_path / 'old.ckpt'}"], run=True)
+        said = str(stopped.value.code)
+        assert said.startswith(f"lightning-em: {tmp_path / 'old.ckpt'} does not fit: ")
+        assert says.split(": ")[-1][:20] in said
+        assert "\n" not in said
+        assert len(said) < 400
 
     def test_the_command_compares_with_the_configuration(self, demo_run: Path) -> None:
         (path,) = (demo_run / "logs" / "demo" / "version_0" / "checkpoints").glob("last.ckpt")

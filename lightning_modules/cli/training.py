@@ -1,5 +1,7 @@
 """`lightning-em fit|validate|test|predict`, by Lightning's own command line."""
 
+import contextlib
+import io
 import os
 import re
 import shlex
@@ -39,7 +41,7 @@ import lightning_modules.networks
 import lightning_modules.patch_mixture
 import lightning_modules.reconstruction
 from lightning_modules.checkpoint_file import CheckpointError, read_checkpoint
-from lightning_modules.checkpoints import AtomicCheckpointIO, check_class, check_content, checkpoint_paths
+from lightning_modules.checkpoints import AtomicCheckpointIO, check_class, check_content, checkpoint_paths, differences
 
 # Seconds that a rank which is to end has for what remains.
 _PATIENCE = 10.0
@@ -128,15 +130,23 @@ class EMCommand(LightningCLI):
         """Name a checkpoint that cannot be used, before Lightning takes the hyperparameters from it."""
         config = self.config.get(self.config.get("subcommand") or "") or {}
         path, model = config.get("ckpt_path"), config.get("model")
-        if path and Path(path).exists():
-            stored = check_content(read_checkpoint(path, "meta"), path)
+        if path and path not in ("best", "last", "hpc") and not re.match(r"\w+:", str(path)):
+            try:
+                stored = check_content(read_checkpoint(path, "meta"), path)
+            except FileNotFoundError as error:
+                raise CheckpointError(str(error)) from None
             kind = locate(model.class_path) if model is not None else None
             if isinstance(kind, type):
                 try:
                     check_class(kind, stored)
                 except CheckpointError as error:
                     raise CheckpointError(f"{path} does not fit the configuration: {error}") from None
-        super()._parse_ckpt_path()
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(said):
+                super()._parse_ckpt_path()
+        except SystemExit:
+            raise CheckpointError(f"{path} does not fit: {differences(said.getvalue())}") from None
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and keep the words for the hints at the end."""

@@ -21,6 +21,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from lightning_modules import GraphDiffusionReconstruction
 from lightning_modules.checkpoint_file import CheckpointError, find_damage, read_checkpoint
 from lightning_modules.cli import main
 
+import_module("lightning_modules.cli.training")  # here, so that no fork has to
 PROJECT = Path(__file__).parents[2]
 CALLBACKS = "--trainer.callbacks"
 EVERY_THIRD = [f"{CALLBACKS}+=lightning.pytorch.callbacks.ModelCheckpoint", f"{CALLBACKS}.every_n_train_steps=3"]
