@@ -2,14 +2,13 @@
 
 from typing import Any, Literal
 
-import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_modules._checkpoints import GuardedCheckpoint
+from lightning_modules.checkpoints import CheckpointedModule
 from lightning_modules.detection import (
     BufferedPredictions,
     Calibration,
@@ -37,7 +36,7 @@ _PASSED_ON = ("label", "index", "weight", "name", "condition")
 _CROPS_AT_ONCE = 32
 
 
-class GeneratedImageDetector(GuardedCheckpoint, L.LightningModule):
+class GeneratedImageDetector(CheckpointedModule):
     r"""Distinguishes generated images from photographs by crops at native resolution.
 
     The inputs of a crop (by default what a restoration takes away from it) go through a network, whose features a
@@ -153,6 +152,7 @@ class GeneratedImageDetector(GuardedCheckpoint, L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the parameters of the restoration that are in the checkpoint."""
+        super().on_load_checkpoint(checkpoint)
         self._has_parameters = True
 
     def on_fit_start(self) -> None:
@@ -230,6 +230,7 @@ class GeneratedImageDetector(GuardedCheckpoint, L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Puts what was fitted last into the checkpoint: where weights are averaged, the average's copy is older."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["state_dict"] |= self._fitted
 
     def on_train_end(self) -> None:

@@ -3,14 +3,13 @@
 import os
 from typing import Any, Literal
 
-import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from lightning_modules._checkpoints import GuardedCheckpoint
+from lightning_modules.checkpoints import CheckpointedModule
 from lightning_modules.em import Assignment, EStep, GlobalAssignment, ParameterTable
 from lightning_modules.em.objectives import log_squared_error, probe_step, squared_error, stein_risk
 from lightning_modules.graph import GraphDiffusion
@@ -36,7 +35,7 @@ _LEVEL_STREAM = 0x5DEE_CE66
 _PROBE_STREAM = 0x2545_F491
 
 
-class Reconstruction(GuardedCheckpoint, L.LightningModule):
+class Reconstruction(CheckpointedModule):
     """Restores noisy images by any operator, with or without a network; its `training_step` is the E-step.
 
     Trained under `callbacks.EMParameterCallback`, the parameters of the operator are learned along with the network.
