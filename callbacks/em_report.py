@@ -17,7 +17,7 @@ from torch import Tensor
 
 from callbacks._display import em_table, error_bars, run_directory, stopped_at
 from callbacks.em_health import EMHealth
-from lightning_modules.checkpoints import checkpoint_paths
+from lightning_modules.checkpoints.module import checkpoint_paths
 
 if TYPE_CHECKING:
     from lightning_modules.em import ParameterTable

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_modules._renamed import renamed
 
 if TYPE_CHECKING:
-    from lightning_modules.checkpoints import AtomicCheckpointIO
+    from lightning_modules.checkpoints.module import AtomicCheckpointIO
     from lightning_modules.detection import NeighborDifferences, RawPixels, RestorationResidual
     from lightning_modules.em import EStep, ParameterTable
     from lightning_modules.generated_image_detector import GeneratedImageDetector
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from lightning_modules.restoration import restore
 
 _HOME = {
-    "AtomicCheckpointIO": "checkpoints",
+    "AtomicCheckpointIO": "checkpoints.module",
     "BilateralFilter": "operators",
     "ConvAutoencoder": "networks",
     "EStep": "em",

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_modules.checkpoints import CheckpointedModule
+from lightning_modules.checkpoints.module import CheckpointedModule
 from lightning_modules.detection import (
     BufferedPredictions,
     Calibration,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from lightning_modules.checkpoints import CheckpointedModule
+from lightning_modules.checkpoints.module import CheckpointedModule
 from lightning_modules.em import Assignment, EStep, GlobalAssignment, ParameterTable
 from lightning_modules.em.objectives import log_squared_error, probe_step, squared_error, stein_risk
 from lightning_modules.graph import GraphDiffusion

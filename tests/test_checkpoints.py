@@ -27,8 +27,8 @@ from lightning_modules import (
     Reconstruction,
     TotalVariation,
 )
-from lightning_modules.checkpoint_file import CheckpointError, find_damage, read_checkpoint
-from lightning_modules.checkpoints import AtomicCheckpointIO, LastCheckpoint, checkpoint_paths
+from lightning_modules.checkpoints.file import CheckpointError, find_damage, read_checkpoint
+from lightning_modules.checkpoints.module import AtomicCheckpointIO, LastCheckpoint, checkpoint_paths
 from lightning_modules.cli import build
 
 DEMO = str(Path(__file__).parents[1] / "configs" / "demo.yaml")

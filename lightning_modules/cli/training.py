@@ -41,15 +41,15 @@ import lightning_modules.mixtures.kmeans.module
 import lightning_modules.networks
 import lightning_modules.patch_mixture
 import lightning_modules.reconstruction
-from lightning_modules._checkpoints import building_from, names_in
-from lightning_modules.checkpoint_file import CheckpointError, read_checkpoint
-from lightning_modules.checkpoints import (
+from lightning_modules.checkpoints.file import CheckpointError, read_checkpoint
+from lightning_modules.checkpoints.module import (
     AtomicCheckpointIO,
     check_class,
     check_content,
     checkpoint_paths,
     differences,
 )
+from lightning_modules.checkpoints.trust import building_from, names_in
 
 # Seconds that a rank which is to end has for what remains.
 _PATIENCE = 10.0

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_modules.checkpoint_file import read_checkpoint
+from lightning_modules.checkpoints.file import read_checkpoint
 from lightning_modules.detection.inputs import DetectorInput
 from lightning_modules.em import ParameterTable
 from lightning_modules.em.parameter_table import TableValues, stored_columns

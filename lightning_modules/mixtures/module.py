@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_modules.checkpoints import CheckpointedModule
+from lightning_modules.checkpoints.module import CheckpointedModule
 from lightning_modules.mixtures.collectives import Collectives
 from lightning_modules.mixtures.initialization import Samples
 from lightning_modules.mixtures.interruption import FitRecord

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_modules.checkpoint_file import read_checkpoint
+from lightning_modules.checkpoints.file import read_checkpoint
 
 # Penalties of the half-quadratic steps in units of 1 / noise variance (Zoran and Weiss 2011).
 _PENALTIES = (1.0, 4.0, 8.0, 16.0, 32.0, 64.0)

@@ -33,7 +33,7 @@ import torch
 from PIL import Image
 
 from lightning_modules import GraphDiffusionReconstruction
-from lightning_modules.checkpoint_file import CheckpointError, find_damage, read_checkpoint
+from lightning_modules.checkpoints.file import CheckpointError, find_damage, read_checkpoint
 from lightning_modules.cli import main
 
 import_module("lightning_modules.cli.training")  # here, so that no fork has to

@@ -16,9 +16,9 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_modules._checkpoints import GuardedCheckpoint, UntrustedCheckpointError
 from lightning_modules._version import package_version
-from lightning_modules.checkpoint_file import CheckpointError, read_checkpoint
+from lightning_modules.checkpoints.file import CheckpointError, read_checkpoint
+from lightning_modules.checkpoints.trust import GuardedCheckpoint, UntrustedCheckpointError
 from lightning_modules.imaging import write_whole
 
 # Entry of a checkpoint with the version that wrote it, and the classes of module and operator.

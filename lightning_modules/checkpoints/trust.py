@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_modules.checkpoint_file import CheckpointError
+from lightning_modules.checkpoints.file import CheckpointError
 
 # Where a checkpoint may take classes from; functions, and the rest of torch, open files, download and run code.
 _NETWORKS = ("torch.nn", "torch.optim", "torchvision.models", "torchvision.ops")
