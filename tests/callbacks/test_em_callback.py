@@ -9,13 +9,20 @@ import lightning as L
 import pytest
 import torch
 from em_runs import SmoothImages, make_module, make_rule, make_trainer
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    EMAWeightAveraging,
+    LearningRateFinder,
+    ModelCheckpoint,
+    WeightAveraging,
+)
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tables import bank_table, textbook_table
 
-from callbacks import EMParameterCallback, GradientRule, SignRule
+from callbacks import EMParameterCallback, EMReport, GradientRule, SignRule
+from callbacks.em_report import overlay
 from lightning_modules import EStep, ParameterTable
 
 
@@ -333,13 +340,85 @@ def test_overfit_batches_learns_on_the_same_images(tmp_path: Path) -> None:
     assert callback.loss_history[-1] < 0.9 * callback.loss_history[0]
 
 
-def test_weight_averaging_works(tmp_path: Path) -> None:
-    module, callback = make_module(), EMParameterCallback(make_rule("gradient"))
-    averaging = WeightAveraging()
-    trainer = make_trainer(tmp_path, callback, epochs=2, limit_val_batches=1.0, callbacks=[averaging])
+class Validated(L.Callback):
+    """The table as validation has it, and the network's weights there."""
+
+    def __init__(self) -> None:
+        self.tables: list[torch.Tensor] = []
+        self.weights: list[torch.Tensor] = []
+
+    def on_validation_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        if not trainer.sanity_checking:
+            self.tables.append(pl_module.em_parameters.values().clone())
+            self.weights.append(next(pl_module.backbone.parameters()).detach().clone())
+
+
+AVERAGES: dict[str, Any] = {
+    "equal": WeightAveraging,
+    "defaults": EMAWeightAveraging,
+    "network only": lambda: EMAWeightAveraging(use_buffers=False),
+    "beyond the run": lambda: EMAWeightAveraging(update_starting_at_step=1000),
+    "from an epoch": lambda: EMAWeightAveraging(decay=0.5, update_every_n_steps=0, update_starting_at_epoch=1),
+}
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize(
+    ("average", "assignment"), [*((name, "label") for name in AVERAGES), ("defaults", "similarity")]
+)
+def test_averages_of_the_network_leave_what_the_m_step_learns(
+    average: str, assignment: str, first: bool, tmp_path: Path
+) -> None:
+    """Table, assignment, checkpoint, export and validation are those of the last M-step; the network is averaged."""
+    torch.set_num_threads(1)
+    module = make_module(assignment=assignment)
+    callback, validated = EMParameterCallback(make_rule("gradient")), Validated()
+    averaging = AVERAGES[average]()
+    options: dict[str, Any] = {"limit_val_batches": 1.0, "callbacks": [averaging, EMReport(), validated]}
+    trainer = make_trainer(tmp_path, callback, epochs=2, **options)
+    if not first:
+        trainer.callbacks.remove(callback)
+        trainer.callbacks.insert(trainer.callbacks.index(averaging) + 1, callback)
     trainer.fit(module, SmoothImages(16))
-    assert len(callback.loss_history) == 6
-    assert trainer.callback_metrics["val/psnr"].isfinite()
+    table, path = module.em_parameters, callback._states
+    assert all(torch.equal(*pair) for pair in zip(table.state, path[-1], strict=True))
+    assert callback.get_parameters() == callback.parameter_history[-1] != table.initial_parameters()
+    at_validation = [table._natural(path[step]) for step in (2, 5)]  # after three and six steps
+    assert all(torch.equal(found, wanted) for found, wanted in zip(validated.tables, at_validation, strict=True))
+    for epoch, step in ((0, 2), (1, 5)):
+        state = torch.load(tmp_path / f"epoch={epoch}.ckpt", weights_only=True)["state_dict"]
+        assert torch.equal(state["em_parameters.shared"], path[step].shared)
+        assert torch.equal(state["em_parameters.offsets"], path[step].offsets)
+    exported = overlay(module, table)["model"]["init_args"]["em_parameters"]["init_args"]
+    assert exported["initial"]["sigma"] == pytest.approx(callback.get_parameters()["sigma"])
+    learned = dict(module.assignment.named_buffers(recurse=False))
+    assert all(torch.equal(state[f"assignment.{name}"], buffer) for name, buffer in learned.items())
+    assert assignment == "label" or any(buffer.any() for buffer in learned.values())
+    network = next(module.backbone.parameters()).detach()
+    assert torch.equal(
+        network,
+        averaging._average_model.module.backbone.get_parameter(
+            next(name for name, _ in module.backbone.named_parameters())
+        ),
+    )
+
+
+def test_under_an_average_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    states = []
+    for folder, epochs, ckpt in (
+        ("whole", 4, None),
+        ("part", 2, None),
+        ("part", 4, tmp_path / "part" / "epoch=1.ckpt"),
+    ):
+        torch.set_num_threads(1)
+        L.seed_everything(7, verbose=False)
+        module, callback = make_module(), EMParameterCallback(make_rule("newton"))
+        trainer = make_trainer(tmp_path / folder, callback, epochs, callbacks=[EMAWeightAveraging()])
+        trainer.fit(module, SmoothImages(16), ckpt_path=ckpt, weights_only=True if ckpt else None)
+        states.append((module.state_dict(), callback.parameter_history))
+    (whole, path), _, (resumed, again) = states
+    assert again == path
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
