@@ -289,6 +289,8 @@ class Reconstruction(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Look at the first batch of each run."""
         self._checked.clear()
+        for metrics in (self.val_metrics, self.test_metrics):
+            metrics.reset()  # `validate` leaves inference tensors, which the validation of a `fit` cannot add to
 
     def _checked_batch(self, batch: Any, batch_idx: int, stage: str) -> ImageBatch:
         """The batch in the form of the contract, which the first of a run is held against."""
