@@ -21,9 +21,10 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tables import bank_table, textbook_table
 
-from callbacks import EMParameterCallback, EMReport, GradientRule, SignRule
+from callbacks import EMParameterCallback, EMReport, GradientRule, Rule, SignRule
 from callbacks.em_report import overlay
 from lightning_modules import EStep, ParameterTable
+from lightning_modules.em import TableValues
 
 
 class Toy(L.LightningModule):
@@ -605,3 +606,118 @@ def test_what_the_assignment_has_to_say_at_the_end_is_said(tmp_path: Path) -> No
     trainer = make_trainer(tmp_path, callback, epochs=1)
     with pytest.warns(UserWarning, match="MixtureAssignment: the regimes never started: they wait for 48 images"):
         trainer.fit(make_module(network=False, assignment="mixture"), SmoothImages(batch_size=16))
+
+
+class Slip(Rule):
+    """A rule of a user's own with one mistake, from its third step on."""
+
+    def __init__(self, mistake: str) -> None:
+        self.mistake = mistake
+
+    def initial_state(self, table: ParameterTable) -> Any:
+        return [] if self.mistake == "state at the start" else {"steps": torch.zeros(1)}
+
+    def m_step(self, table: ParameterTable, statistics: Any, state: Any) -> Any:
+        shared, offsets, following = table.shared - 0.01, table.offsets, {"steps": state["steps"] + 1}
+        values = TableValues(shared, offsets)
+        if state["steps"] < 2:
+            return values, following
+        if self.mistake == "raises":
+            raise KeyError("momentum")
+        if self.mistake == "writes to the table":
+            table.shared.mul_(2)
+        if self.mistake == "writes to the statistics":
+            statistics.sums.zero_()
+        return {
+            "no state": values,
+            "None": None,
+            "plain tuple": ((shared, offsets), following),
+            "shape": (TableValues(shared[:, None], offsets), following),
+            "offsets": (TableValues(shared, offsets.new_zeros(3, 1)), following),
+            "precision": (TableValues(shared.float(), offsets), following),
+            "whole": (TableValues(shared.long(), offsets), following),
+            "other state": (values, {"step": state["steps"]}),
+            "state of another shape": (values, {"steps": torch.zeros(2)}),
+            "NaN": (TableValues(shared * torch.nan, offsets), following),
+        }.get(self.mistake, (values, following))
+
+    def sampled_values(self, table: ParameterTable, state: Any) -> Any:
+        return table.shared if self.mistake == "sample" and state["steps"] > 2 else None
+
+    def standard_deviation(self, table: ParameterTable, state: Any) -> Any:
+        return torch.zeros(7) if self.mistake == "deviation" else None
+
+
+SLIPS = {
+    "raises": r"Slip\.m_step failed at step 3: KeyError: 'momentum'",
+    "writes to the table": r"Slip\.m_step wrote to its argument `table` at step 3",
+    "writes to the statistics": r"Slip\.m_step wrote to its argument `statistics` at step 3",
+    "no state": r"Slip\.m_step must return a tuple of .* got TableValues\(.* at step 3",
+    "None": r"Slip\.m_step must return .* got NoneType at step 3",
+    "plain tuple": r"Slip\.m_step must return .* at step 3",
+    "shape": r"Slip\.m_step must return .*\(P = 1, K = 0, on cpu\), got .*float64 \[1, 1\] .* at step 3",
+    "offsets": r"Slip\.m_step must return .*float64 \[3, 1\] .* at step 3",
+    "precision": r"Slip\.m_step must return .*float32 \[1\] .* at step 3",
+    "whole": r"Slip\.m_step must return .*int64 \[1\] .* at step 3",
+    "other state": r"Slip\.m_step must return .*\{step: .* at step 3",
+    "state of another shape": r"Slip\.m_step must return .*\{steps: float32 \[2\] .* at step 3",
+    "sample": r"Slip\.sampled_values must return .* at step 3",
+    "deviation": r"Slip\.standard_deviation must return .* got float32 \[7\]",
+    "state at the start": r"Slip\.initial_state must return a dictionary of tensors",
+}
+
+
+@pytest.mark.parametrize("mistake", SLIPS)
+def test_a_slip_in_a_rule_is_one_line_that_names_it_and_the_step(mistake: str, tmp_path: Path) -> None:
+    module = Toy()
+    with pytest.raises((RuntimeError, TypeError), match=SLIPS[mistake]) as caught:
+        fit(module, EMParameterCallback(Slip(mistake)), tmp_path, log_every_n_steps=3, batches=4)
+    assert "\n" not in str(caught.value)
+    if mistake != "writes to the table":
+        steps = 0 if mistake == "state at the start" else 3 if mistake in ("sample", "deviation") else 2
+        assert module.em_parameters.shared.item() == pytest.approx(-0.01 * steps)  # nothing is half changed
+
+
+def test_a_rule_that_proposes_nan_is_named_with_the_step_and_changes_nothing(tmp_path: Path) -> None:
+    module, callback = Toy(), EMParameterCallback(Slip("NaN"))
+    with pytest.warns(UserWarning, match=r"Slip\.m_step proposed NaN or infinite values at step 3") as caught:
+        fit(module, callback, tmp_path, batches=8)
+    assert len([w for w in caught if "Slip" in str(w.message) or "M-step was skipped" in str(w.message)]) == 1
+    assert module.em_parameters.shared.item() == pytest.approx(-0.02)
+    assert callback.skipped_steps == 6
+
+
+@pytest.mark.parametrize("size", [None, 3, 17])
+def test_the_progress_bar_shows_the_first_learned_values_after_every_step(size: int | None, tmp_path: Path) -> None:
+    """Those of the global set, which the status and the closing table have as well."""
+    module = make_module(network=False)
+    if size is not None:
+        module = Toy(table=bank_table(size, per_row=["weight"], row_names=["cat", "dog"]))
+        share = torch.zeros(4, 2)
+
+        def training_step(batch: torch.Tensor, batch_idx: int) -> dict[str, Any]:
+            theta = module.em_parameters(share)
+            loss = theta["weight"].log().square().mean(1) + theta["gain"]
+            return {"loss": loss.mean(), "em": EStep(share, None, loss.detach())}
+
+        module.training_step = training_step  # type: ignore[method-assign]
+    callback, seen = EMParameterCallback(make_rule("gradient")), []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+            status = callback.get_status()
+            shown = {k: float(v) for k, v in trainer.progress_bar_metrics.items() if k.startswith("em/")}
+            seen.append(shown)
+            assert len(shown) == 3
+            for name, value in shown.items():
+                if size != 17:
+                    assert value == pytest.approx(float(status[f"global_{name[3:]}"]), rel=1e-5)
+            if size is None:
+                assert [*shown] == ["em/sigma", "em/tau", "em/radius"]
+                assert float(trainer.progress_bar_metrics["train/loss"]) == pytest.approx(callback.loss_history[-1])
+
+    trainer = make_trainer(tmp_path, callback, epochs=1, callbacks=[Watch()])
+    trainer.fit(module, SmoothImages(16) if size is None else loader(4))
+    assert len({tuple(shown.values()) for shown in seen}) == len(seen)
+    if size == 17:
+        assert [*seen[-1]] == ["em/weight/min", "em/weight/median", "em/weight/max"] or "em/gain" in seen[-1]
