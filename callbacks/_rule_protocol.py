@@ -1,4 +1,4 @@
-"""What a rule is asked for, and what it may answer: a slip in a rule of one's own is named with its step."""
+"""Protocol of a rule: its answers in a form that can be used, and its slips named with their step."""
 
 from collections.abc import Callable
 from typing import Any

@@ -61,7 +61,7 @@ class ClusteringModule(L.LightningModule):
                 f"{self.model.offset.dtype}: use 32-true, 64-true or a mixed precision; the statistics stay in float64 "
                 "in all of them."
             )
-        for callback in self.trainer.callbacks:
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, WeightAveraging):
                 raise ValueError(
                     f"{type(callback).__name__} has nothing to average in {type(self).__name__}, whose M-step is "
