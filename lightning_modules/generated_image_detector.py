@@ -109,6 +109,8 @@ class GeneratedImageDetector(CheckpointedModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
+        #: found by `LearningRateFinder`; None for the optimizer's own
+        self.lr: float | None = None
         self._seen = PredictionBuffer()
         self._seen_by_condition: dict[str, PredictionBuffer] = {}
         self._shape = tuple(self.crops.tolist())
@@ -239,7 +241,7 @@ class GeneratedImageDetector(CheckpointedModule):
 
     def configure_optimizers(self) -> Any:
         """Optimizer and schedule as injected."""
-        return optimizer_config(self.parameters(), self.optimizer, self.lr_scheduler, self.lr_interval)
+        return optimizer_config(self.parameters(), self.optimizer, self.lr_scheduler, self.lr_interval, self.lr)
 
     @torch.no_grad()
     def predict_image(self, image: Any) -> float:

@@ -64,7 +64,8 @@ class Reconstruction(CheckpointedModule):
             a step, and moves the parameters and the network alike; freeze the one that is to stay.
         loss: What is supervised: `"mse"`, the squared error, or `"log_mse"`, its logarithm for each image (on a scale
             of `data_range` 1), so that every noise level of a range counts alike.
-        perceptual_weight: Factor of the perceptual loss.
+        perceptual_weight: Factor of the perceptual loss. Distances of pretrained features are 10⁴ to 10⁶ times the
+            squared error: begin with 1e-6 for `PerceptualLoss`, and look at `em/perceptual` beside `em/reconstruction`.
         smoothness_weight: α, the weight of the smoothness bonus in the loss proxy. It moves the table only. 0.1
             belongs to losses of order 0.5; beside a squared error of 0.002 it drowns everything.
         optimizer: Makes the optimizer of the network.
@@ -135,6 +136,8 @@ class Reconstruction(CheckpointedModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
+        #: found by `LearningRateFinder`; None for the optimizer's own
+        self.lr: float | None = None
         self._has_noise = add_noise and max(noise_levels or levels) > 0
         # Images that keep the noise they came with have no clean side to be compared with.
         self._compares = objective != "sure" or self._has_noise
@@ -284,11 +287,13 @@ class Reconstruction(CheckpointedModule):
 
     def configure_optimizers(self) -> Any:
         """Optimizer and schedule as injected."""
-        return optimizer_config(self.parameters(), self.optimizer, self.lr_scheduler, self.lr_interval)
+        return optimizer_config(self.parameters(), self.optimizer, self.lr_scheduler, self.lr_interval, self.lr)
 
     def setup(self, stage: str) -> None:
         """Look at the first batch of each run."""
         self._checked.clear()
+        for metrics in (self.val_metrics, self.test_metrics):
+            metrics.reset()  # `validate` leaves inference tensors, which the validation of a `fit` cannot add to
 
     def _checked_batch(self, batch: Any, batch_idx: int, stage: str) -> ImageBatch:
         """The batch in the form of the contract, which the first of a run is held against."""

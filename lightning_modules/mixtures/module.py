@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
@@ -70,6 +71,12 @@ class ClusteringModule(CheckpointedModule):
                 f"{self.model.offset.dtype}: use 32-true, 64-true or a mixed precision; the statistics stay in float64 "
                 "in all of them."
             )
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, WeightAveraging):
+                raise ValueError(
+                    f"{type(callback).__name__} has nothing to average in {type(self).__name__}, whose M-step is "
+                    "closed form over the whole epoch: remove the callback"
+                )
         if self.model.algorithm == "exact" and self.trainer.accumulate_grad_batches != 1:
             rank_zero_warn("accumulate_grad_batches changes nothing for exact EM, which updates once an epoch.")
 
