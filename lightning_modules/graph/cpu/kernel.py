@@ -123,7 +123,7 @@ def restore_backward(
     targets = [
         value.new_empty(value.shape) if need else None for value, need in zip((images, guide), needs, strict=False)
     ]
-    inputs = {"images": images, "guide": guide, **numbers, "first": smoothed, "grad": grad_output}
+    inputs = {"images": images, "guide": guide, **numbers, "first": smoothed.contiguous(), "grad": grad_output}
     outputs = {name: value for name, value in grads.items() if name != "grad_within"}
     _run(_RESTORE_BACKWARD, geometry, **inputs, **outputs, grad_images=targets[0], grad_guide=targets[1])
     bias, similarity, weight, *others = grads.values()
