@@ -1,6 +1,7 @@
 """Restoration of images by an operator whose parameters are learned by expectation-maximisation."""
 
 import os
+import warnings
 from typing import Any, Literal
 
 import torch
@@ -47,7 +48,7 @@ class Reconstruction(CheckpointedModule):
         operator: The restoration operator, which declares the parameters.
         em_parameters: Their table; by default one without rows that learns all of them between the declared bounds.
         backbone: Network; None restores by the operator only. A plain network maps noisy images to estimates, which
-            the operator then restores as free of noise. One with the attribute `accepts_diffusion = True` is called as
+            the operator then restores as free of noise. One with the attribute `accepts_operator = True` is called as
             `backbone(noisy, restore)`, where `restore(signal, guide)` applies the operator, and has the last word.
         assignment: Which row of the table speaks for an image; the global set by default.
         perceptual: Maps restored and clean images to a loss for each image, added to the squared error; None for none.
@@ -354,7 +355,7 @@ class Reconstruction(CheckpointedModule):
 
         if self.backbone is None:
             restored = restore(noisy)
-        elif getattr(self.backbone, "accepts_diffusion", False):
+        elif _accepts_operator(self.backbone):
             restored = self.backbone(noisy, restore)
         else:
             restored = restore(self.backbone(noisy), noise=0.0)  # an estimate no longer has the noise of its input
@@ -481,15 +482,22 @@ def _check_operator(operator: RestorationOperator, backbone: nn.Module | None, s
             f"{name}.parameter_specs must be a property that returns a tuple of ParameterSpec, at least one, got "
             f"{specs!r:.80}"
         )
-    plain = backbone is not None and not getattr(backbone, "accepts_diffusion", False)
+    plain = backbone is not None and not _accepts_operator(backbone)
     if plain and any(spec.unit == "noise" for spec in operator.parameter_specs):
         raise ValueError(
             f"{name} has parameters in units of the noise, and what a plain backbone estimates has none left, so that "
             "it would change nothing: choose an operator with absolute parameters (widths='absolute'), or a backbone "
-            "with accepts_diffusion = True"
+            "with accepts_operator = True"
         )
     if smoothness_weight and type(operator).smoothness is RestorationOperator.smoothness:
         raise ValueError(f"{name} has no measure of smoothness: leave smoothness_weight at 0")
+
+
+def _accepts_operator(backbone: nn.Module) -> bool:
+    if getattr(backbone, "accepts_diffusion", False) and not hasattr(backbone, "accepts_operator"):
+        warnings.warn("accepts_diffusion of a backbone is now accepts_operator", FutureWarning, stacklevel=4)
+        return True
+    return bool(getattr(backbone, "accepts_operator", False))
 
 
 def _check_objective(
