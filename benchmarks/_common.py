@@ -92,7 +92,8 @@ def _command() -> str:
             words[number] = Path(word).name
     decisive = ("OMP_", "MKL_", "OPENBLAS_", "LIGHTNING_EM_COMPILE")
     variables = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(decisive)]
-    return shlex.join([*variables, "python", f"benchmarks/{Path(script).name}", *words])
+    script = str(Path(script).resolve().relative_to(PROJECT))
+    return shlex.join([*variables, "python", script, *words])
 
 
 def _commit() -> str:

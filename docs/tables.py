@@ -256,24 +256,40 @@ def _reached(found: list[Row], fixed: Row, end: Row) -> str:
 
 @table("textbook")
 def textbook(found: list[Row]) -> Columns:
-    header = ["rule", "seed", "noisy", "untrained", "trained", "σ, τ of the rows"]
-    lines = []
-    for row in found:
-        ranges = [[values[name] for values in row["rows"].values()] for name in ("sigma", "tau")]
-        spread = ", ".join(f"{min(values):.2f} to {max(values):.2f}" for values in ranges)
-        numbers = [db(value) for value in (row["psnr_noisy"], row["psnr"][0], row["psnr"][-1])]
-        lines.append([f"`{row['rule']}`", str(row["seed"]), *numbers, spread])
-    return header, lines
+    header = ["rule", "seed", "noisy", "untrained", "after epochs 1, 2, …"]
+    return header, (
+        [
+            f"`{row['rule']}`",
+            str(row["seed"]),
+            *map(db, (row["psnr_noisy"], row["psnr"][0])),
+            ", ".join(map(db, row["psnr"][1:])),
+        ]
+        for row in found
+    )
 
 
 @table("textbook")
 def textbook_classes(found: list[Row]) -> Columns:
-    row = next(row for row in found if row["rule"] == "SignRule")
-    everything = {"global set": row["parameters"], **row["rows"]}
-    losses = {name: f"{loss:.4f}" for name, loss in row["class_loss"].items()}
-    return ["`SignRule`, the first seed", "σ", "τ", "smooth_steps", "loss"], (
-        [name, db(theta["sigma"], 3), db(theta["tau"], 3), str(theta["smooth_steps"]), losses.get(name, "")]
-        for name, theta in everything.items()
+    sign, gradient = (next(row for row in found if row["rule"] == rule) for rule in ("SignRule", "GradientRule"))
+    header = ["class"]
+    lines = [[name] for name in ("global set", *sign["rows"])]
+    for row in (sign, gradient):
+        header += [f"`{row['rule']}`: σ", "τ", "smooth_steps", "loss"]
+        for line, theta in zip(lines, (row["parameters"], *row["rows"].values()), strict=True):
+            loss = row["class_loss"].get(line[0])
+            steps = theta["smooth_steps"]
+            line += [db(theta["sigma"], 3), db(theta["tau"], 3), f"{steps:.3g}", "" if loss is None else f"{loss:.4f}"]
+    return header, lines
+
+
+@table("reliability")
+def reliability(found: list[Row]) -> Columns:
+    header = ["campaign", "tries", "exact, whole or named", "before the first checkpoint, or harmless", "lost"]
+    good, other = ("exact", "whole", "named", "ended"), ("before_the_first", "harmless")
+    return header, (
+        [row["campaign"], str(row["tries"])]
+        + [str(sum(row.get(name, 0) for name in names)) for names in (good, other, ("lost",))]
+        for row in found
     )
 
 

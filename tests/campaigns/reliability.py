@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import random
 import resource
 import shutil
@@ -27,7 +26,6 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import lightning
 import numpy as np
 import torch
 from PIL import Image
@@ -38,6 +36,9 @@ from lightning_modules.cli import main
 
 import_module("lightning_modules.cli.training")  # here, so that no fork has to
 PROJECT = Path(__file__).parents[2]
+sys.path.insert(0, str(PROJECT / "benchmarks"))
+from _common import provenance, write_json  # noqa: E402
+
 CALLBACKS = "--trainer.callbacks"
 EVERY_THIRD = [f"{CALLBACKS}+=lightning.pytorch.callbacks.ModelCheckpoint", f"{CALLBACKS}.every_n_train_steps=3"]
 EVERY_THIRD += [f"{CALLBACKS}.save_top_k=-1", f"{CALLBACKS}.filename=mid-{{step}}"]
@@ -307,10 +308,6 @@ CAMPAIGNS: dict[str, tuple[str, Callable[..., Row]]] = {
 }
 
 
-def commit() -> str:
-    return subprocess.run(["git", "rev-parse", "HEAD"], cwd=PROJECT, capture_output=True, text=True).stdout.strip()
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", nargs="+", choices=CAMPAIGNS, default=list(CAMPAIGNS))
@@ -319,23 +316,14 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    record: dict[str, Any] = {}
+    rows: dict[str, Row] = {}
     if options.json is not None and options.json.exists():
-        record = json.loads(options.json.read_text())
+        rows = {row["name"]: row for row in json.loads(options.json.read_text())["rows"]}
     for name in options.only:
         title, campaign = CAMPAIGNS[name]
         deadline = time.monotonic() + options.seconds
         row = campaign(options.tries, random.Random(f"{options.seed} {name}"), deadline)
-        record[name] = {
-            "campaign": title,
-            **row,
-            "command": f"python tests/campaigns/reliability.py --only {name} --tries {options.tries} "
-            f"--seed {options.seed}",
-            "commit": commit(),
-            "versions": {"torch": torch.__version__, "lightning": lightning.__version__},
-            "processor": platform.processor() or platform.machine(),
-        }
+        rows[name] = {"name": name, "campaign": title, **row, "commit": provenance()["commit"]}
         print(f"{title}: {row}", flush=True)
-        if options.json is not None:
-            options.json.write_text(json.dumps(record, indent=1) + "\n")
-    sys.exit(any(row["lost"] for row in record.values()))
+        write_json(options.json, list(rows.values()))
+    sys.exit(any(row["lost"] for row in rows.values()))
