@@ -92,8 +92,10 @@ class SciPyPipeline:
 
         similarity = sparse(np.exp(-distance / (2 * sigma**2)))
         weight = sparse(spatial * np.exp(-distance / (2 * sigma_f**2)))
-        root = diags(1 / np.sqrt(np.maximum(np.asarray(weight.sum(1)).ravel(), 1e-12)))
-        inner = root @ weight @ root
+        degree = np.asarray(weight.sum(1)).ravel()
+        alone = degree <= 1e-12  # such a patch keeps its value
+        root = diags(np.where(alone, 0, 1 / np.sqrt(np.maximum(degree, 1e-12))))
+        inner = root @ weight @ root + diags(alone.astype(weight.dtype))
         signal = np.concatenate([patches, np.ones_like(patches[..., :1])], 2).reshape(count * nodes, -1)
         signal = signal + similarity @ signal
         for _ in range(STEPS):
