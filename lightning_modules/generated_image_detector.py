@@ -175,7 +175,7 @@ class GeneratedImageDetector(CheckpointedModule):
         loss = F.binary_cross_entropy_with_logits(logit, target, reduction="none")
         weight = batch["weight"] * (label >= 0)
         mean = (weight * loss).mean()
-        self.log("train/loss", mean.detach(), batch_size=len(logit))
+        self.log("train/loss", mean.detach(), batch_size=len(logit), sync_dist=True)
         table = self.em_parameters
         if table is None:
             return {"loss": mean}

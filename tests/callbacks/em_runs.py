@@ -129,6 +129,7 @@ def result(trainer: L.Trainer, module: L.LightningModule, callback: EMParameterC
         "parameters": [list(values.values()) for values in callback.parameter_history],
         "table": module.em_parameters.values(),
         "loss": callback.loss_history,
+        "train_loss": float(trainer.callback_metrics["train/loss"]),
         "weights": {name: tensor.clone() for name, tensor in module.state_dict().items() if torch.is_tensor(tensor)},
         "rule": callback.state_dict()["rule_state"],
         "optimizer": trainer.optimizers[0].state_dict(),

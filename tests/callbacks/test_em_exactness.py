@@ -49,6 +49,8 @@ def assert_same_path(found: dict[str, Any], expected: dict[str, Any], tolerance:
     assert path.shape == wanted.shape
     assert (wanted[-1] - wanted[0]).abs().max() > 0.01  # something was learned
     assert ((path - wanted).abs() / wanted.abs()).max() < tolerance
+    # of all ranks, and not of the first
+    assert found["train_loss"] == pytest.approx(expected["train_loss"], rel=max(tolerance, 1e-6))
     torch.testing.assert_close(found["table"], expected["table"], rtol=tolerance, atol=0)
 
 
