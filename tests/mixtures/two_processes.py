@@ -33,8 +33,8 @@ class Weighted(Dataset[Any]):
         return len(self.x)
 
     def __getitem__(self, item: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
-        index, weight, _ = item
-        return {"image": self.x[index], "index": index, "weight": weight}
+        index, weight, key = item
+        return {"image": self.x[index], "index": index, "weight": weight, "key": key}
 
 
 def loader(kind: str, x: Tensor, world: int, rank: int) -> DataLoader[Any]:

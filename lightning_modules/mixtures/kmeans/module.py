@@ -1,8 +1,8 @@
 """K-means as a LightningModule."""
 
-import torch
 from torch import Tensor
 
+from lightning_modules.mixtures.batches import as_tensor
 from lightning_modules.mixtures.initialization import Initialization
 from lightning_modules.mixtures.kmeans.model import KMeansModel
 from lightning_modules.mixtures.model import Algorithm
@@ -63,7 +63,7 @@ class KMeans(ClusteringModule):
     ) -> None:
         if centers_init is not None and not isinstance(centers_init, list):
             # plain lists: checkpoints are loaded with weights_only
-            centers_init = torch.as_tensor(centers_init).tolist()
+            centers_init = as_tensor(centers_init).tolist()
         model = KMeansModel(
             num_components,
             num_features,
