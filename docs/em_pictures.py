@@ -10,9 +10,9 @@ from torch import Tensor
 from lightning_modules.mixtures import MixtureParameters, evidence_lower_bound, log_likelihood, posterior
 from lightning_modules.mixtures.gaussian.em import e_step, m_step
 from lightning_modules.mixtures.gaussian.model import GaussianMixtureModel
-from lightning_modules.mixtures.gaussian.model_selection import choose_num_components
 from lightning_modules.mixtures.kmeans.model import KMeansModel
 from lightning_modules.mixtures.model import fit_in_memory
+from lightning_modules.mixtures.model_selection import choose_num_components
 
 SIZE = {"layout": "constrained"}
 

@@ -27,7 +27,7 @@ _HOME = {
     "StudentTMixtureModel": "student_t.model",
     "SufficientStatistics": "collectives",
     "best_clustering": "brute_force",
-    "choose_num_components": "gaussian.model_selection",
+    "choose_num_components": "model_selection",
     "enumerated_log_likelihood": "brute_force",
     "evidence_lower_bound": "gaussian.bound",
     "fit_in_memory": "model",

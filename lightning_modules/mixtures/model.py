@@ -397,6 +397,7 @@ class ClusteringModel(nn.Module, ABC, Generic[P]):
                 moments = StreamMoments.zeros(samples.shape[1], samples.device)
                 reservoir = Reservoir(self._reservoir_size() + 1)
             assert reservoir is not None
+            assert index is not None
             moments = moments + StreamMoments.of(samples, weight)
             keys = sample_keys(index, self.seed)
             weight = torch.ones_like(keys) if weight is None else weight.double()

@@ -15,7 +15,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from lightning_modules import GaussianMixtureEstimator, KMeansEstimator
-from lightning_modules.mixtures.gaussian.model_selection import choose_num_components
+from lightning_modules.mixtures.model_selection import choose_num_components
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ class MixtureParameters:
 
     def batched(self) -> MixtureParameters:
         """The same in float64 and with a leading dimension of restarts."""
-        parts = {name: value.double() for name, value in vars(self).items() if isinstance(value, Tensor)}
+        parts: dict[str, Any] = {n: value.double() for n, value in vars(self).items() if isinstance(value, Tensor)}
         if self.means.ndim < 3:
             parts = {name: value[None] for name, value in parts.items()}
         return replace(self, **parts)
@@ -70,7 +70,7 @@ class MixtureParameters:
         Shape:
             - restart: a mask `[S]` or indices, where a tensor
         """
-        parts = {name: value[restart] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        parts: dict[str, Any] = {n: value[restart] for n, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **parts)
 
     def components(self, centered: bool | None = None) -> GaussianComponents:
@@ -118,7 +118,7 @@ class GaussianStatistics(SufficientStatistics):
         centered: Whether it is the means, or the origin.
     """
 
-    SUMS = ("weight", "first", "second", "log_likelihood", "entropy", "count")
+    SUMS: ClassVar[tuple[str, ...]] = ("weight", "first", "second", "log_likelihood", "entropy", "count")
 
     covariance_type: CovarianceType
     weight: Tensor

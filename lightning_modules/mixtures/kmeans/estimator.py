@@ -122,6 +122,8 @@ class KMeansEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Cluster
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags
 
+    cluster_centers_: Array
+
     # --------------------------------------------------------------------------------------- fitting
 
     @_fit_context(prefer_skip_nested_validation=True)
@@ -147,7 +149,7 @@ class KMeansEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Cluster
             labels, squares = assign(centers[None], samples)
             squares = squares[0].double()
             inertia = float(squares.sum() if weights is None else squares @ weights)
-            self._publish(centers, labels[0], inertia, X)
+            self._publish(self.cluster_centers_, labels[0], inertia, X)
             return self
         self._standardizer, tol = self._frame(X, weights)
         (samples,) = self._standardized(X)
@@ -161,7 +163,8 @@ class KMeansEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Cluster
         # restarts that reached the same optimum differ by rounding: the first of them
         best = next(result for result in results if result.inertia <= least * (1 + TIE))
         self.n_iter_ = best.n_iter
-        self._publish(best.centers, best.labels, best.inertia, X)
+        found = self._standardizer.inverse_transform(best.centers).cpu().numpy()
+        self._publish(found, best.labels, best.inertia, X)
         return self
 
     @_fit_context(prefer_skip_nested_validation=True)
@@ -191,9 +194,10 @@ class KMeansEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Cluster
         result = self._model.end_epoch()
         self.n_iter_ = result.iteration
         self._standardizer = self._model.standardizer
-        centers, samples = self._standardized(self._model.best_parameters().centers.cpu().numpy(), X)
+        found = self._model.best_parameters().centers.cpu().numpy()
+        centers, samples = self._standardized(found, X)
         labels, squares = assign(centers[None], samples)
-        self._publish(centers, labels[0], float(squares.sum()), X)
+        self._publish(found, labels[0], float(squares.sum()), X)
         return self
 
     def _resume_from_fit(self, state: Any) -> None:
@@ -216,9 +220,7 @@ class KMeansEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Cluster
         return X, weights
 
     def _check_data(self, X: Any, reset: bool = False) -> Any:
-        X = validate_data(
-            self, X, reset=reset, accept_sparse="csr", accept_large_sparse=False, dtype=[np.float64, np.float32]
-        )
+        X = validate_data(self, X, reset=reset, accept_sparse="csr", dtype=[np.float64, np.float32])
         if issparse(X) and self.standardize:
             raise ValueError(
                 "standardize=True would make sparse data dense: use standardize=False, after "
@@ -308,8 +310,8 @@ class KMeansEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Cluster
 
     # --------------------------------------------------------------------------------------- results
 
-    def _publish(self, centers: Tensor, labels: Tensor, inertia: float, X: Any) -> None:
-        self.cluster_centers_ = self._standardizer.inverse_transform(centers).cpu().numpy().astype(X.dtype)
+    def _publish(self, centers: Array, labels: Tensor, inertia: float, X: Any) -> None:
+        self.cluster_centers_ = centers.astype(X.dtype)
         self.labels_ = labels.cpu().numpy().astype(np.int32)
         self.inertia_ = inertia * self._unit() ** 2
         self._cluster_weights = torch.bincount(labels, minlength=self.n_clusters).double()
@@ -351,8 +353,12 @@ class KMeansEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Cluster
         return Standardizer(torch.zeros_like(scale), scale)
 
     def _standardized(self, *arrays: Any) -> list[Any]:
-        """Samples as they are compared, in the type of those that were fitted."""
+        """Samples and centers as they are compared, in the type of those that were fitted; where one of them is sparse,
+        about the origin, so that it stays so.
+        """
         standardizer: Standardizer = self._standardizer
+        if any(issparse(array) for array in arrays):
+            standardizer = Standardizer(torch.zeros_like(standardizer.offset), standardizer.scale)
         return [
             SparseRows((array / float(standardizer.scale[0])).tocsr()).to(self._dtype)
             if issparse(array)
