@@ -62,6 +62,7 @@ class EpochBatches(DistributedSampler[Any]):
         seed: Seed of order and keys.
         accumulation: Returns the number of batches per optimizer step and the number of batches after which the epoch
             is cut; asked when the epoch starts, because Lightning settles both late.
+        done: Returns the number of this epoch's batches that are done; asked when an interrupted epoch goes on.
     """
 
     def __init__(
@@ -74,11 +75,13 @@ class EpochBatches(DistributedSampler[Any]):
         shuffle: bool = False,
         seed: int = 0,
         accumulation: Callable[[], tuple[int, float]] | None = None,
+        done: Callable[[], int] | None = None,
     ) -> None:
         super().__init__(range(length), num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
         self.length = length
         self.batch_size = batch_size
         self.accumulation = accumulation
+        self.done = done
         self.first_batch = 0
 
     def __len__(self) -> int:
@@ -130,7 +133,10 @@ class EpochLoader(DataLoader[Any]):
         sampler = self.sampler
         assert isinstance(sampler, EpochBatches)
         resume, self._resume_from = self._resume_from, None
-        sampler.first_batch = resume["batches"] if resume and resume["epoch"] == sampler.epoch else 0
+        sampler.first_batch = 0
+        if resume and resume["epoch"] == sampler.epoch:
+            # a checkpoint written in the middle of a batch counts that batch here, and Lightning does it again
+            sampler.first_batch = sampler.done() if sampler.done else resume["batches"]
         self._batches_yielded = sampler.first_batch
         for batch in super().__iter__():
             self._batches_yielded += 1

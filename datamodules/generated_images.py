@@ -1,7 +1,7 @@
 """Photographs and generated images, for a detector that tells them apart."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,13 +9,13 @@ from torch.utils.data import DataLoader
 
 from datamodules._degradation import Degradation, degrade
 from datamodules._detector_crops import FixedCrops, RandomCrop, RandomDegradation, View
+from datamodules._readable import OnError, check_on_error, find_readable
 from datamodules._sampler import FixedBatches, SampleBatch
 from datamodules.image_data_module import BatchDataset, ImageDataModule, Split
 from datamodules.labels import (
     LabelledFiles,
     find_labelled,
     find_unlabelled,
-    leave_out_unreadable,
     require_classes,
     require_files,
 )
@@ -93,7 +93,7 @@ class GeneratedImagesDataModule(ImageDataModule):
         jpeg_probability: float = 0.5,
         jpeg_quality: tuple[int, int] = (50, 95),
         cache: bool = False,
-        on_error: Literal["raise", "skip"] = "raise",
+        on_error: OnError = "raise",
     ) -> None:
         super().__init__(batch_size, num_workers, seed, augment)
         for name, value in (("crop_size", crop_size), ("eval_crops", eval_crops)):
@@ -103,8 +103,7 @@ class GeneratedImagesDataModule(ImageDataModule):
             raise ValueError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
         if len(set(class_names)) != 2:
             raise ValueError(f"class_names must be two different names, got {list(class_names)}")
-        if on_error not in ("raise", "skip"):
-            raise ValueError(f"on_error must be raise or skip, got {on_error!r}")
+        check_on_error(on_error)
         self.conditions = list(_CONDITIONS if conditions is None else conditions)
         if not self.conditions or len(set(self.conditions)) < len(self.conditions):
             raise ValueError(f"conditions must be one or more different ones, got {self.conditions}")
@@ -179,7 +178,7 @@ class GeneratedImagesDataModule(ImageDataModule):
         else:
             files = find_labelled(root, split, self.class_names, self.val_fraction, self.seed)
         if self.on_error == "skip":
-            files = leave_out_unreadable(files, self.num_workers)
+            files = files.select(find_readable(files.paths, files.names, self.num_workers))
         else:
             require_files(files)
         if not len(files):

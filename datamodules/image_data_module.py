@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules._augmentation import flip_and_shift
 from datamodules._sampler import EpochBatches, EpochLoader, FixedBatches, SampleBatch
+from lightning_modules._checkpoints import GuardedCheckpoint
 from lightning_modules.imaging import SPLIT_STREAMS, ImageBatch, decode_image, stream
 
 Split = Literal["train", "val", "test", "predict"]
@@ -29,7 +30,7 @@ _SPLITS: dict[str | None, tuple[Split, ...]] = {
 }
 
 
-class ImageDataModule(L.LightningDataModule, ABC):
+class ImageDataModule(GuardedCheckpoint, L.LightningDataModule, ABC):
     """Base for a DataModule of images: a subclass writes `load_split`, and `class_names` where there are classes.
 
     Its batches are `lightning_modules.imaging.ImageBatch`, the same on any number of processes and after a resume.
@@ -117,7 +118,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         """Returns the training batches: shuffled anew in each epoch, or fixed under `overfit_batches`."""
         overfit = self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
         sampler = FixedBatches if overfit else EpochBatches
-        return self._loader("train", EpochLoader, sampler, shuffle=not overfit, accumulation=self._accumulation)
+        return self._training_loader(sampler, shuffle=not overfit)
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Returns the validation batches, in order, with the same keys in every epoch."""
@@ -161,6 +162,11 @@ class ImageDataModule(L.LightningDataModule, ABC):
             self._data[split] = data if isinstance(data, BatchDataset) else _Samples(data)
         return self._data[split]
 
+    def _training_loader(self, sampler: type[EpochBatches], shuffle: bool) -> DataLoader[Any]:
+        return self._loader(
+            "train", EpochLoader, sampler, shuffle=shuffle, accumulation=self._accumulation, done=self._batches_done
+        )
+
     def _loader(
         self,
         split: Split,
@@ -190,6 +196,9 @@ class ImageDataModule(L.LightningDataModule, ABC):
         if self.trainer is None:
             return 1, float("inf")
         return self.trainer.accumulate_grad_batches, self.trainer.num_training_batches
+
+    def _batches_done(self) -> int:
+        return 0 if self.trainer is None else self.trainer.fit_loop.batch_idx + 1
 
 
 class BatchDataset(Dataset[ImageBatch], ABC):

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from datamodules._augmentation import turn
+from datamodules._readable import OnError, check_on_error, find_readable
 from datamodules._sampler import SampleBatch
 from datamodules.image_data_module import BatchDataset, ImageDataModule, Split
 from lightning_modules.imaging import (
@@ -21,6 +22,7 @@ from lightning_modules.imaging import (
     mix,
     permutation,
     read_image,
+    read_picture,
 )
 
 # Set the place of a crop, and that of one that is scaled, apart from what else is derived from its key.
@@ -37,8 +39,9 @@ class ImageFolderDataModule(ImageDataModule):
     `predict` takes whole images, one a batch, to be restored as they are. `fit`, `validate` and `test` take square
     crops, to which the module adds its noise: in an epoch of training some of each image, at other places each time,
     and in evaluation one of each, always at the same place. An image smaller than a crop is continued by its mirror
-    image. Grey, palette, 16-bit, floating-point and CMYK images are converted to eight-bit RGB, transparent ones laid
-    over white, and the orientation that a camera recorded is applied. There are no labels: every label is −1.
+    image. Grey, palette and CMYK images are converted to RGB, and the orientation that a camera recorded is applied;
+    crops have eight bits, laid over white where there is transparency, and whole images the depth of their files and
+    the colors beneath. There are no labels: every label is −1.
 
     Args:
         root: Folder with the images.
@@ -56,6 +59,8 @@ class ImageFolderDataModule(ImageDataModule):
             for each crop: photographs at their own size are smooth, and carry the traces of JPEG. None leaves them.
         cache: Decode the images to train and validate on once and keep them in memory, 3 bytes a pixel.
         crops_per_image: Training crops of each image in an epoch.
+        on_error: `skip` decodes all files at the start and leaves out those that cannot be read, with a warning that
+            counts them; `raise` ends the run at the first of them.
 
     Example:
         >>> import tempfile
@@ -81,8 +86,10 @@ class ImageFolderDataModule(ImageDataModule):
         rescale: tuple[float, float] | None = None,
         cache: bool = False,
         crops_per_image: int = 1,
+        on_error: OnError = "skip",
     ) -> None:
         super().__init__(batch_size, num_workers, seed, augment)
+        check_on_error(on_error)
         for name, value in (("crop_size", crop_size), ("crops_per_image", crops_per_image)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -99,6 +106,8 @@ class ImageFolderDataModule(ImageDataModule):
         self.rescale = rescale
         self.cache = cache
         self.crops_per_image = crops_per_image
+        self.on_error = on_error
+        self._paths: list[Path] = []
 
     def on_after_batch_transfer(self, batch: ImageBatch, dataloader_idx: int) -> ImageBatch:
         """Converts and augments; see `ImageDataModule.on_after_batch_transfer`."""
@@ -118,7 +127,7 @@ class ImageFolderDataModule(ImageDataModule):
             split: `train`, `val`, `test` or `predict`.
         """
         root = Path(self.root).expanduser()
-        paths = find_images(root)
+        paths = self._find(root)
         if split == "predict":
             return _WholeImages(paths, [path.relative_to(root).as_posix() for path in paths], self.noise_std)
         held_out = self._held_out(len(paths))
@@ -132,6 +141,18 @@ class ImageFolderDataModule(ImageDataModule):
             )
         cache = self.cache and split != "test"  # it is passed over once
         return _Crops(chosen, self.crop_size, self.rescale, cache, self.crops_per_image if train else 1)
+
+    def _find(self, root: Path) -> list[Path]:
+        """The files, looked at once."""
+        if not self._paths:
+            paths = find_images(root)
+            if self.on_error == "skip":
+                readable = find_readable(paths, [str(path) for path in paths], self.num_workers)
+                paths = [path for path, good in zip(paths, readable.tolist(), strict=True) if good]
+                if not paths:
+                    raise ValueError(f"{root} holds no image that can be read")
+            self._paths = paths
+        return self._paths
 
     def _held_out(self, length: int) -> Tensor:
         count = round(self.val_fraction * length)
@@ -216,7 +237,8 @@ class _WholeImages(BatchDataset):
 
     def __getitem__(self, samples: SampleBatch) -> ImageBatch:
         chosen = samples.index.tolist()
-        batch = samples.batch(torch.stack([read_image(self.paths[i]) for i in chosen]))
+        # As `restore` takes it: with all its bits, and the colors below what is transparent.
+        batch = samples.batch(torch.stack([read_picture(self.paths[i]).pixels.expand(3, -1, -1) for i in chosen]))
         batch["clean"] = False
         batch["name"] = [self.names[i] for i in chosen]
         if self.noise_std is not None:

@@ -2,21 +2,19 @@
 
 import csv
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_modules.imaging import find_images, permutation, read_image
+from datamodules._readable import some
+from lightning_modules.imaging import find_images, permutation
 
 _Line = tuple[int, dict[str, str]]  # its number, and its columns
 
 _PARTS = ("train", "val", "test")
-_NAMED = 3  # files that a message names before it says "and so on"
 
 
 @dataclass(frozen=True)
@@ -80,19 +78,6 @@ def find_labelled(root: Path, part: str, class_names: list[str], val_fraction: f
     return files.select(~held_out if part == "train" else held_out)
 
 
-def leave_out_unreadable(files: LabelledFiles, threads: int) -> LabelledFiles:
-    """Decodes every file once and returns those for which that succeeds, with a warning about the others.
-
-    Every process comes to the same result by itself: no file can be missing on only one of them.
-    """
-    with ThreadPoolExecutor(max(threads, 1)) as pool:  # Pillow decodes without holding the interpreter's lock
-        readable = torch.tensor(list(pool.map(_is_readable, files.paths)), dtype=torch.bool)
-    if not readable.all():
-        bad = files.select(~readable).names
-        rank_zero_warn(f"{len(bad)} of {len(files)} files cannot be read and are left out: {_some(bad)}")
-    return files.select(readable)
-
-
 def require_classes(files: LabelledFiles, source: Path, class_names: list[str]) -> None:
     """Refuses images of which a class has none."""
     for label, name in enumerate(class_names):
@@ -106,7 +91,7 @@ def require_files(files: LabelledFiles) -> None:
     """Refuses files that are not there, all at once and before the first epoch."""
     if missing := [str(path) for path in files.paths if not path.is_file()]:
         raise FileNotFoundError(
-            f"{len(missing)} of {len(files)} files do not exist: {_some(missing)}. Relative paths in a table start "
+            f"{len(missing)} of {len(files)} files do not exist: {some(missing)}. Relative paths in a table start "
             "at its folder; on_error: skip leaves such files out"
         )
 
@@ -201,21 +186,9 @@ def _held_out(files: LabelledFiles, root: Path, class_names: list[str], fraction
     return held_out
 
 
-def _is_readable(path: Path) -> bool:
-    try:
-        read_image(path)
-    except ValueError:
-        return False
-    return True
-
-
 def _is_table(root: Path) -> bool:
     return root.suffix.lower() == ".csv" and root.is_file()
 
 
 def _name(path: Path, root: Path) -> str:
     return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datamodules._sampler import EpochBatches, EpochLoader, SampleBatch
+from datamodules._sampler import EpochBatches, SampleBatch
 from datamodules.image_data_module import BatchDataset, ImageDataModule, Split
 from datamodules.image_folder import ImageFolderDataModule
 from datamodules.photo_crops import PhotoCropsDataModule
@@ -108,7 +108,7 @@ class PatchDataModule(ImageDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Returns the training batches, in order unless `shuffle` is set."""
-        return self._loader("train", EpochLoader, EpochBatches, shuffle=self.shuffle, accumulation=self._accumulation)
+        return self._training_loader(EpochBatches, self.shuffle)
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Returns the validation batches; no loader at all where nothing is held out."""

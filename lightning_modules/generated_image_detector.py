@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_modules._checkpoints import GuardedCheckpoint
 from lightning_modules.detection import (
     BufferedPredictions,
     Calibration,
@@ -36,7 +37,7 @@ _PASSED_ON = ("label", "index", "weight", "name", "condition")
 _CROPS_AT_ONCE = 32
 
 
-class GeneratedImageDetector(L.LightningModule):
+class GeneratedImageDetector(GuardedCheckpoint, L.LightningModule):
     r"""Distinguishes generated images from photographs by crops at native resolution.
 
     The inputs of a crop (by default what a restoration takes away from it) go through a network, whose features a

@@ -215,6 +215,8 @@ class GraphDenoiser(RestorationOperator):
         if hashlib.sha256(content).hexdigest() != config.pop("sha256", None):
             raise ValueError(f"{path} is damaged: its checksum differs from that in {config_path.name}; fetch it again")
         try:
+            if "weights" in config:
+                raise ValueError("it names weights of another file")
             denoiser = cls(**config)
             denoiser.load_state_dict({key: value.float() for key, value in load_safetensors(content).items()})
         except (SafetensorError, RuntimeError, TypeError, ValueError) as error:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
+from lightning_modules._checkpoints import GuardedCheckpoint
 from lightning_modules.em import Assignment, EStep, GlobalAssignment, ParameterTable
 from lightning_modules.em.objectives import log_squared_error, probe_step, squared_error, stein_risk
 from lightning_modules.graph import GraphDiffusion
@@ -35,7 +36,7 @@ _LEVEL_STREAM = 0x5DEE_CE66
 _PROBE_STREAM = 0x2545_F491
 
 
-class Reconstruction(L.LightningModule):
+class Reconstruction(GuardedCheckpoint, L.LightningModule):
     """Restores noisy images by any operator, with or without a network; its `training_step` is the E-step.
 
     Trained under `callbacks.EMParameterCallback`, the parameters of the operator are learned along with the network.

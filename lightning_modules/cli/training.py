@@ -3,7 +3,8 @@
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from pydoc import locate
 from types import ModuleType
@@ -32,6 +33,7 @@ import lightning_modules.mixtures.student_t.module
 import lightning_modules.networks
 import lightning_modules.patch_mixture
 import lightning_modules.reconstruction
+from lightning_modules._checkpoints import UntrustedCheckpointError, building_from, names_in
 
 
 class EMCommand(LightningCLI):
@@ -54,6 +56,31 @@ class EMCommand(LightningCLI):
         self._parser(self.subcommand).link_arguments(
             "data.class_names", "model.init_args.em_parameters.init_args.row_names", apply_on="instantiate"
         )
+
+    def _parse_ckpt_path(self) -> None:
+        """Take the hyperparameters of `--ckpt_path`, which build what this package or the words of the command name."""
+        self._named = names_in(self.config)
+        with self._trust():
+            super()._parse_ckpt_path()
+
+    def instantiate_classes(self) -> None:
+        """Build data, module and trainer, of which `--ckpt_path` may have named parts."""
+        with self._trust():
+            super().instantiate_classes()
+
+    @contextmanager
+    def _trust(self) -> Iterator[None]:
+        subcommand = self.config.get("subcommand")
+        file = self.config[subcommand].get("ckpt_path") if subcommand else None
+        if not file:
+            yield
+            return
+        remedy = "if you trust it, name {name} in a YAML file of your own, or load it in Python with allow=[...]"
+        try:
+            with building_from(file, named=self._named, remedy=remedy):
+                yield
+        except UntrustedCheckpointError as error:
+            raise SystemExit(f"error: {error}") from None
 
     def after_fit(self) -> None:
         """Say what to run next."""

@@ -6,7 +6,7 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import partial, reduce
 from itertools import chain
 from typing import Any, Generic, Literal, TypeVar
@@ -160,6 +160,9 @@ class ClusteringModel(nn.Module, ABC, Generic[P]):
         for name, (_, first) in self._buffers_for(0).items():
             self.register_buffer(name, torch.empty(0, dtype=first.dtype))
         self._allocate(num_features or 0)
+        # of the epoch under way: the state that it started from, and the batches in its sums
+        self._epoch_start: dict[str, Tensor] = {}
+        self._batches = 0
 
     # ------------------------------------------------------- a family's mathematics
 
@@ -363,6 +366,7 @@ class ClusteringModel(nn.Module, ABC, Generic[P]):
     def initialize(self, stream: Stream, collectives: Collectives | None = None) -> None:
         """Set standardizer and restarts from passes over the data; `initialization_passes` counts them."""
         collectives = collectives or Collectives()
+        self.initialization_passes.zero_()  # a checkpoint may come from the middle of an initialisation
         theta = self.known_start()
         if theta is None:
             stream = partial(_with_indices, stream, collectives)
@@ -502,19 +506,54 @@ class ClusteringModel(nn.Module, ABC, Generic[P]):
     @torch.no_grad()
     def start_epoch(self) -> None:
         """Forget the sums, and prepare the parameters of the active restarts."""
+        self._begin({name: buffer.clone() for name, buffer in self.named_buffers()})
+
+    def _begin(self, start: dict[str, Tensor]) -> None:
         # all of them where running means tie them together
         everyone = self.algorithm == "stepwise" or not bool(self.active.any())
         self._selected = torch.ones_like(self.active) if everyone else self.active.clone()
-        self._before = self.current_parameters(self._selected)
+        self._before = self.make_parameters(**{name: start[name][self._selected] for name in self.parameter_shapes(0)})
         self._epoch_statistics: SufficientStatistics | None = None
         self._rows = 0
         self._forget()
+        self._epoch_start, self._batches = start, 0
 
     def _forget(self) -> None:
         self._prepared = self.prepare(self.current_parameters(self._selected))
         self._statistics: SufficientStatistics | None = None
         # samples, samples and weights that are impossible
         self._counts = self.offset.new_zeros(3)
+
+    def epoch_state(self, collectives: Collectives | None = None) -> dict[str, Any] | None:
+        """What an epoch that is interrupted here goes on from, or starts again from: `batches`, how many are in the
+        sums (−1 while one is being added); `sums`, those of each process; `epoch_sums`, those of all before the last
+        M-step, and `rows`, of how many samples; `start`, the learned buffers at the epoch's start. None outside an
+        epoch.
+        """
+        if not self._epoch_start:
+            return None
+        sums = torch.cat([self._counts, _vector(self._own_statistics())])
+        state: dict[str, Any] = {"batches": self._batches, "rows": self._rows, "start": self._epoch_start}
+        state["sums"] = (collectives or Collectives()).gather(sums)
+        if self._epoch_statistics is not None:
+            state["epoch_sums"] = _vector(self._epoch_statistics)
+        return state
+
+    @torch.no_grad()
+    def resume_epoch(self, state: dict[str, Any], rank: int = 0) -> None:
+        """Go on with an interrupted epoch; the learned buffers are those of the interruption.
+
+        Args:
+            state: What `epoch_state` gave.
+            rank: Which process's sums to go on from.
+        """
+        device = self.offset.device
+        self._begin({name: buffer.to(device) for name, buffer in state["start"].items()})
+        sums = state["sums"][rank].to(device)
+        self._counts, self._statistics = sums[:3].clone(), _from_vector(self._own_statistics(), sums[3:])
+        if "epoch_sums" in state:
+            self._epoch_statistics = _from_vector(self._statistics, state["epoch_sums"].to(device))
+        self._batches, self._rows = state["batches"], state["rows"]
 
     @torch.no_grad()
     def add_batch(self, x: Tensor, weight: Tensor | None = None) -> None:
@@ -530,24 +569,35 @@ class ClusteringModel(nn.Module, ABC, Generic[P]):
         """
         x, step = self.check_samples(x), self._block_size()
         weight = None if weight is None else weight.double()
+        statistics: SufficientStatistics | None = None
+        counts = torch.zeros_like(self._counts)
         for first in range(0, x.shape[0], step):
             part = None if weight is None else weight[first : first + step]
             z = self.standardizer.transform(x[first : first + step], part)
-            self._counts += torch.stack(count_samples(z, part))
-            self._statistics = _plus(self._statistics, self.e_step(self._prepared, z, part))
+            counts += torch.stack(count_samples(z, part))
+            statistics = _plus(statistics, self.e_step(self._prepared, z, part))
+        # the sums hold whole batches: a signal may have a checkpoint written at any moment
+        batches, self._batches = self._batches, -1
+        self._counts += counts
+        if statistics is not None:
+            self._statistics = _plus(self._statistics, statistics)
+        self._batches = batches + 1
 
     def _block_size(self) -> int:
         if self.chunks_itself:
             return BLOCK_SAMPLES
         return min(BLOCK_SAMPLES, chunk_size(self.n_init * self.num_components * self.num_features, self.offset.device))
 
+    def _own_statistics(self) -> SufficientStatistics:
+        """The sums of this process; a process without a batch takes part with zeros."""
+        if self._statistics is not None:
+            return self._statistics
+        return self.e_step(self._prepared, self.offset.new_zeros(0, self.num_features))
+
     def _reduced(self, collectives: Collectives | None) -> Any:
         """The statistics of all processes: the one reduction."""
         collectives = collectives or Collectives()
-        own = self._statistics
-        if own is None:
-            # a process without a batch takes part in the reduction all the same
-            own = self.e_step(self._prepared, self.offset.new_zeros(0, self.num_features))
+        own: Any = self._own_statistics()
         flat = collectives.reduce(torch.cat([self._counts, own.pack(collectives)]))
         rows, invalid, invalid_weights = (int(number) for number in flat[:3].tolist())
         self._check_count(rows, invalid, invalid_weights, self.num_components if self.algorithm == "exact" else 1)
@@ -558,11 +608,13 @@ class ClusteringModel(nn.Module, ABC, Generic[P]):
     def end_batch(self, collectives: Collectives | None = None) -> None:
         """The stepwise algorithm's M-step, after a batch of every process."""
         statistics = self._reduced(collectives)
+        batches, self._batches = self._batches, -1
         self._epoch_statistics = _plus(self._epoch_statistics, statistics)
         theta = self.stepwise_m_step(statistics)
         self.check_parameters(theta)
         self._write(theta, self._selected)
         self._forget()
+        self._batches = batches
 
     @torch.no_grad()
     def end_epoch(self, collectives: Collectives | None = None) -> EpochResult:
@@ -587,6 +639,7 @@ class ClusteringModel(nn.Module, ABC, Generic[P]):
             result.empty = (statistics.weight[place] <= EMPTY_COUNT * count).nonzero()[:, 0].tolist()
         # what was prepared for the epoch is no part of the model: copies and pickles stay small
         self._prepared = self._statistics = self._epoch_statistics = None
+        self._epoch_start = {}
         return result
 
     def _settle(self, objective: Tensor, change: Tensor) -> float:
@@ -619,6 +672,24 @@ def _plus(total: SufficientStatistics | None, part: SufficientStatistics) -> Suf
         return part
     total.add(part)
     return total
+
+
+def _tensors(statistics: Any) -> dict[str, Tensor]:
+    """Every tensor of sufficient statistics, by name."""
+    values = ((item.name, getattr(statistics, item.name)) for item in fields(statistics))
+    return {name: value for name, value in values if isinstance(value, Tensor)}
+
+
+def _vector(statistics: SufficientStatistics) -> Tensor:
+    return torch.cat([value.reshape(-1) for value in _tensors(statistics).values()])
+
+
+def _from_vector(like: Any, vector: Tensor) -> Any:
+    """Statistics of the form of `like` from what `_vector` made of them."""
+    tensors = _tensors(like)
+    parts = vector.split([value.numel() for value in tensors.values()])
+    pairs = zip(tensors.items(), parts, strict=True)
+    return replace(like, **{name: part.view_as(value).to(value.dtype, copy=True) for (name, value), part in pairs})
 
 
 class MixtureModel(ClusteringModel[P]):

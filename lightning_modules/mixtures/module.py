@@ -1,5 +1,6 @@
 """Lightning side of the mixtures: streams of batches, one reduction over the ranks, the stop at convergence."""
 
+import copy
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
@@ -8,15 +9,20 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 
+from lightning_modules._checkpoints import GuardedCheckpoint
 from lightning_modules.mixtures.batches import as_tensor, read_batch
 from lightning_modules.mixtures.collectives import Collectives
 from lightning_modules.mixtures.initialization import Samples
+from lightning_modules.mixtures.interruption import FitRecord
 from lightning_modules.mixtures.model import ClusteringModel, EpochResult, MixtureModel
 
+# where a checkpoint keeps the sums of the epoch that it interrupts
+EPOCH_STATE = "clustering_epoch"
 
-class ClusteringModule(L.LightningModule):
+
+class ClusteringModule(GuardedCheckpoint, L.LightningModule):
     """Base of `MixtureModule` and `KMeans`: a `ClusteringModel` fed by a Trainer.
 
     A batch is a tensor `[B, …]`, a tuple or list whose first entry is one, or a dictionary with `image` (or `x`,
@@ -27,6 +33,10 @@ class ClusteringModule(L.LightningModule):
     One epoch is one iteration. The passes that the initialisation needs run before the first epoch, are not counted as
     epochs, and are reported; the Trainer's `max_epochs` is the ceiling of the iterations. A module that has been fitted
     goes on from where it is when it is fitted again, to the same data or to new ones.
+
+    A checkpoint from the middle of an epoch holds the sums of its part already seen, of each process: the resumed run
+    is the uninterrupted one. Where the loader cannot go on from there (a plain `DataLoader`), or the number of
+    processes has changed, the epoch starts again, with a message.
 
     The constructor of a subclass builds the model from its own arguments, which are saved as hyperparameters.
 
@@ -46,8 +56,9 @@ class ClusteringModule(L.LightningModule):
         # DDP wraps, the Trainer counts steps and AMP finds an optimiser only where something has a gradient.
         self.anchor = nn.Parameter(torch.zeros(()))
         self.epoch_result: EpochResult | None = None
-        self._position = 0
+        self._position = self._steps = 0
         self._order = torch.empty(0, dtype=torch.long)
+        self._interrupted: dict[str, Any] | None = None
         self._warned_empty = False
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -83,6 +94,9 @@ class ClusteringModule(L.LightningModule):
         if self.model.finished:
             rank_zero_info(f"{type(self).__name__} has no iteration left to take.")
             self.trainer.should_stop = True
+        if self._interrupted is not None:
+            self._resume_epoch(self._interrupted)
+            self._interrupted = None
 
     def on_train_epoch_start(self) -> None:
         """Starts an epoch of the model."""
@@ -108,6 +122,9 @@ class ClusteringModule(L.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """M-step of the stepwise algorithm, once for each optimiser step."""
+        self._end_step()
+
+    def _end_step(self) -> None:
         if self.model.algorithm == "stepwise" and self.trainer.global_step != self._steps:
             self._steps = self.trainer.global_step
             self.model.end_batch(self._collectives())
@@ -142,6 +159,61 @@ class ClusteringModule(L.LightningModule):
         else:
             rank_zero_warn(f"{type(self).__name__} did not converge: {numbers}. Raise max_iter or max_epochs, or tol.")
 
+    # ------------------------------------------------------ checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the sums of the epoch under way, which `state_dict` does not have."""
+        if "loops" not in checkpoint:
+            return
+        collectives = self._collectives()
+        state = self.model.epoch_state(collectives)
+        if state is not None:
+            positions = collectives.gather(self.model.num_samples.new_tensor(self._position))
+            checkpoint[EPOCH_STATE] = state | {"positions": positions, "steps": self._steps}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Goes on with the epoch that the checkpoint interrupts, or back to its start."""
+        if self._trainer is None or self.trainer.state.fn != "fit" or "loops" not in checkpoint:
+            return
+        record, state = FitRecord(checkpoint["loops"]), checkpoint.get(EPOCH_STATE)
+        if not record.in_epoch and state is None:
+            if self.trainer.max_steps != -1:
+                record.finish_epoch()
+            return
+        reason = self._why_not(record, state)
+        if reason is None:
+            self._interrupted = state
+            record.finish_batch()
+            return
+        record.rewind()
+        if state is not None:
+            checkpoint["state_dict"].update({f"model.{name}": value for name, value in state["start"].items()})
+        rank_zero_info(
+            f"{type(self).__name__}: the checkpoint is from the middle of an epoch, and {reason}: that epoch starts "
+            "again."
+        )
+
+    def _why_not(self, record: FitRecord, state: dict[str, Any] | None) -> str | None:
+        """Why an interrupted epoch cannot go on where it was; None where it can."""
+        if state is None:
+            return "holds no sums of it"
+        if not record.in_epoch:
+            return "was written while it ended"
+        if not record.loader_goes_on:
+            return "the loader of the training data cannot go on there (it has no state_dict)"
+        if len(state["sums"]) != self.trainer.world_size:
+            return f"was written by {len(state['sums'])} process(es), not {self.trainer.world_size}"
+        if state["batches"] != record.batches:
+            return "was written while a batch was being added"
+        return None
+
+    def _resume_epoch(self, state: dict[str, Any]) -> None:
+        self.model.resume_epoch(state, self.trainer.global_rank)
+        self._position = int(state["positions"][self.trainer.global_rank])
+        self._steps = state["steps"]
+        # checkpoints are written before this module's hook that ends a batch, and Lightning does not call that again
+        self._end_step()
+
     # ---------------------------------------------------------- streams
 
     def _collectives(self) -> Collectives:
@@ -161,6 +233,10 @@ class ClusteringModule(L.LightningModule):
         loader: Iterable[Any] | None = self.trainer.train_dataloader
         if loader is None:
             return
+        if isinstance(loader, DataLoader):
+            # the epoch's own loader keeps its place, and its workers
+            loader = copy.copy(loader)
+            loader._iterator = None
         position = 0
         for number, batch in enumerate(loader):
             if number >= self.trainer.num_training_batches:
@@ -174,18 +250,22 @@ class ClusteringModule(L.LightningModule):
         epoch is known, also those that a plain `DistributedSampler` implies.
         """
         x, weight, index = read_batch(batch)
-        sampler = getattr(self.trainer.train_dataloader, "sampler", None) if position is not None else None
-        if weight is not None or index is not None or not isinstance(sampler, DistributedSampler):
+        loader = self.trainer.train_dataloader if position is not None else None
+        sampler = getattr(loader, "sampler", None)
+        # a loader of whole batches, as the project's DataModules have, has settled weights and indices itself
+        if not isinstance(sampler, DistributedSampler) or getattr(loader, "batch_size", None) is None:
             return x, weight, index
-        if position == 0:
+        if position == 0 or not len(self._order):
             self._order = torch.tensor(list(sampler))
         assert position is not None
-        index = self._order[position : position + x.shape[0]].to(x.device)
+        if index is None:
+            index = self._order[position : position + x.shape[0]].to(x.device)
         length = len(sampler.dataset)  # type: ignore[arg-type]
         if length % sampler.num_replicas and not sampler.drop_last:
             # the repeats that pad an uneven epoch
             positions = position + torch.arange(x.shape[0], device=x.device)
-            weight = (positions * sampler.num_replicas + sampler.rank < length).double()
+            own = (positions * sampler.num_replicas + sampler.rank < length).double()
+            weight = own if weight is None else weight * own
         return x, weight, index
 
     # --------------------------------------------------------- inference

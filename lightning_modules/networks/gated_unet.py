@@ -66,6 +66,7 @@ class GatedUNet(nn.Module):
             _blocks(width, depth) for width, depth in zip(widths[:-1], up_depths, strict=True)
         )
         self.output = nn.Conv2d(widths[0], 4 * out_channels, 3, padding=1)
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor, level: Tensor) -> Tensor:
         """The network's output.
@@ -83,7 +84,9 @@ class GatedUNet(nn.Module):
         padding = (0, -width % self.multiple, 0, -height % self.multiple)
         level = level.view(-1, 1, 1, 1).expand(-1, 1, height, width) if level.ndim == 1 else level
         images, level = (F.pad(part, padding, mode="replicate") if any(padding) else part for part in (images, level))
-        hidden = self.stem(torch.cat([F.pixel_unshuffle(images, 2), F.avg_pool2d(level, 2)], dim=1))
+        folded = torch.cat([F.pixel_unshuffle(images, 2), F.avg_pool2d(level, 2)], dim=1)
+        # With the channels of a pixel side by side its normalization is one pass, and so is a pointwise convolution.
+        hidden = self.stem(folded.contiguous(memory_format=torch.channels_last))
         skipped = []
         for encoder, down in zip(self.encoders, self.downs, strict=True):
             hidden = encoder(hidden)
@@ -104,9 +107,7 @@ class _ChannelNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        centered = hidden - hidden.mean(1, keepdim=True)
-        scale = (centered.square().mean(1, keepdim=True) + _EPSILON).rsqrt()
-        return centered * scale * self.weight[:, None, None] + self.bias[:, None, None]
+        return F.layer_norm(hidden.movedim(1, -1), self.weight.shape, self.weight, self.bias, _EPSILON).movedim(-1, 1)
 
 
 class _GatedBlock(nn.Module):

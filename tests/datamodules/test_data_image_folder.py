@@ -51,9 +51,40 @@ class TestPredict:
 
     def test_an_unreadable_file_is_named_by_the_worker(self, folder):
         (folder / "image_1.png").write_bytes(b"")
-        data = ImageFolderDataModule(str(folder), num_workers=1)
+        data = ImageFolderDataModule(str(folder), num_workers=1, on_error="raise")
         with pytest.raises(ValueError, match=r"image_1\.png cannot be read"):
             list(data.predict_dataloader())
+
+    @pytest.mark.filterwarnings("ignore:.*does not have many workers")
+    def test_unreadable_files_are_counted_and_left_out_of_every_split(self, folder):
+        (folder / "image_1.png").write_bytes(b"")
+        (folder / "sub" / "image_5.png").write_bytes((folder / "sub" / "image_5.png").read_bytes()[:300])
+        data = ImageFolderDataModule(str(folder), crop_size=8, batch_size=1, val_fraction=0.4)
+        with pytest.warns(UserWarning, match=r"^2 of 7 files cannot be read.*image_1\.png, .*image_5\.png$"):
+            names = [batch["name"][0] for batch in data.predict_dataloader()]
+        assert names == ["image_0.png", "image_2.png", "image_3.png", "image_4.png", "sub/image_6.png"]
+        assert len(list(data.train_dataloader())) + len(list(data.val_dataloader())) == 5
+        for path in folder.rglob("*.png"):
+            path.write_bytes(b"")
+        with (
+            pytest.raises(ValueError, match="holds no image that can be read"),
+            pytest.warns(UserWarning, match="^7 of 7"),
+        ):
+            ImageFolderDataModule(str(folder)).setup("fit")
+
+    def test_on_error_is_checked(self, folder):
+        with pytest.raises(ValueError, match="on_error must be raise or skip, got 'ignore'"):
+            ImageFolderDataModule(str(folder), on_error="ignore")
+
+    def test_whole_images_have_all_their_bits_and_the_colors_below_transparency(self, tmp_path):
+        deep = np.array([[1000, 1001], [40000, 65535]], np.uint16)
+        Image.fromarray(deep).save(tmp_path / "deep.png")
+        Image.new("RGBA", (3, 2), (10, 20, 30, 0)).save(tmp_path / "transparent.png")
+        deep_image, transparent = (
+            batch["image"][0] for batch in ImageFolderDataModule(str(tmp_path)).predict_dataloader()
+        )
+        assert torch.equal(deep_image, torch.from_numpy(deep / 65535).float().expand(3, -1, -1))
+        assert torch.allclose(transparent[:, 0, 0], torch.tensor([10, 20, 30]) / 255)
 
 
 class TestCrops:

@@ -301,7 +301,7 @@ def test_after_one_iteration_there_is_no_change_to_speak_of() -> None:
 
 @pytest.mark.parametrize("module_class", [GaussianMixture, KMeans])
 def test_a_fitted_module_goes_on_with_new_data(module_class: Any) -> None:
-    x = blobs(300)
+    x = blobs(300, 3, 3)
     module = module_class(3)
     trainer(60).fit(module, DataLoader(x, 64))
     before = module.model.best_parameters()

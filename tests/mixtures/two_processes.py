@@ -7,10 +7,11 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from datamodules._sampler import EpochBatches
+from datamodules._sampler import EpochBatches, EpochLoader
 from lightning_modules import GaussianMixture, KMeans
 from tests.mixtures.student_t import StudentTMixture
 
@@ -41,7 +42,7 @@ def loader(kind: str, x: Tensor, world: int, rank: int) -> DataLoader[Any]:
     if kind == "plain":
         return DataLoader(TensorDataset(x), batch_size=60 // world)
     sampler = EpochBatches(len(x), 60 // world, num_replicas=world, rank=rank, shuffle=True, seed=3)
-    return DataLoader(Weighted(x), batch_size=None, sampler=sampler)
+    return EpochLoader(Weighted(x), batch_size=None, sampler=sampler)
 
 
 CASES: dict[str, tuple[str, type[Any], dict[str, Any]]] = {
@@ -62,7 +63,9 @@ CASES: dict[str, tuple[str, type[Any], dict[str, Any]]] = {
 }
 
 
-def fit(case: str, world: int, rank: int) -> dict[str, Tensor]:
+def fit(
+    case: str, world: int, rank: int, save_to: str | None = None, resume_from: str | None = None
+) -> dict[str, Tensor]:
     kind, module_class, options = CASES[case]
     module = module_class(**{"num_components": 4, "tol": 0.0, **options})
     trainer = L.Trainer(
@@ -71,11 +74,12 @@ def fit(case: str, world: int, rank: int) -> dict[str, Tensor]:
         strategy="ddp" if world > 1 else "auto",
         max_epochs=5,
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=save_to is not None,
+        callbacks=[ModelCheckpoint(save_to, "{step}", every_n_train_steps=5, save_top_k=-1)] if save_to else [],
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, loader(kind, samples(), world, rank))
+    trainer.fit(module, loader(kind, samples(), world, rank), ckpt_path=resume_from)
     return {name: value.clone() for name, value in module.state_dict().items()}
 
 
@@ -84,4 +88,10 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     rank = int(os.environ["LOCAL_RANK"])
     results = {case: fit(case, 2, rank) for case in CASES}
+    for case in ("weighted", "mini-batch"):
+        folder = f"{sys.argv[1]}.{case}"
+        fit(case, 2, rank, save_to=folder)
+        for step in (10, 35):  # in the middle of an epoch; at the last batch of the last, where a rank has one less
+            resumed = fit(case, 2, rank, resume_from=f"{folder}/step={step}.ckpt")
+            results[f"{case}, resumed at {step}"] = resumed
     torch.save(results, f"{sys.argv[1]}.{rank}")
