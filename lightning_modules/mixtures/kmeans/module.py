@@ -28,6 +28,8 @@ class KMeans(ClusteringModule):
         centers_init: Centers to start from, `[K, D]`.
         algorithm: `exact` moves the centers once an epoch; `stepwise` once an optimiser step (mini-batch K-means,
             Sculley 2010).
+        reassignment_ratio: Centers that have seen less than this part of the samples of the largest one start again far
+            from all centers, where `stepwise`.
         standardize: Scale the features to variance 1 inside. Reported centers are in the units of the data.
         seed: Seed of the restarts.
 
@@ -58,6 +60,7 @@ class KMeans(ClusteringModule):
         init_size: int | None = None,
         centers_init: list[list[float]] | None = None,
         algorithm: Algorithm = "exact",
+        reassignment_ratio: float = 0.01,
         standardize: bool = False,
         seed: int = 0,
     ) -> None:
@@ -74,6 +77,7 @@ class KMeans(ClusteringModule):
             init_size=init_size,
             centers_init=centers_init,
             algorithm=algorithm,
+            reassignment_ratio=reassignment_ratio,
             standardize=standardize,
             seed=seed,
         )
