@@ -11,19 +11,20 @@ from torch import Tensor
 
 from lightning_modules.mixtures.chunks import chunk_size
 from lightning_modules.mixtures.rows import (
+    FramedRows,
     Rows,
     SparseRows,
     dense,
     distinct,
     products,
-    squared_norms,
+    screened,
     squares_to,
-    sums,
+    sums_by_label,
     width_of,
 )
 
 # Each of the few dozen small calls on a chunk costs some microseconds: chunks are longer than a cache would like.
-CHUNKS_AT_ONCE = 8
+CHUNKS_AT_ONCE = 2
 
 
 def assign(centers: Tensor, z: Rows) -> tuple[Tensor, Tensor]:
@@ -104,7 +105,7 @@ def lloyd(
     unit = _unit(z)
     centers = centers.double()
     if unit != 1:
-        z = z / unit if isinstance(z, Tensor) else SparseRows(z.matrix / unit)
+        z = SparseRows(z.matrix / unit) if isinstance(z, SparseRows) else dense(z) / unit
     tol /= unit**2
     search = _NearestCenters(z, centers / unit, weights)
     converged, n_iter, reason = False, 0, ""
@@ -121,13 +122,16 @@ def lloyd(
             break
     if report and converged:
         report(f"Converged at iteration {n_iter - 1}: {reason}.")
-    search.assign()
+    if not converged or reason != "strict convergence":
+        search.assign(last=True)
     return LloydResult(search.centers * unit, search.labels, search.inertia() * unit**2, n_iter, converged)
 
 
 def _unit(z: Rows) -> float:
     """A power of two (division by it is exact) that brings samples far from 1 within float32's reach; 1 for others."""
-    values = z if isinstance(z, Tensor) else torch.from_numpy(z.matrix.data)
+    if isinstance(z, FramedRows):
+        return 1.0  # standardized
+    values = torch.from_numpy(z.matrix.data) if isinstance(z, SparseRows) else z
     # |z| would be a copy of all the data
     largest = max(-float(values.min()), float(values.max())) if values.numel() else 1.0
     if largest == 0 or 1e-3 < largest < 1e3:
@@ -147,11 +151,10 @@ class _NearestCenters:
         self.z, self.centers = z, centers.double()
         self.weights = None if weights is None else weights.double()
         self.num_components = centers.shape[0]
-        self.norms = squared_norms(z)
+        self.screen, self.norms = screened(z)
         largest = float(self.norms.amax()) if z.shape[0] else 0.0
         self.slack = 8 * torch.finfo(z.dtype).eps * (width_of(z) * largest) ** 0.5
         self.names = torch.arange(self.num_components, dtype=torch.int32, device=z.device)[:, None]
-        self.screen = z.to(torch.float32)
         self.sums = torch.zeros(self.num_components, z.shape[1], dtype=torch.float64, device=z.device)
         self.weight, self.count = torch.zeros(2, self.num_components, dtype=torch.float64, device=z.device)
         self.labels, self.gap = self._nearest(None)
@@ -173,15 +176,9 @@ class _NearestCenters:
             target += torch.bincount(labels, value, minlength=self.num_components)
             if old is not None:
                 target -= torch.bincount(old, value, minlength=self.num_components)
-        step = chunk_size(self.num_components + width_of(samples), samples.device)
-        for first in range(0, samples.shape[0], step):
-            part = slice(first, first + step)
-            share = (labels[part] == self.names).to(samples.dtype)
-            if old is not None:
-                share -= (old[part] == self.names).to(samples.dtype)
-            if weights is not None:
-                share *= weights[part]
-            self.sums += sums(share, samples[part])
+        self.sums += sums_by_label(samples, labels, self.num_components, weights)
+        if old is not None:
+            self.sums -= sums_by_label(samples, old, self.num_components, weights)
 
     def inertia(self) -> float:
         """Sum of squared distances of the samples to the centers of their labels."""
@@ -237,8 +234,10 @@ class _NearestCenters:
             gap[part] = second.add_(norms).sub_(margin).clamp_(min=0.0).sqrt_().sub_(upper)
         return labels, gap
 
-    def assign(self) -> int:
-        """Reassign the samples whose bound allows a change; how many changed."""
+    def assign(self, last: bool = False) -> int:
+        """Reassign the samples whose bound allows a change; how many changed. Where it is the `last` time, the centers'
+        sums are of no more use.
+        """
         index = (self.gap <= self.slack).nonzero()[:, 0]
         if not len(index):
             return 0
@@ -247,7 +246,7 @@ class _NearestCenters:
             old = self.labels
             self.labels, self.gap = self._nearest(None)
             index = (self.labels != old).nonzero()[:, 0]
-            old, labels = old[index], self.labels[index]
+            old, labels = old[index], self.labels.index_select(0, index)
         else:
             old = self.labels.index_select(0, index)
             labels, gap = self._nearest(index)
@@ -255,7 +254,8 @@ class _NearestCenters:
             moved = (labels != old).nonzero()[:, 0]
             index, old, labels = index[moved], old[moved], labels[moved]
             self.labels[index] = labels
-        self._add(index, labels, old)
+        if not last:
+            self._add(index, labels, old)
         return len(index)
 
     def move(self) -> Tensor:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from scipy.sparse import csc_array, csr_array
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from scipy.sparse import csr_array
+from lightning_modules.mixtures.chunks import chunk_size
+from lightning_modules.mixtures.standardizer import Standardizer
 
 
 @dataclass
@@ -57,12 +57,54 @@ class SparseRows:
         return SparseRows(self.matrix.astype(np.float32 if dtype == torch.float32 else np.float64, copy=False))
 
 
-Rows = Tensor | SparseRows
+@dataclass
+class FramedRows:
+    """Dense samples `[N, D]` that are standardized whenever some are looked at: the data are not copied.
+
+    Attributes:
+        x: `[N, D]`, in any type.
+        standardizer: The map to standardized samples.
+        dtype: Their type.
+    """
+
+    x: Tensor
+    standardizer: Standardizer
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        """Samples and features."""
+        return self.x.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.x.device
+
+    def __getitem__(self, part: slice) -> Tensor:
+        """Some samples, standardized.
+
+        Shape:
+            - output: `[M, D]`
+        """
+        return self.standardizer.transform(self.x[part]).to(self.dtype)
+
+    def index_select(self, dim: int, index: Tensor) -> Tensor:
+        """Some samples, standardized, in the order of `index`.
+
+        Shape:
+            - index: `[M]`
+            - output: `[M, D]`
+        """
+        return FramedRows(self.x.index_select(dim, index), self.standardizer, self.dtype)[:]
+
+
+Rows = Tensor | SparseRows | FramedRows
 
 
 def width_of(z: Rows) -> int:
     """Numbers that one sample holds."""
-    return z.shape[1] if isinstance(z, Tensor) else max(1, z.matrix.nnz // max(z.shape[0], 1))
+    return max(1, z.matrix.nnz // max(z.shape[0], 1)) if isinstance(z, SparseRows) else z.shape[1]
 
 
 def dense(z: Rows, index: Tensor | None = None) -> Tensor:
@@ -73,9 +115,10 @@ def dense(z: Rows, index: Tensor | None = None) -> Tensor:
         - index: `[M]`
         - output: `[N, D]` or `[M, D]`
     """
-    if isinstance(z, Tensor):
-        return z if index is None else z.index_select(0, index.to(z.device))
-    return torch.from_numpy((z if index is None else z.index_select(0, index)).matrix.toarray())
+    part = z if index is None else z.index_select(0, index.to(z.device))
+    if isinstance(part, FramedRows):
+        return part[:]
+    return torch.from_numpy(part.matrix.toarray()) if isinstance(part, SparseRows) else part
 
 
 def products(vectors: Tensor, z: Rows) -> Tensor:
@@ -86,26 +129,35 @@ def products(vectors: Tensor, z: Rows) -> Tensor:
         - z: `[N, D]`
         - output: `[M, N]`
     """
-    if isinstance(z, Tensor):
-        return vectors @ z.T
-    return _numpy_product(z.matrix, vectors.T.contiguous()).T
+    if isinstance(z, SparseRows):
+        return torch.from_numpy(np.asarray(z.matrix @ vectors.T.contiguous().numpy())).T
+    return vectors @ dense(z).T
 
 
-def sums(shares: Tensor, z: Rows) -> Tensor:
-    """Sums of the samples, each with its share.
+def sums_by_label(z: Rows, labels: Tensor, num_labels: int, weights: Tensor | None = None) -> Tensor:
+    """Sums of the samples of each label.
 
     Shape:
-        - shares: `[M, N]`
         - z: `[N, D]`
-        - output: `[M, D]`
+        - labels: `[N]`
+        - weights: `[N]`
+        - output: float64 `[num_labels, D]`
     """
-    if isinstance(z, Tensor):
-        return shares @ z
-    return _numpy_product(z.matrix.T, shares.T.contiguous()).T
-
-
-def _numpy_product(matrix: Any, columns: Tensor) -> Tensor:
-    return torch.from_numpy(np.asarray(matrix @ columns.numpy()))
+    total = torch.zeros(num_labels, z.shape[1], dtype=torch.float64, device=z.device)
+    step = z.shape[0] if isinstance(z, SparseRows) else chunk_size(4 * z.shape[1], z.device)
+    for first in range(0, z.shape[0], max(step, 1)):
+        chunk, label = z[first : first + step].to(torch.float64), labels[first : first + step]
+        share = torch.ones(len(label), dtype=torch.float64) if weights is None else weights[first : first + step]
+        if z.device.type != "cpu":
+            names = torch.arange(num_labels, device=z.device)[:, None]
+            total += ((label == names) * share) @ chunk
+            continue
+        # a product of what is almost all zeros: a tenth of the time of the dense one
+        shape = (num_labels, len(label))
+        indicator = csc_array((share.numpy(), label.numpy(), np.arange(len(label) + 1)), shape=shape)
+        part = indicator @ (chunk.matrix if isinstance(chunk, SparseRows) else chunk.numpy())
+        total += torch.from_numpy(part.toarray() if isinstance(chunk, SparseRows) else part)
+    return total
 
 
 def squared_norms(z: Rows) -> Tensor:
@@ -115,9 +167,27 @@ def squared_norms(z: Rows) -> Tensor:
         - z: `[N, D]`
         - output: `[N]`
     """
-    if isinstance(z, Tensor):
-        return torch.linalg.vector_norm(z, dim=1).square_()
-    return torch.from_numpy(np.asarray(z.matrix.multiply(z.matrix).sum(axis=1)).reshape(-1))
+    if isinstance(z, SparseRows):
+        return torch.from_numpy(np.asarray(z.matrix.multiply(z.matrix).sum(axis=1)).reshape(-1))
+    return torch.linalg.vector_norm(dense(z), dim=1).square_()
+
+
+def screened(z: Rows) -> tuple[Rows, Tensor]:
+    """The samples in float32, and their squared norms.
+
+    Shape:
+        - z: `[N, D]`
+        - output: `[N, D]` and `[N]`
+    """
+    if isinstance(z, SparseRows):
+        return z.to(torch.float32), squared_norms(z)
+    single = torch.empty(*z.shape, dtype=torch.float32, device=z.device)
+    norms = torch.empty(z.shape[0], dtype=z.dtype, device=z.device)
+    step = chunk_size(4 * z.shape[1], z.device)
+    for first in range(0, z.shape[0], step):
+        chunk = z[first : first + step]
+        single[first : first + step], norms[first : first + step] = chunk, squared_norms(chunk)
+    return single, norms
 
 
 def squares_to(z: Rows, targets: Tensor, labels: Tensor) -> Tensor:
@@ -129,8 +199,8 @@ def squares_to(z: Rows, targets: Tensor, labels: Tensor) -> Tensor:
         - labels: `[N]`
         - output: `[N]`
     """
-    if isinstance(z, Tensor):
-        return (z - targets[labels]).square_().sum(dim=1)
+    if not isinstance(z, SparseRows):
+        return squared_norms(targets.index_select(0, labels).sub_(dense(z)))
     z = z.to(torch.float64)
     matrix = z.matrix
     row = np.repeat(np.arange(z.shape[0]), np.diff(matrix.indptr))

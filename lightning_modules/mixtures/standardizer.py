@@ -54,6 +54,15 @@ class StreamMoments:
     @classmethod
     def _of_chunk(cls, x: Tensor, weight: Tensor | None) -> StreamMoments:
         x = x.double()
+        if weight is None and x.shape[0]:
+            # products with ones: sums over the first dimension are slow
+            ones = x.new_ones(x.shape[0])
+            if bool(torch.isfinite(ones @ x).all()):
+                centered = x - x[0]
+                mean = ones @ centered / x.shape[0]
+                squares = ones @ centered.sub_(mean).square_()
+                count, none = ones.sum(), x.new_zeros(())
+                return cls(count, x[0] + mean, squares, count.clone(), none, none.clone())
         _, invalid, invalid_weights = count_samples(x, weight)
         keep = torch.isfinite(x.sum(dim=1))
         if weight is not None:

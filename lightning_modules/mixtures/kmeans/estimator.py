@@ -31,7 +31,7 @@ from lightning_modules.mixtures.initialization import (
 from lightning_modules.mixtures.kmeans.model import KMeansModel
 from lightning_modules.mixtures.lloyd import assign, lloyd
 from lightning_modules.mixtures.model import TIE, fit_stream
-from lightning_modules.mixtures.rows import Rows, SparseRows, squares_to
+from lightning_modules.mixtures.rows import FramedRows, Rows, SparseRows, dense, squares_to
 from lightning_modules.mixtures.standardizer import Standardizer, StreamMoments
 
 Array = NDArray[Any]
@@ -152,7 +152,12 @@ class KMeansEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Cluster
             self._publish(self.cluster_centers_, labels[0], inertia, X)
             return self
         self._standardizer, tol = self._frame(X, weights)
-        (samples,) = self._standardized(X)
+        if issparse(X):
+            (samples,) = self._standardized(X)
+        else:
+            samples = FramedRows(as_tensor(X, device=self.device), self._standardizer, self._dtype)
+            # a start that is chosen looks at all of them again and again
+            samples = dense(samples) if isinstance(self.init, str) else samples
         report = print if self.verbose else None
         results = []
         for centers in self._starts(X, samples, weights, state):
