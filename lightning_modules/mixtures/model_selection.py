@@ -98,7 +98,7 @@ def choose_num_components(
     values = []
     for count in candidates:
         if criterion == "held-out":
-            values.append(_held_out(x, weights, lambda k=count: family(k, **options), folds))  # type: ignore[misc]
+            values.append(_held_out(x, weights, lambda k=count: family(k, **options), folds))
         else:
             values.append(_penalized(x, weights, family(count, **options), criterion == "icl"))
     best = list(candidates)[min(range(len(values)), key=values.__getitem__)]

@@ -144,12 +144,13 @@ def sums_by_label(z: Rows, labels: Tensor, num_labels: int, weights: Tensor | No
         - output: float64 `[num_labels, D]`
     """
     total = torch.zeros(num_labels, z.shape[1], dtype=torch.float64, device=z.device)
+    names = torch.arange(num_labels, device=z.device)[:, None]
     step = z.shape[0] if isinstance(z, SparseRows) else chunk_size(4 * z.shape[1], z.device)
     for first in range(0, z.shape[0], max(step, 1)):
-        chunk, label = z[first : first + step].to(torch.float64), labels[first : first + step]
-        share = torch.ones(len(label), dtype=torch.float64) if weights is None else weights[first : first + step]
-        if z.device.type != "cpu":
-            names = torch.arange(num_labels, device=z.device)[:, None]
+        chunk: Tensor | SparseRows = z[first : first + step].to(torch.float64)
+        label = labels[first : first + step]
+        share = torch.ones_like(label).double() if weights is None else weights[first : first + step]
+        if isinstance(chunk, Tensor) and z.device.type != "cpu":
             total += ((label == names) * share) @ chunk
             continue
         # a product of what is almost all zeros: a tenth of the time of the dense one

@@ -31,12 +31,12 @@ def expected_failures() -> dict[str, str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test that is expected to fail must; the others must pass."""
+    """A test that is expected to fail must, unless by rounding; the others must pass."""
     reasons = expected_failures()
     for item in items:
         reason = reasons.get(f"{item.path.name}::{item.name}")
         if reason and item.path.parent == FAILURES.parent:
-            item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
+            item.add_marker(pytest.mark.xfail(reason=reason, strict=not reason.startswith("either way")))
 
 
 @pytest.hookimpl(wrapper=True)
