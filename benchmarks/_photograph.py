@@ -1,19 +1,25 @@
 """One noisy photograph, parameters learned on others, and what the peers make of it."""
 
+import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from _peers import bm3d, failure, opencv, psnr, scikit_image
 from _timing import median_ms, record
 from skimage import data
+from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from lightning_modules.graph import GraphDiffusion
 
 NOISE_STD = 25 / 255
 START = {"sigma": 0.25, "tau": 0.15, "sigma_s": 2.0, "sigma_f": 0.3}
+WORK = "photograph of 500×500"
+OTHERS = ("coffee", "chelsea")
 CANDIDATES = ((2, 5), (3, 2), (3, 5))  # radius, steps
 
 
@@ -30,7 +36,7 @@ def learn(steps: int = 30) -> tuple[GraphDiffusion, dict[str, Any], float]:
     """
     begin = time.perf_counter()
     generator = torch.Generator().manual_seed(0)
-    clean = torch.cat([_crops(_image(photo), 16, 64, generator) for photo in (data.coffee(), data.chelsea())])
+    clean = torch.cat([_crops(_image(getattr(data, name)()), 16, 64, generator) for name in OTHERS])
     noisy = clean + NOISE_STD * torch.randn(clean.shape, generator=generator)
     diffusion, best, chosen = GraphDiffusion(patch_size=3), float("inf"), dict[str, Any]()
     for radius, count in CANDIDATES:
@@ -49,53 +55,34 @@ def learn(steps: int = 30) -> tuple[GraphDiffusion, dict[str, Any], float]:
     return diffusion, chosen, time.perf_counter() - begin
 
 
-def photograph_rows(bm3d: bool) -> Iterator[dict[str, Any]]:
-    """Ours beside each peer, every peer at the best of its strengths *on the photograph itself*."""
+def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Ours beside each peer, on as many threads; every one has learned or searched its setting on other photographs."""
     clean, noisy = photograph()
     diffusion, parameters, seconds = learn()
     rounded = {name: round(value, 3) for name, value in parameters.items()}
-    print(f"learned in {seconds:.0f} s on crops of coffee and chelsea: {rounded}")
+    print(f"learned in {seconds:.0f} s on crops of {' and '.join(OTHERS)}: {rounded}")
     with torch.inference_mode():
         quality = psnr(diffusion(noisy, **parameters), clean)
         ours = median_ms(lambda: diffusion(noisy, **parameters))
-    for peer, restore, strengths, repeats in _peers(noisy, bm3d):
-        best, strength = max((psnr(restore(strength), clean), strength) for strength in strengths)
-        taken = median_ms(lambda restore=restore, strength=strength: restore(strength), repeats, warm_up=0)
-        name = f"{peer}, strength {strength:.3g}"
-        yield record("photograph 500×500", ours, name, taken, psnr=quality, peer_psnr=best)
+    others, noisy_others = _others()
+    for name, make, repeats in (("OpenCV NLM", opencv, 5), ("scikit-image NLM", scikit_image, 5), ("CBM3D", bm3d, 1)):
+        common: dict[str, Any] = {"psnr": quality, "setting": rounded}
+        try:
+            peer = make()
+            setting = peer.best_setting(others, noisy_others, NOISE_STD)
+            taken = median_ms(partial(peer.restore, noisy, NOISE_STD, **setting), repeats, warm_up=0)
+            common |= {"peer_psnr": psnr(peer.restore(noisy, NOISE_STD, **setting), clean), "peer_setting": setting}
+            yield record(WORK, ours, name, taken, **common, peer_settings_tried=len(peer.settings))
+        except Exception as error:
+            yield record(WORK, ours, name, failed=failure(error), **common)
 
 
-def _peers(noisy: Tensor, bm3d: bool) -> Iterator[tuple[str, Callable[[float], Tensor], tuple[float, ...], int]]:
-    import cv2
-    from skimage.restoration import denoise_nl_means
-
-    cv2.setNumThreads(torch.get_num_threads())
-    array = np.ascontiguousarray(noisy[0].permute(1, 2, 0).numpy())
-    eight_bit = (array.clip(0, 1) * 255).round().astype(np.uint8)
-
-    def opencv(strength: float) -> Tensor:
-        return _image(cv2.fastNlMeansDenoisingColored(eight_bit, None, strength, strength, 7, 21))[None]
-
-    def scikit_image(strength: float) -> Tensor:
-        restored = denoise_nl_means(
-            array, 5, 6, h=strength * NOISE_STD, sigma=NOISE_STD, fast_mode=True, channel_axis=-1
-        )
-        return torch.from_numpy(restored).permute(2, 0, 1)[None]
-
-    def block_matching(strength: float) -> Tensor:
-        import bm3d
-
-        restored = bm3d.bm3d_rgb(array, strength * NOISE_STD)
-        return torch.from_numpy(restored.astype(np.float32)).permute(2, 0, 1)[None]
-
-    yield "OpenCV fastNlMeansDenoisingColored 7/21", opencv, (10, 15, 20, 25, 30), 5
-    yield "scikit-image NLM fast 5/6", scikit_image, (0.4, 0.6, 0.8, 1.0), 5
-    if bm3d:
-        yield "BM3D", block_matching, (1.0,), 1
-
-
-def psnr(restored: Tensor, clean: Tensor) -> float:
-    return -10 * float((restored.clamp(0, 1) - clean).square().mean().log10())
+def _others() -> tuple[list[Tensor], list[Tensor]]:
+    """A part of each of four other photographs, clean and noisy: what the peers' settings are found on."""
+    generator = torch.Generator().manual_seed(1)
+    photographs = [*(getattr(data, name)() for name in OTHERS), *load_sample_images().images]
+    clean = [_crops(_image(photograph), 1, 128, generator) for photograph in photographs]
+    return clean, [image + NOISE_STD * torch.randn(image.shape, generator=generator) for image in clean]
 
 
 def _image(array: np.ndarray) -> Tensor:

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ class TestImages:
             and quality is the PSNR of the mean squared error over all images, which is what the rules minimise: the
             best set for it is not the best one for the mean of the images' PSNR.
         bounds: Box in which the oracle looks for the best parameters.
+        split: `test`, or `val` for what is not reported.
     """
 
     def __init__(
@@ -46,9 +48,11 @@ class TestImages:
         count: int,
         levels: Sequence[float] = (NOISE_STD,),
         bounds: dict[str, tuple[float, float]] | None = None,
+        split: Literal["test", "val"] = "test",
     ) -> None:
-        data.setup("test")
-        batches = [data.on_after_batch_transfer(batch, 0)["image"] for batch in data.test_dataloader()]
+        data.setup("test" if split == "test" else "validate")
+        loader = data.test_dataloader() if split == "test" else data.val_dataloader()
+        batches = [data.on_after_batch_transfer(batch, 0)["image"] for batch in loader]
         self.clean = torch.cat(batches)[:count]
         noise = torch.randn(self.clean.shape, generator=torch.Generator().manual_seed(1))
         truth = torch.tensor(levels)[torch.arange(len(self.clean)) % len(levels)]
@@ -60,7 +64,7 @@ class TestImages:
 
     def quality(self, parameters: dict[str, Tensor | float]) -> Tensor:
         """Mean PSNR in dB, or that of the mean squared error where noise levels differ."""
-        restored = self.diffusion(self.noisy, **FIXED, **parameters, noise_std=self.noise_std)
+        restored = self.diffusion(self.noisy, **FIXED, **parameters, noise=self.noise_std)
         if not self.pooled:
             return psnr(restored, self.clean)
         return -10 * (restored.clamp(0, 1) - self.clean).square().mean().log10()

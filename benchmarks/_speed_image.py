@@ -6,11 +6,12 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
-from _photograph import photograph_rows
+from _peers import failure
 from _plain_torch import plain_image_operator
 from _timing import floor_ms, in_own_process, median_ms, record
 from torch import Tensor
@@ -55,7 +56,6 @@ print(forward - begin, time.perf_counter() - begin)
 def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Results of this section, as records of `_timing.record`."""
     yield from _operator(options)
-    yield from photograph_rows(bm3d=True)
     yield from _large(options)
     yield from _scaling()
 
@@ -83,17 +83,20 @@ def _operator(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     difference = (_plain(images, False, plain_image_operator) - restore(images)).abs().max()
     print(f"per image, batch {BATCH}; largest difference to plain torch {difference:.1e}")
     for name, gradient, passes in (("forward", False, 1), ("forward + backward", True, 3)):
-        times = {
-            peer: median_ms(lambda plain=plain, gradient=gradient: _plain(images, gradient, plain)) / BATCH
-            for peer, plain in peers.items()
-        }
+        times: dict[str, float | str] = {}
+        for peer, plain in peers.items():
+            try:
+                times[peer] = median_ms(partial(_plain, images, gradient, plain)) / BATCH
+            except Exception as error:
+                times[peer] = failure(error)
         # In and out once; of the operations those of the definition, box filters counted as sums of three.
         floor = floor_ms(2 * 4 * 3 * 32 * 32, passes * 32 * 32 * _operations(offsets=14))
         for form, context in forms.items():
             with context:
                 ours = median_ms(lambda gradient=gradient: restore(images, gradient=gradient), repeats=9) / BATCH
             for peer, taken in times.items():
-                yield record(f"image operator 32×32, {form}, {name}", ours, peer, taken, floor_ms=floor)
+                known: dict[str, Any] = {"failed": taken} if isinstance(taken, str) else {"peer_ms": taken}
+                yield record(f"image operator 32×32, {form}, {name}", ours, peer, **known, floor_ms=floor)
         if len(forms) == 2:
             yield from _beside_eager(gradient, name)
     if len(forms) == 2:

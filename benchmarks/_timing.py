@@ -62,10 +62,12 @@ def floor_ms(moved_bytes: float, operations: float, device: str = "cpu") -> floa
 def record(
     work: str, ours_ms: float, peer: str | None = None, peer_ms: float | None = None, **more: Any
 ) -> dict[str, Any]:
-    """One row of the results; the ratio is how many times faster than the peer we are."""
+    """One row of the results; the ratio is how many times faster than the peer we are. A peer may have `failed`."""
     row: dict[str, Any] = {"work": work, "ours_ms": ours_ms}
-    if peer is not None and peer_ms is not None:
-        row |= {"peer": peer, "peer_ms": peer_ms, "ratio": peer_ms / ours_ms}
+    if peer is not None:
+        row["peer"] = peer
+    if peer_ms is not None:
+        row |= {"peer_ms": peer_ms, "ratio": peer_ms / ours_ms}
     return row | {name: value for name, value in more.items() if value is not None}
 
 

@@ -1,14 +1,12 @@
-"""Mixtures and K-means against scikit-learn: speed and likelihood from equal starts, scaling in N, memory.
+"""Mixtures and K-means beside their peers: speed and likelihood from equal starts, scaling in N, memory.
 
-    python benchmarks/mixtures.py --json mixtures.json
+    env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE python benchmarks/mixtures.py --json mixtures.json
 
 Real patches where CIFAR-10 is at hand (`--data`, by default the folder beside the project), photographs from the
 installed packages otherwise. Every comparison runs in this one process on the same threads; read the ratios, not the
-seconds.
+seconds. scikit-learn's K-means runs the faster of its algorithms on other rows.
 """
 
-import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -18,12 +16,13 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from _common import PROJECT, arguments, write_json
+from _peers import failure
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
@@ -35,7 +34,8 @@ from lightning_modules import GaussianMixtureEstimator, KMeansEstimator
 from lightning_modules.mixtures.gaussian.em import MixtureParameters, e_step, m_step
 from lightning_modules.mixtures.standardizer import StreamMoments
 
-PROJECT = Path(__file__).parents[1]
+# What chooses OpenBLAS's kernels for it: set, they hold numpy and with it scikit-learn back.
+HINDRANCES = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
 
 
 def median_seconds(work: Callable[[], Any], repeats: int = 1) -> float:
@@ -76,8 +76,8 @@ def start_of(x: Tensor, components: int) -> dict[str, np.ndarray]:
     }
 
 
-def compare_mixture(x: Tensor, components: int, iterations: int, rounds: int) -> dict[str, Any]:
-    """Time per iteration and mean log-likelihood after equal iterations from equal starts, full covariances.
+def compare_mixture(x: Tensor, components: int, iterations: int, rounds: int) -> list[dict[str, Any]]:
+    """Seconds per iteration and mean log-likelihood after equal iterations from equal starts, full covariances.
 
     The machine's speed drifts: every round times each of them once, one after the other, and medians are compared.
     """
@@ -89,34 +89,40 @@ def compare_mixture(x: Tensor, components: int, iterations: int, rounds: int) ->
             if dtype == np.float32:
                 given["weights_init"] = given["weights_init"] / given["weights_init"].sum()
             fits[f"{name} {np.dtype(dtype).name}"] = partial(fit_estimator, make, components, rows, given)
-    if find_spec("pomegranate") is None:
-        print("pomegranate is not installed: left out (pip install pomegranate)")
-    else:
-        fits["pomegranate float32"] = partial(fit_pomegranate, x.float(), start)
+    fits["pomegranate float32"] = partial(fit_pomegranate, x.float(), start)
 
-    times: dict[str, list[float]] = {name: [] for name in (*fits, "products alone")}
+    times: dict[str, list[float]] = {name: [] for name in (*fits, "the two matrix products")}
     likelihoods: dict[str, float] = {}
-    for _ in range(rounds):
+    failed: dict[str, str] = {}
+    for number in range(rounds):
         for name, fit in fits.items():
-            moments = [time.perf_counter()]
-            for steps in (1, 1 + iterations):
-                likelihoods[name] = fit(steps)
-                moments.append(time.perf_counter())
+            if name in failed:
+                continue
+            try:
+                if number == 0:
+                    fit(1)  # imported and warm
+                moments = [time.perf_counter()]
+                for steps in (1, 1 + iterations):
+                    likelihoods[name] = fit(steps)
+                    moments.append(time.perf_counter())
+            except Exception as error:
+                failed[name] = failure(error)
+                continue
             once, more = moments[1] - moments[0], moments[2] - moments[1]
             times[name].append((more - once) / iterations)
-        times["products alone"].append(seconds_of_products(x, components))
-    each = {name: statistics.median(values) for name, values in times.items()}
-    results: dict[str, Any] = {
-        name: {"seconds_per_iteration": seconds, "log_likelihood": likelihoods.get(name)}
-        for name, seconds in each.items()
-    }
-    ours = each["lightning-em float64"]
-    results["summary"] = {
-        "speed_up_over_float64": each["scikit-learn float64"] / ours,
-        "speed_up_over_float32": each["scikit-learn float32"] / ours,
-        "times_the_products_alone": ours / each["products alone"],
-        "log_likelihood_difference": abs(likelihoods["lightning-em float64"] - likelihoods["scikit-learn float64"]),
-    }
+        times["the two matrix products"].append(seconds_of_products(x, components))
+    common = {"work": "an iteration of EM, full covariances", "rows": len(x), "width": x.shape[1]}
+    results: list[dict[str, Any]] = []
+    ours = statistics.median(times["lightning-em float64"])
+    for name, values in times.items():
+        row = {**common, "components": components, "library": name}
+        if name in failed:
+            results.append({**row, "failed": failed[name]})
+            continue
+        seconds = statistics.median(values)
+        results.append(
+            row | {"seconds": seconds, "times_ours": seconds / ours, "log_likelihood": likelihoods.get(name)}
+        )
     return results
 
 
@@ -162,13 +168,13 @@ def seconds_of_products(x: Tensor, components: int) -> float:
     return median_seconds(products, 5)
 
 
-def compare_kmeans(x: Tensor, components: int, max_iter: int, rounds: int = 5) -> dict[str, Any]:
-    """Time and inertia of Lloyd's algorithm from equal starts, to rest or for equal iterations; rounds as above."""
+def compare_kmeans(x: Tensor, components: int, max_iter: int, rounds: int, algorithm: str) -> list[dict[str, Any]]:
+    """Seconds and inertia of Lloyd's algorithm from equal starts, to rest or for equal iterations; rounds as above."""
     rows = x.numpy()
     centers = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:components]].numpy()
     given = {"init": centers, "n_init": 1, "max_iter": max_iter, "tol": 0.0}
     models = {
-        "scikit-learn": KMeans(components, algorithm="lloyd", **given),
+        "scikit-learn": KMeans(components, algorithm=algorithm, **given),
         "lightning-em": KMeansEstimator(components, **given),
     }
     times: dict[str, list[float]] = {name: [] for name in models}
@@ -176,18 +182,31 @@ def compare_kmeans(x: Tensor, components: int, max_iter: int, rounds: int = 5) -
         for name, model in models.items():
             times[name].append(median_seconds(partial(model.fit, rows)))
     each = {name: statistics.median(values) for name, values in times.items()}
-    results: dict[str, Any] = {
-        name: {"seconds": each[name], "inertia": float(model.inertia_), "iterations": int(model.n_iter_)}
+    named = {"scikit-learn": f"scikit-learn, {algorithm}", "lightning-em": "lightning-em"}
+    return [
+        {
+            "work": "K-means to rest" if max_iter > 100 else f"K-means, {max_iter} iterations",
+            "library": named[name],
+            "iterations": int(model.n_iter_),
+            "seconds": each[name],
+            "times_ours": each[name] / each["lightning-em"],
+            "inertia": float(model.inertia_),
+        }
         for name, model in models.items()
-    }
-    results["summary"] = {
-        "speed_up": each["scikit-learn"] / each["lightning-em"],
-        "inertia_ratio": results["lightning-em"]["inertia"] / results["scikit-learn"]["inertia"],
-    }
-    return results
+    ]
 
 
-def scaling(x: Tensor, components: int, sizes: list[int]) -> list[dict[str, float]]:
+def faster_algorithm(x: Tensor, components: int) -> str:
+    """Which of scikit-learn's two forms of Lloyd's algorithm, equal in what they find, is faster on these rows."""
+
+    def seconds(algorithm: str) -> float:
+        given = {"n_init": 1, "max_iter": 60, "tol": 0.0, "random_state": 0, "init": "random"}
+        return median_seconds(partial(KMeans(components, algorithm=algorithm, **given).fit, x.numpy()), 2)
+
+    return min(("lloyd", "elkan"), key=seconds)
+
+
+def scaling(x: Tensor, components: int, sizes: list[int]) -> list[dict[str, Any]]:
     """Time of one iteration and peak memory over streams of growing length, blocks of 10,000 rows drawn again and
     again.
     """
@@ -218,7 +237,13 @@ def scaling(x: Tensor, components: int, sizes: list[int]) -> list[dict[str, floa
         taken = median_seconds(one_pass)
         peak = peak_mib() - before
         rows.append(
-            {"rows": size, "seconds": taken, "microseconds_per_row": 1e6 * taken / size, "peak_mib_above_start": peak}
+            {
+                "work": "stream",
+                "rows": size,
+                "seconds": taken,
+                "microseconds_per_row": 1e6 * taken / size,
+                "peak_mib_above_start": peak,
+            }
         )
     return rows
 
@@ -235,7 +260,7 @@ def forget_peak() -> float:
     return peak_mib()
 
 
-def streaming_memory(rows: int, width: int = 64) -> dict[str, float]:
+def streaming_memory(rows: int, width: int = 64) -> dict[str, Any]:
     """Peak memory of `lightning-em fit` over a file of rows, in a process of its own."""
     script = (
         "import sys; from lightning_modules.cli import main; main(sys.argv[1:]);"
@@ -266,6 +291,7 @@ def streaming_memory(rows: int, width: int = 64) -> dict[str, float]:
         )
         taken = time.perf_counter() - begin
     return {
+        "work": "lightning-em fit",
         "rows": rows,
         "width": width,
         "peak_mib": int(done.stdout.split("PEAK")[1].split()[0]) / 1024,
@@ -274,35 +300,38 @@ def streaming_memory(rows: int, width: int = 64) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="where to write the results")
-    default = os.environ.get("LIGHTNING_EM_DATA", PROJECT.parent / "shared" / "data")
-    parser.add_argument("--data", type=Path, default=Path(default), help="folder that holds cifar-10-batches-py")
+    parser = arguments("Mixtures and K-means beside their peers.")
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--components", type=int, default=32)
     parser.add_argument("--iterations", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--largest", type=int, default=3_000_000, help="rows of the longest stream")
     parser.add_argument("--stream", type=int, default=1_000_000, help="rows of the file on disk")
-    arguments = parser.parse_args()
+    given = parser.parse_args()
+    if hindrances := [name for name in HINDRANCES if name in os.environ]:
+        parser.error(f"{' and '.join(hindrances)} would hold numpy back: env -u {' -u '.join(hindrances)} python …")
     warnings.simplefilter("ignore", ConvergenceWarning)
-    torch.set_num_threads(arguments.threads)
-    x = patches(arguments.rows, arguments.data)
-    results: dict[str, Any] = {"rows": len(x), "width": x.shape[1], "threads": arguments.threads}
-    with threadpool_limits(arguments.threads):
-        results["mixture"] = compare_mixture(x, arguments.components, arguments.iterations, arguments.rounds)
-        print(json.dumps(results["mixture"], indent=2), flush=True)
-        for length, name in ((300, "to rest"), (60, "60 iterations"), (20, "20 iterations")):
-            results[f"kmeans, {name}"] = compare_kmeans(x, arguments.components, length)
-            print(name, json.dumps(results[f"kmeans, {name}"], indent=2), flush=True)
-    sizes = [n for n in (10_000, 100_000, 1_000_000, 3_000_000) if n <= arguments.largest]
-    results["scaling"] = scaling(x, arguments.components, sizes)
-    print(json.dumps(results["scaling"], indent=2), flush=True)
-    results["streaming"] = streaming_memory(arguments.stream)
-    print(json.dumps(results["streaming"], indent=2), flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+    torch.set_num_threads(given.threads)
+    both = patches(given.rows + given.rows // 2, given.data)
+    x, others = both[: given.rows], both[given.rows :]
+    rows: list[dict[str, Any]] = []
+
+    def report(*found: dict[str, Any]) -> None:
+        rows.extend(found)
+        write_json(given.json, rows)
+        for row in found:
+            print(
+                "  ".join(f"{value:.4g}" if isinstance(value, float) else f"{value}" for value in row.values()),
+                flush=True,
+            )
+
+    with threadpool_limits(given.threads):
+        report(*compare_mixture(x, given.components, given.iterations, given.rounds))
+        algorithm = faster_algorithm(others, given.components)
+        for length in (300, 60, 20):
+            report(*compare_kmeans(x, given.components, length, given.rounds, algorithm))
+    report(*scaling(x, given.components, [n for n in (10_000, 100_000, 1_000_000, 3_000_000) if n <= given.largest]))
+    report(streaming_memory(given.stream))
 
 
 if __name__ == "__main__":

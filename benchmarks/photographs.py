@@ -1,26 +1,23 @@
 """Photographs restored: ours beside its peers on the same noise, quality and time.
 
 White Gaussian noise, seeded and not clipped, on the photographs of a folder; its level told and estimated. Then clean
-photographs and little noise, stored in 8 bits and clipped, the level estimated. Peers with a strength have the best of
-several, at each level, on other photographs, scaled down. One thread each:
+photographs and little noise, stored in 8 bits and clipped, the level estimated. Peers with settings have the best of
+them, at each level, on other photographs, scaled down. One thread each:
 
     OMP_NUM_THREADS=1 python benchmarks/photographs.py --json photographs.json
 """
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from _common import arguments, write_json
-from _photograph import psnr
+from _peers import Peer, Setting, bm3d, failure, opencv, psnr, scikit_image, to_image
 from PIL import Image
-from skimage.restoration import denoise_nl_means
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.functional.image import structural_similarity_index_measure
@@ -30,72 +27,34 @@ from lightning_modules.imaging import find_images, read_image
 from lightning_modules.noise import estimate_noise_std
 
 STORED_LEVELS = (0, 2, 5)
-LEAST_LEVEL = 0.1 / 255  # of peers that divide by it
-Restore = Callable[[Tensor, float, float], Tensor]
 
 
-@dataclass
-class Method:
-    """A way to restore `[1, 3, H, W]`, given the noise level and a strength."""
-
-    name: str
-    restore: Restore
-    strengths: tuple[float, ...] = (1.0,)
-    weights: int = 0
-
-
-def ours(weights: str) -> Method:
+def ours(weights: str) -> Peer:
     denoiser = GraphDenoiser.from_pretrained(weights)
     count = sum(weight.numel() for weight in denoiser.parameters())
-    return Method("GraphDenoiser", lambda noisy, level, _: denoiser(noisy, noise=level), weights=count)
+    return Peer("GraphDenoiser", lambda noisy, level: denoiser(noisy, noise=level), weights=count)
 
 
-def bm3d() -> Method:
-    def restore(noisy: Tensor, level: float, strength: float) -> Tensor:
-        from bm3d import bm3d_rgb
-
-        return to_image(bm3d_rgb(to_array(noisy), strength * max(level, LEAST_LEVEL)))
-
-    return Method("CBM3D", restore, (0.9, 1.0, 1.1))
-
-
-def opencv() -> Method:
-    def restore(noisy: Tensor, level: float, strength: float) -> Tensor:
-        h, eight_bit = 255 * strength * level, (to_array(noisy).clip(0, 1) * 255).round().astype(np.uint8)
-        return to_image(cv2.fastNlMeansDenoisingColored(eight_bit, None, h, h, 7, 21)) / 255
-
-    return Method("OpenCV NLM", restore, (0.4, 0.6, 0.8, 1.0, 1.2))
-
-
-def scikit_image() -> Method:
-    def restore(noisy: Tensor, level: float, strength: float) -> Tensor:
-        level = max(level, LEAST_LEVEL)
-        options = {"h": strength * level, "sigma": level, "fast_mode": True, "channel_axis": -1}
-        return to_image(denoise_nl_means(to_array(noisy), 5, 6, **options))
-
-    return Method("scikit-image NLM", restore, (0.4, 0.6, 0.8, 1.0))
-
-
-def dncnn(folder: Path) -> Method:
+def dncnn(folder: Path) -> Peer:
     """One set of weights for each of three levels; the nearest is used."""
     networks = {level: convolutions(folder / f"dncnn_color_{level}.npz") for level in (15, 25, 50)}
 
-    def restore(noisy: Tensor, level: float, strength: float) -> Tensor:
+    def restore(noisy: Tensor, level: float) -> Tensor:
         return noisy - cascade(noisy, networks[min(networks, key=lambda known: abs(known - 255 * level))])
 
-    return Method("DnCNN", restore, weights=count(networks[25]))
+    return Peer("DnCNN", restore, weights=count(networks[25]))
 
 
-def ffdnet(folder: Path) -> Method:
+def ffdnet(folder: Path) -> Peer:
     network = convolutions(folder / "ffdnet_color.npz")
 
-    def restore(noisy: Tensor, level: float, strength: float) -> Tensor:
+    def restore(noisy: Tensor, level: float) -> Tensor:
         height, width = noisy.shape[-2:]
         folded = F.pixel_unshuffle(F.pad(noisy, (0, width % 2, 0, height % 2), mode="replicate"), 2)
         shown = torch.cat([folded, torch.full_like(folded[:, :1], level)], 1)
         return F.pixel_shuffle(cascade(shown, network), 2)[..., :height, :width]
 
-    return Method("FFDNet", restore, weights=count(network))
+    return Peer("FFDNet", restore, weights=count(network))
 
 
 Convolutions = list[tuple[Tensor, Tensor]]
@@ -117,14 +76,6 @@ def count(network: Convolutions) -> int:
     return sum(tensor.numel() for layer in network for tensor in layer)
 
 
-def to_array(image: Tensor) -> np.ndarray:
-    return np.ascontiguousarray(image[0].permute(1, 2, 0).numpy())
-
-
-def to_image(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.asarray(array, np.float32)).permute(2, 0, 1)[None]
-
-
 def add_noise(images: list[Tensor], level: int, stored: bool = False) -> list[Tensor]:
     noisy = []
     for number, image in enumerate(images):
@@ -135,7 +86,7 @@ def add_noise(images: list[Tensor], level: int, stored: bool = False) -> list[Te
 
 
 def other_photographs(folder: Path) -> list[Tensor]:
-    """Parts of four photographs, scaled down: what strengths are found on."""
+    """Parts of four photographs, scaled down: what settings are found on."""
     images = []
     for path in find_images(folder)[::40][:4]:
         picture = Image.fromarray(read_image(path).permute(1, 2, 0).numpy())
@@ -144,24 +95,15 @@ def other_photographs(folder: Path) -> list[Tensor]:
     return images
 
 
-def best_strength(method: Method, level: int, images: list[Tensor]) -> float:
-    pairs = list(zip(images, add_noise(images, level), strict=True))
-
-    def quality(strength: float) -> float:
-        return fmean(psnr(method.restore(noisy, level / 255, strength), clean) for clean, noisy in pairs)
-
-    return max(method.strengths, key=quality) if len(method.strengths) > 1 else method.strengths[0]
-
-
 def row(
-    method: Method, strength: float, images: list[Tensor], noisy: list[Tensor], told: float | None
+    method: Peer, setting: Setting, images: list[Tensor], noisy: list[Tensor], told: float | None
 ) -> dict[str, Any]:
     """Means over the images; the level is estimated where it is not told."""
     measured = []
     for clean, image in zip(images, noisy, strict=True):
         level = float(estimate_noise_std(image)) if told is None else told
         begin = time.perf_counter()
-        restored = method.restore(image, level, strength).clamp(0, 1)
+        restored = method.restore(image, level, **setting).clamp(0, 1)
         seconds = time.perf_counter() - begin
         similarity = float(structural_similarity_index_measure(restored, clean, data_range=1.0))
         noisy_psnr = min(psnr(image, clean), 100.0)  # a clean image, stored, is itself
@@ -169,7 +111,7 @@ def row(
         measured.append((min(psnr(restored, clean), 100.0), noisy_psnr, similarity, milliseconds, 255 * level))
     names = ("psnr", "psnr_noisy", "ssim", "ms_per_megapixel", "level_used")
     means = dict(zip(names, map(fmean, zip(*measured, strict=True)), strict=True))
-    return {"method": method.name, "strength": strength, "weights": method.weights, "images": len(images), **means}
+    return {"method": method.name, "setting": setting, "weights": method.weights, "images": len(images), **means}
 
 
 def main() -> None:
@@ -180,7 +122,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, help="how many of them, spread over the folder; all by default")
     parser.add_argument("--levels", type=int, nargs="*", default=[15, 25, 50], help="of the noise, of 255")
     parser.add_argument("--stored", type=int, nargs="*", default=STORED_LEVELS, help="of the noise in 8-bit files")
-    makers: dict[str, Callable[[], Method]] = {
+    makers: dict[str, Callable[[], Peer]] = {
         "bm3d": bm3d,
         "opencv": opencv,
         "skimage": scikit_image,
@@ -190,26 +132,31 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", choices=makers, default=list(makers), help="whom to compare with")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    cv2.setNumThreads(args.threads)
-    methods = [ours(args.weights), *(makers[name]() for name in args.peers)]
+    methods = [ours(args.weights)]
+    records: list[dict[str, Any]] = []
+    for name in args.peers:
+        try:
+            methods.append(makers[name]())
+        except Exception as error:
+            records.append({"method": name, "failed": failure(error)})
+            print(f"{name} failed: {records[-1]['failed']}")
     files = find_images(args.data / args.folder)
     files = files[:: max(len(files) // (args.images or len(files)), 1)][: args.images]
     images = [read_image(path)[None].float() / 255 for path in files]
     others = other_photographs(args.data / "photos")
-    records: list[dict[str, Any]] = []
-    strengths: dict[tuple[str, int], float] = {}
+    settings: dict[tuple[str, int], Setting] = {}
     tasks = [(level, told, False) for level in args.levels for told in (True, False)]
     tasks += [(level, False, True) for level in args.stored]
     with torch.inference_mode():
         for method in methods:
-            method.restore(others[0][..., :64, :64], 0.1, 1.0)  # compiled and loaded
+            method.restore(others[0][..., :64, :64], 0.1, **method.settings[0])  # compiled and loaded
         for level, told, stored in tasks:
             noisy = add_noise(images, level, stored)
             for method in methods:
-                key = method.name, max(level, 2)  # clean photographs are restored with the strength for little noise
-                if key not in strengths:
-                    strengths[key] = best_strength(method, key[1], others)
-                found = row(method, strengths[key], images, noisy, level / 255 if told else None)
+                key = method.name, max(level, 2)  # clean photographs are restored with the setting for little noise
+                if key not in settings:
+                    settings[key] = method.best_setting(others, add_noise(others, key[1]), key[1] / 255)
+                found = row(method, settings[key], images, noisy, level / 255 if told else None)
                 records.append({"level": level, "told": told, "stored": stored, **found})
                 kind = "stored" if stored else "told" if told else "estimated"
                 print(

@@ -2,14 +2,16 @@
 
 Prints each work's time beside its peer's with the ratio (how many times faster ours is), and the floor: the bytes that
 must move over the measured copy bandwidth, or the operations over the measured matrix rate, whichever is larger.
-Medians over at least five runs in one process. The peers need the extra `[benchmark]`.
+Medians over at least five runs in one process; every peer has as many threads as ours and the best of its settings,
+found on other images. The peers need the extra `[benchmark]`.
 
-    python benchmarks/speed.py --only image,patches,training --json speed.json
+    OMP_NUM_THREADS=1 python benchmarks/speed.py --json speed.json
 """
 
 import platform
 from typing import Any
 
+import _photograph
 import _speed_image
 import _speed_patches
 import _speed_training
@@ -17,16 +19,17 @@ import torch
 from _common import arguments, write_json
 from _timing import copy_bandwidth, matrix_rate
 
-SECTIONS = {"image": _speed_image, "patches": _speed_patches, "training": _speed_training}
+SECTIONS = {"image": _speed_image, "photograph": _photograph, "patches": _speed_patches, "training": _speed_training}
 
 
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, separated by commas")
     parser.add_argument(
-        "--unrolled",
-        action="store_true",
-        help="also beside torch.compile of the plain image operator, which takes minutes to compile",
+        "--no-unrolled",
+        dest="unrolled",
+        action="store_false",
+        help="not beside torch.compile of the plain image operator, which takes minutes to compile",
     )
     options = parser.parse_args()
     names = options.only.split(",")
@@ -53,7 +56,9 @@ def _line(row: dict[str, Any]) -> str:
         return f"{text} of {row['peer_ms']:.4g} ms: {row['share']:.2%}"
     if "psnr" in row:
         text += f", {row['psnr']:.2f} dB"
-    if "peer" in row:
+    if "failed" in row:
+        text += f"; {row['peer']} failed: {row['failed']}"
+    elif "peer" in row:
         text += f"; {row['peer']} {row['peer_ms']:.4g} ms"
         text += f", {row['peer_psnr']:.2f} dB" if "peer_psnr" in row else ""
         text += f": {row['ratio']:.2f} times as fast"

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from callbacks._display import em_table, require_positive, stopped_at, tensorboard_loggers
@@ -31,10 +31,11 @@ class EMHealth(Callback):
     that gets no images; parameters that still move at the end; and whatever else the operator warns of
     (`RestorationOperator.warnings`), from the means of its own diagnostics. Findings go to the log, to TensorBoard's
     text page under `em/health`, and below the closing table of `EMReport`. It reads the device only on steps that log
-    (`log_every_n_steps`).
+    (`log_every_n_steps`) or end an epoch or the run. A run of few looks is judged at its end, by what all of them saw,
+    and bounds by where the values rest then, as the closing table does; what the run was too short to tell is said.
 
     Args:
-        patience: Looks on end that must see the same before it is a finding.
+        patience: Looks on end that must see the same before it is a finding; in a run of fewer looks, all of them.
         window: Optimizer steps over which the proxy is watched for oscillation, of any period up to a quarter of it;
             each window is looked at once.
 
@@ -54,17 +55,21 @@ class EMHealth(Callback):
         self.window = window
         self.findings: dict[str, str] = {}
         self._seen: dict[str, int] = {}
+        # What was seen at the last looks, and how often there was a look for it.
+        self._messages: dict[str, str] = {}
+        self._looks: dict[str, int] = {}
         self._proxies: list[Tensor] = []
         self._sums: Tensor | None = None
         self._rows: list[float] = []
         self._path: list[tuple[int, list[list[float]]]] = []
         self._of_operator: set[str] = set()
-        self._last_step = 0
+        self._first_step = self._last_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins a new record."""
         self.findings, self._seen, self._path, self._proxies, self._rows = {}, {}, [], [], []
-        self._sums, self._of_operator, self._last_step = None, set(), trainer.global_step
+        self._messages, self._looks, self._sums, self._of_operator = {}, {}, None, set()
+        self._first_step = self._last_step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -82,14 +87,25 @@ class EMHealth(Callback):
         if len(self._proxies) < self.window:
             self._proxies.append(_mean_proxy(step))
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every > 0 and trainer.global_step % every == 0:
+        ends = trainer.is_last_batch or trainer.global_step == trainer.max_steps
+        if ends or (every > 0 and trainer.global_step % every == 0):
             self._look(trainer, pl_module, table, batch)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Names what still moves."""
+        """Names what still moves, and what all of a few looks saw."""
         table = em_table(pl_module)
         if table is None:
             return
+        self._look_at_bounds(trainer, table, table.values().tolist(), patience=1)  # what the closing table stars
+        for key, message in self._messages.items():
+            if 0 < self._seen[key] == self._looks[key] < self.patience:
+                self._warn(trainer, key, message)
+        steps = trainer.global_step - self._first_step
+        if 0 < steps < self.window:
+            rank_zero_info(
+                f"EMHealth: {steps} steps are too few to tell whether the loss proxy oscillates (it takes "
+                f"{self.window}) or parameters still move."
+            )
         moving = still_moving(table, self._path, trainer.global_step)
         for name in table.learned:
             changes = {row: change for (parameter, row), change in moving.items() if parameter == name}
@@ -120,7 +136,9 @@ class EMHealth(Callback):
         self._look_at_operator(trainer, pl_module, means)
         self._look_at_rows(trainer, table, [images, *rows])
 
-    def _look_at_bounds(self, trainer: Trainer, table: "ParameterTable", values: list[list[float]]) -> None:
+    def _look_at_bounds(
+        self, trainer: Trainer, table: "ParameterTable", values: list[list[float]], patience: int | None = None
+    ) -> None:
         for name in table.learned:
             for side, bound in zip(("lower", "upper"), table.bounds[name], strict=True):
                 stopped = [
@@ -135,6 +153,7 @@ class EMHealth(Callback):
                     bool(stopped),
                     f"{_named(table, name, stopped)} {rests} on its {side} bound {bound:g}: widen em_parameters.bounds "
                     "for it, unless it is meant to stop there",
+                    patience,
                 )
 
     def _look_at_proxies(self, trainer: Trainer) -> None:
@@ -173,9 +192,10 @@ class EMHealth(Callback):
                 "them (labels, regimes)",
             )
 
-    def _note(self, trainer: Trainer, key: str, seen: bool, message: str) -> None:
+    def _note(self, trainer: Trainer, key: str, seen: bool, message: str, patience: int | None = None) -> None:
         self._seen[key] = self._seen.get(key, 0) + 1 if seen else 0
-        if self._seen[key] >= self.patience:
+        self._looks[key], self._messages[key] = self._looks.get(key, 0) + 1, message
+        if self._seen[key] >= (patience or self.patience):
             self._warn(trainer, key, message)
 
     def _warn(self, trainer: Trainer, key: str, message: str) -> None:

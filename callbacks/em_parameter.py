@@ -1,16 +1,19 @@
 """M-step of a parameter table, once for each optimizer step of the network."""
 
 from collections import deque
+from collections.abc import Container
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from callbacks._em_metrics import em_metrics
+from callbacks._em_metrics import em_metrics, values_by_name
 from callbacks._em_requirements import check_module, check_trainer
+from callbacks._rule_protocol import answer, next_values
 from lightning_modules.em import Assignment, EStep, ParameterTable, SufficientStatistics, TableValues
 from lightning_modules.em.rules import GradientRule, Rule, RuleState
 
@@ -18,6 +21,8 @@ from lightning_modules.em.rules import GradientRule, Rule, RuleState
 _RECENT = 5
 # M-steps after which a learned parameter that has had no gradient is said to have none.
 _PATIENCE = 10
+# Values of the global set that the progress bar shows.
+_SHOWN = 3
 # Most that responsibilities may sum to above 1 by rounding, bfloat16's included.
 _ROUNDING = 0.02
 
@@ -32,7 +37,11 @@ class EMParameterCallback(Callback):
     so nothing is sent back. It does not wait for an accelerator on steps that do not log, one process given.
 
     What it logs as `em/…` has the step of the module's own `train/…`, and can be monitored by name, as by
-    `EarlyStopping(monitor="em/loss_proxy")`: the value is that of the last step that logged or ended an epoch.
+    `EarlyStopping(monitor="em/loss_proxy")`: the value is that of the last step that logged or ended an epoch. The
+    progress bar shows the first three learned values of the global set after every step.
+
+    Lightning's `WeightAveraging` averages the network and nothing that the M-step writes: module, checkpoint and
+    validation have the table, and the assignment's own state, of the last M-step.
 
     Args:
         rule: The M-step proper; `GradientRule()` by default.
@@ -74,6 +83,8 @@ class EMParameterCallback(Callback):
         self._states: deque[TableValues] = deque(maxlen=self.history_size)
         # Skipped steps: in all, the present streak, and the longest; counted on the device.
         self._skipped = torch.zeros(3, dtype=torch.long)
+        # The first step whose proposal was not finite though its statistics were; 0 for none.
+        self._rule_fault = torch.zeros((), dtype=torch.long)
         # Columns that have had a gradient, and the most that responsibilities were off; likewise.
         self._has_gradient = self._excess = torch.zeros(0)
         self._num_steps = 0
@@ -114,7 +125,7 @@ class EMParameterCallback(Callback):
         table = self._require_table()
         # Before training the state of a checkpoint is on the host, and afterwards the table may be.
         state = {name: tensor.to(table.shared.device) for name, tensor in self._rule_state.items()}
-        return self.rule.standard_deviation(table, state or self.rule.initial_state(table))
+        return answer(self.rule, "standard_deviation", table, state or answer(self.rule, "initial_state", table))
 
     @property
     def loss_history(self) -> list[float]:
@@ -168,7 +179,7 @@ class EMParameterCallback(Callback):
         """Take the state to the module's device, and continue after the step at which a checkpoint was taken."""
         table = self._require_table()
         device = table.shared.device
-        initial = self.rule.initial_state(table)
+        initial = answer(self.rule, "initial_state", table)
         shapes = {name: tensor.shape for name, tensor in initial.items()}
         if {name: tensor.shape for name, tensor in self._rule_state.items()} == shapes:
             self._rule_state = {name: tensor.to(device) for name, tensor in self._rule_state.items()}
@@ -179,7 +190,7 @@ class EMParameterCallback(Callback):
                     "parameters go on from where they were, the rule starts afresh"
                 )
             self._rule_state = initial
-        self._skipped = self._skipped.to(device)
+        self._skipped, self._rule_fault = self._skipped.to(device), self._rule_fault.to(device)
         self._has_gradient = torch.zeros_like(table.shared, dtype=torch.bool)
         self._excess, self._num_steps = torch.zeros((), device=device), 0
         self._statistics = SufficientStatistics(len(table.row_names), len(table.shared), device)
@@ -192,7 +203,7 @@ class EMParameterCallback(Callback):
         self._last_step = trainer.global_step
         table.rows_learn = self.update_rows
         table.pop_gradient()  # of whoever ran before, such as a learning-rate finder
-        table.perturb(self.rule.sampled_values(table, self._rule_state))
+        table.perturb(answer(self.rule, "sampled_values", table, self._rule_state, step=trainer.global_step))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the scale of this backward pass: the optimizer step that follows may change it."""
@@ -213,18 +224,36 @@ class EMParameterCallback(Callback):
         scale = _loss_scale(trainer, pl_module)
         rejected = scale < self._scale if scale is not None and self._scale is not None else None
         assignment = getattr(pl_module, "assignment", None)
-        self._m_step(table, statistics, rejected, assignment if isinstance(assignment, Assignment) else None)
+        self._m_step(
+            table, statistics, rejected, assignment if isinstance(assignment, Assignment) else None, self._last_step
+        )
+        _keep_from_averages(trainer, pl_module)
+        shown = dict([*values_by_name(table, "em", table.values()[:1], table.learned).items()][:_SHOWN])
+        pl_module.log_dict(shown, prog_bar=True, logger=False, on_step=True, on_epoch=False)
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         logs = every > 0 and trainer.global_step % every == 0
         if logs or table.shared.device.type == "cpu":
             self._check_run(table)
         if logs or trainer.is_last_batch:
-            self._log(trainer, pl_module, statistics, logs)
+            self._log(trainer, pl_module, statistics, shown, logs)
         if logs and isinstance(assignment, Assignment):
             self._log_assignment(trainer, assignment)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep what is learned out of the averages that validation is about to use, wherever in the list we are."""
+        _keep_from_averages(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As `on_validation_start`: an average may have begun with this epoch."""
+        _keep_from_averages(trainer, pl_module)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """As `on_validation_start`: the averages go into the checkpoint, in which they are no copies."""
+        _keep_from_averages(trainer, pl_module)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn of what has come up after the last step that logged: skipped steps, and what the assignment has seen."""
+        _keep_from_averages(trainer, pl_module)
         self._require_table().perturb(None)
         self._check_run(self._require_table())
         assignment = getattr(pl_module, "assignment", None)
@@ -301,10 +330,14 @@ class EMParameterCallback(Callback):
         statistics: SufficientStatistics,
         rejected: Tensor | None,
         assignment: Assignment | None,
+        step: int,
     ) -> None:
-        proposed, rule_state = self.rule.m_step(table, statistics, self._rule_state)
+        proposed, rule_state = next_values(self.rule, table, statistics, self._rule_state, step)
+        is_number = proposed.shared.isfinite().all() & proposed.offsets.isfinite().all()
+        fault = statistics.finite & ~is_number & (self._rule_fault == 0)
+        self._rule_fault = torch.where(fault, step, self._rule_fault)
         proposed = table.project(proposed)
-        finite = statistics.finite & proposed.shared.isfinite().all() & proposed.offsets.isfinite().all()
+        finite = statistics.finite & is_number
         if rejected is None:
             accepted, counted = finite, ~finite
         else:  # the gradient scaler has thrown the network's step away: neither an M-step nor a fault
@@ -316,7 +349,7 @@ class EMParameterCallback(Callback):
         self._rule_state = {
             name: torch.where(accepted, rule_state[name], old) for name, old in self._rule_state.items()
         }
-        table.perturb(self.rule.sampled_values(table, self._rule_state))
+        table.perturb(answer(self.rule, "sampled_values", table, self._rule_state, step=step))
         if assignment is not None and len(statistics.latent):
             assignment.m_step(statistics.latent, accepted)
         total, streak, longest = self._skipped.unbind()
@@ -333,14 +366,19 @@ class EMParameterCallback(Callback):
                 "responsibilities must be in [0, 1] and sum to 1 at most over the rows for each image, and were off by "
                 f"{excess:.3g}: normalize what `assignment` returns"
             )
-        total, _, longest = self._skipped.tolist()
+        total, _, longest, fault = torch.cat([self._skipped, self._rule_fault[None]]).tolist()
+        if fault:
+            self._warn(
+                f"{type(self.rule).__name__}.m_step proposed NaN or infinite values at step {fault}, from "
+                "statistics that were finite: mend the rule; the parameters keep their values at such steps"
+            )
         if longest >= self.max_skipped_steps:
             raise RuntimeError(
                 f"{longest} M-steps on end had a non-finite loss proxy or gradient, so the run was stopped; the "
                 "parameters are those of the last good step. Look at the loss (does it diverge: lower the learning "
                 "rate), at the data (NaN or infinite pixels), at the precision (try 32-true), and at bounds near zero"
             )
-        if total:
+        if total and not fault:
             self._warn(
                 "an M-step was skipped because its loss proxy or gradient was not finite; the parameters keep their "
                 "values. em/skipped_steps counts such steps from here on"
@@ -354,12 +392,20 @@ class EMParameterCallback(Callback):
                         "on what the table hands out, without detach or no_grad, or leave it out of its `learned`"
                     )
 
-    def _log(self, trainer: Trainer, pl_module: LightningModule, statistics: SufficientStatistics, logs: bool) -> None:
+    def _log(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        statistics: SufficientStatistics,
+        shown: Container[str],
+        logs: bool,
+    ) -> None:
         table = self._require_table()
-        deviation = self.rule.standard_deviation(table, self._rule_state)
+        deviation = answer(self.rule, "standard_deviation", table, self._rule_state, step=self._last_step)
         metrics = em_metrics(table, statistics, self._skipped[0], deviation)
         # For those who monitor: by Lightning, which the loggers would otherwise get stale values of a row from.
-        pl_module.log_dict(metrics, logger=False, on_step=True, on_epoch=False)
+        monitored = {name: value for name, value in metrics.items() if name not in shown}
+        pl_module.log_dict(monitored, logger=False, on_step=True, on_epoch=False)
         if logs:
             numbers = torch.stack([*metrics.values()]).tolist()  # one transfer for everything
             _log_to_loggers(
@@ -378,6 +424,22 @@ class EMParameterCallback(Callback):
         if message not in self._warned:
             self._warned.add(message)
             rank_zero_warn(message)
+
+
+def _keep_from_averages(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Writes what the M-step has learned over its average, in whatever Lightning averages of the module.
+
+    Under a late `update_starting_at_step` the average is the start, and a regime's mean is not the mean of its means.
+    Averaged is a copy of the module, which has no other name.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for averaging in callbacks:
+        average = averaging._average_model if isinstance(averaging, WeightAveraging) else None
+        for name in ("em_parameters", "assignment") if average is not None else ():
+            source, copy = (getattr(module, name, None) for module in (pl_module, average.module))  # type: ignore[union-attr]
+            if isinstance(source, torch.nn.Module) and isinstance(copy, torch.nn.Module):
+                for learned, averaged in zip(source.buffers(recurse=False), copy.buffers(recurse=False), strict=True):
+                    averaged.copy_(learned)
 
 
 def _log_to_loggers(trainer: Trainer, numbers: dict[str, float]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from callbacks._display import em_table, error_bars, run_directory, stopped_at
 from callbacks.em_health import EMHealth
+from lightning_modules.checkpoints.module import checkpoint_paths
 
 if TYPE_CHECKING:
     from lightning_modules.em import ParameterTable
@@ -70,7 +71,7 @@ class EMReport(Callback):
                 exported.write_text(yaml.safe_dump(overlay(pl_module, table), sort_keys=False, allow_unicode=True))
         for finding in findings(trainer):
             console.print(f"! {finding}", markup=False, highlight=False)
-        for line in summary(trainer.callback_metrics, self._directory, _checkpoint(trainer), exported):
+        for line in summary(trainer.callback_metrics, self._directory, checkpoint_paths(trainer), exported):
             # A path is printed in one piece, so that it can be copied; brackets in it are no markup.
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -147,7 +148,7 @@ def overlay(pl_module: LightningModule, table: "ParameterTable") -> dict[str, An
 
 
 def summary(
-    metrics: Mapping[str, Any], directory: str | None, checkpoint: str | None, exported: Path | None
+    metrics: Mapping[str, Any], directory: str | None, checkpoints: tuple[str, str], exported: Path | None
 ) -> list[str]:
     """Returns the lines below the table: the metric before and after, and where things are."""
     lines = []
@@ -159,8 +160,11 @@ def summary(
         lines.append(f"parameters: {exported} (the next run starts from them with -c CONFIG -c {exported})")
     if directory is not None:
         lines.append(f"logs:       {directory}")
-    if checkpoint is not None:
-        lines.append(f"checkpoint: {checkpoint}")
+    best, last = checkpoints
+    if best:
+        lines.append(f"best:       {best}")
+    if last:
+        lines.append(f"newest:     {last} (fit goes on with --ckpt_path)")
     return lines
 
 
@@ -222,11 +226,3 @@ def _inside(table: "ParameterTable", name: str, value: float | list[float]) -> f
     if isinstance(value, list):
         return [min(max(part, lower), upper) for part in value]
     return value if isinstance(value, int) else min(max(value, lower), upper)
-
-
-def _checkpoint(trainer: Trainer) -> str | None:
-    callback = trainer.checkpoint_callback
-    for name in ("best_model_path", "last_model_path"):
-        if path := getattr(callback, name, ""):
-            return str(path)
-    return None

@@ -13,8 +13,8 @@ from callbacks._tables import require_directory
 class PretrainedWriter(Callback):
     """Writes the trained operator by its `save_pretrained`, with the parameters that the table has learned.
 
-    It writes when training is over; weights that `EMAWeightAveraging` averages are then the averaged ones, and so are
-    the parameters where it has `use_buffers`.
+    It writes when training is over; weights that `EMAWeightAveraging` averages are then the averaged ones, the
+    parameters those of the last M-step.
 
     Args:
         output_dir: Where to write; by default `pretrained` in the directory of the run.

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules._augmentation import flip_and_shift
 from datamodules._sampler import EpochBatches, EpochLoader, FixedBatches, SampleBatch
-from lightning_modules._checkpoints import GuardedCheckpoint
+from lightning_modules.checkpoints.trust import GuardedCheckpoint
 from lightning_modules.imaging import SPLIT_STREAMS, ImageBatch, decode_image, stream
 
 Split = Literal["train", "val", "test", "predict"]

@@ -3,21 +3,16 @@
 python docs/picture_em_study.py
 """
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from tables import rows as load
 
 DOCS = Path(__file__).parent
 COLORS = {"fixed": "0.5", "learned": "C0"}
-
-
-def load(name: str) -> list[dict[str, Any]]:
-    records: list[dict[str, Any]] = json.loads((DOCS / "results" / f"{name}.json").read_text())
-    return records
 
 
 def save(figure: Figure, name: str) -> None:
@@ -49,14 +44,15 @@ def impact() -> Figure:
 
 def search() -> Figure:
     """Quality over images restored: learning runs by batch, searches by trial; median and range of the seeds."""
-    records = load("em_vs_search")
+    records = [record for record in load("em_vs_search") if "failed" not in record]
+    most = max(record.get("trials", 0) for record in records)
+    records = [record for record in records if record.get("trials", most) == most]
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
-    works = list(dict.fromkeys(record["work"] for record in records))
-    for number, work in enumerate(works):
+    for number, work in enumerate(dict.fromkeys(record["work"] for record in records)):
         rows = [record for record in records if record["work"] == work]
-        passes = sorted({row["images"] for row in rows})
-        scores = [[row["psnr"] for row in rows if row["images"] == count] for count in passes]
+        scores = list(zip(*(row["psnr"] for row in rows), strict=False))
+        passes = [rows[0]["images"] * count for count in range(1, len(scores) + 1)]
         middle = [statistics.median(each) for each in scores]
         how = "after each batch" if work.endswith("Rule") else "best trial so far"
         axes.plot(passes, middle, color=f"C{number}", label=f"{work}, {how}")

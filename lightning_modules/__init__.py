@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_modules._renamed import renamed
 
 if TYPE_CHECKING:
+    from lightning_modules.checkpoints.module import AtomicCheckpointIO
     from lightning_modules.detection import NeighborDifferences, RawPixels, RestorationResidual
     from lightning_modules.em import EStep, ParameterTable
     from lightning_modules.generated_image_detector import GeneratedImageDetector
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from lightning_modules.restoration import restore
 
 _HOME = {
+    "AtomicCheckpointIO": "checkpoints.module",
     "BilateralFilter": "operators",
     "ConvAutoencoder": "networks",
     "EStep": "em",
@@ -67,6 +69,7 @@ _HOME = {
 }
 
 __all__ = [
+    "AtomicCheckpointIO",
     "BilateralFilter",
     "ConvAutoencoder",
     "EStep",

@@ -2,14 +2,13 @@
 
 from typing import Any, Literal
 
-import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_modules._checkpoints import GuardedCheckpoint
+from lightning_modules.checkpoints.module import CheckpointedModule
 from lightning_modules.detection import (
     BufferedPredictions,
     Calibration,
@@ -37,7 +36,7 @@ _PASSED_ON = ("label", "index", "weight", "name", "condition")
 _CROPS_AT_ONCE = 32
 
 
-class GeneratedImageDetector(GuardedCheckpoint, L.LightningModule):
+class GeneratedImageDetector(CheckpointedModule):
     r"""Distinguishes generated images from photographs by crops at native resolution.
 
     The inputs of a crop (by default what a restoration takes away from it) go through a network, whose features a
@@ -110,6 +109,8 @@ class GeneratedImageDetector(GuardedCheckpoint, L.LightningModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
+        #: found by `LearningRateFinder`; None for the optimizer's own
+        self.lr: float | None = None
         self._seen = PredictionBuffer()
         self._seen_by_condition: dict[str, PredictionBuffer] = {}
         self._shape = tuple(self.crops.tolist())
@@ -153,6 +154,7 @@ class GeneratedImageDetector(GuardedCheckpoint, L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the parameters of the restoration that are in the checkpoint."""
+        super().on_load_checkpoint(checkpoint)
         self._has_parameters = True
 
     def on_fit_start(self) -> None:
@@ -230,6 +232,7 @@ class GeneratedImageDetector(GuardedCheckpoint, L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Puts what was fitted last into the checkpoint: where weights are averaged, the average's copy is older."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["state_dict"] |= self._fitted
 
     def on_train_end(self) -> None:
@@ -238,7 +241,7 @@ class GeneratedImageDetector(GuardedCheckpoint, L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Optimizer and schedule as injected."""
-        return optimizer_config(self.parameters(), self.optimizer, self.lr_scheduler, self.lr_interval)
+        return optimizer_config(self.parameters(), self.optimizer, self.lr_scheduler, self.lr_interval, self.lr)
 
     @torch.no_grad()
     def predict_image(self, image: Any) -> float:

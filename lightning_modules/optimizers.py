@@ -12,6 +12,7 @@ def optimizer_config(
     optimizer: OptimizerCallable,
     lr_scheduler: LRSchedulerCallable | None,
     interval: Literal["step", "epoch"],
+    lr: float | None = None,
 ) -> Any:
     """Returns the value of `configure_optimizers`.
 
@@ -20,8 +21,11 @@ def optimizer_config(
         optimizer: Makes the optimizer of them.
         lr_scheduler: Makes the schedule of the optimizer; None for a constant rate.
         interval: Whether the schedule counts steps or epochs.
+        lr: Learning rate in place of the optimizer's own, where `LearningRateFinder` has found one.
     """
     made = optimizer(parameter for parameter in parameters if parameter.requires_grad)
+    for group in made.param_groups if lr is not None else ():
+        group["lr"] = lr
     if lr_scheduler is None:
         return made
     scheduler = lr_scheduler(made)

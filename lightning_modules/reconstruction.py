@@ -1,16 +1,16 @@
 """Restoration of images by an operator whose parameters are learned by expectation-maximisation."""
 
 import os
+import warnings
 from typing import Any, Literal
 
-import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from lightning_modules._checkpoints import GuardedCheckpoint
+from lightning_modules.checkpoints.module import CheckpointedModule
 from lightning_modules.em import Assignment, EStep, GlobalAssignment, ParameterTable
 from lightning_modules.em.objectives import log_squared_error, probe_step, squared_error, stein_risk
 from lightning_modules.graph import GraphDiffusion
@@ -36,7 +36,7 @@ _LEVEL_STREAM = 0x5DEE_CE66
 _PROBE_STREAM = 0x2545_F491
 
 
-class Reconstruction(GuardedCheckpoint, L.LightningModule):
+class Reconstruction(CheckpointedModule):
     """Restores noisy images by any operator, with or without a network; its `training_step` is the E-step.
 
     Trained under `callbacks.EMParameterCallback`, the parameters of the operator are learned along with the network.
@@ -48,7 +48,7 @@ class Reconstruction(GuardedCheckpoint, L.LightningModule):
         operator: The restoration operator, which declares the parameters.
         em_parameters: Their table; by default one without rows that learns all of them between the declared bounds.
         backbone: Network; None restores by the operator only. A plain network maps noisy images to estimates, which
-            the operator then restores as free of noise. One with the attribute `accepts_diffusion = True` is called as
+            the operator then restores as free of noise. One with the attribute `accepts_operator = True` is called as
             `backbone(noisy, restore)`, where `restore(signal, guide)` applies the operator, and has the last word.
         assignment: Which row of the table speaks for an image; the global set by default.
         perceptual: Maps restored and clean images to a loss for each image, added to the squared error; None for none.
@@ -65,7 +65,8 @@ class Reconstruction(GuardedCheckpoint, L.LightningModule):
             a step, and moves the parameters and the network alike; freeze the one that is to stay.
         loss: What is supervised: `"mse"`, the squared error, or `"log_mse"`, its logarithm for each image (on a scale
             of `data_range` 1), so that every noise level of a range counts alike.
-        perceptual_weight: Factor of the perceptual loss.
+        perceptual_weight: Factor of the perceptual loss. Distances of pretrained features are 10⁴ to 10⁶ times the
+            squared error: begin with 1e-6 for `PerceptualLoss`, and look at `em/perceptual` beside `em/reconstruction`.
         smoothness_weight: α, the weight of the smoothness bonus in the loss proxy. It moves the table only. 0.1
             belongs to losses of order 0.5; beside a squared error of 0.002 it drowns everything.
         optimizer: Makes the optimizer of the network.
@@ -136,6 +137,8 @@ class Reconstruction(GuardedCheckpoint, L.LightningModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
+        #: found by `LearningRateFinder`; None for the optimizer's own
+        self.lr: float | None = None
         self._has_noise = add_noise and max(noise_levels or levels) > 0
         # Images that keep the noise they came with have no clean side to be compared with.
         self._compares = objective != "sure" or self._has_noise
@@ -285,11 +288,13 @@ class Reconstruction(GuardedCheckpoint, L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Optimizer and schedule as injected."""
-        return optimizer_config(self.parameters(), self.optimizer, self.lr_scheduler, self.lr_interval)
+        return optimizer_config(self.parameters(), self.optimizer, self.lr_scheduler, self.lr_interval, self.lr)
 
     def setup(self, stage: str) -> None:
         """Look at the first batch of each run."""
         self._checked.clear()
+        for metrics in (self.val_metrics, self.test_metrics):
+            metrics.reset()  # `validate` leaves inference tensors, which the validation of a `fit` cannot add to
 
     def _checked_batch(self, batch: Any, batch_idx: int, stage: str) -> ImageBatch:
         """The batch in the form of the contract, which the first of a run is held against."""
@@ -350,7 +355,7 @@ class Reconstruction(GuardedCheckpoint, L.LightningModule):
 
         if self.backbone is None:
             restored = restore(noisy)
-        elif getattr(self.backbone, "accepts_diffusion", False):
+        elif _accepts_operator(self.backbone):
             restored = self.backbone(noisy, restore)
         else:
             restored = restore(self.backbone(noisy), noise=0.0)  # an estimate no longer has the noise of its input
@@ -477,15 +482,22 @@ def _check_operator(operator: RestorationOperator, backbone: nn.Module | None, s
             f"{name}.parameter_specs must be a property that returns a tuple of ParameterSpec, at least one, got "
             f"{specs!r:.80}"
         )
-    plain = backbone is not None and not getattr(backbone, "accepts_diffusion", False)
+    plain = backbone is not None and not _accepts_operator(backbone)
     if plain and any(spec.unit == "noise" for spec in operator.parameter_specs):
         raise ValueError(
             f"{name} has parameters in units of the noise, and what a plain backbone estimates has none left, so that "
             "it would change nothing: choose an operator with absolute parameters (widths='absolute'), or a backbone "
-            "with accepts_diffusion = True"
+            "with accepts_operator = True"
         )
     if smoothness_weight and type(operator).smoothness is RestorationOperator.smoothness:
         raise ValueError(f"{name} has no measure of smoothness: leave smoothness_weight at 0")
+
+
+def _accepts_operator(backbone: nn.Module) -> bool:
+    if getattr(backbone, "accepts_diffusion", False) and not hasattr(backbone, "accepts_operator"):
+        warnings.warn("accepts_diffusion of a backbone is now accepts_operator", FutureWarning, stacklevel=4)
+        return True
+    return bool(getattr(backbone, "accepts_operator", False))
 
 
 def _check_objective(

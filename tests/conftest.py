@@ -107,7 +107,7 @@ def docs_script() -> Callable[[str], ModuleType]:
 @pytest.fixture(params=["torch", "kernel"])
 def graph_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs a test of the image operator twice, in torch and compiled; neither stands in for the other."""
-    from lightning_modules.graph import image_operator
+    from lightning_modules.graph import image_operator, stencil_diffusion
     from lightning_modules.graph.cpu import kernel
 
     if request.param == "torch":
@@ -115,8 +115,8 @@ def graph_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     elif None in [kernel.library(dtype) for dtype in (torch.float32, torch.float64)]:
         pytest.skip("no compiled kernel: no C compiler, or LIGHTNING_EM_COMPILE=0")
     else:
-        monkeypatch.delattr(image_operator, "_ImageDiffusion")
-        monkeypatch.delattr(image_operator, "_similarity_sum")
+        monkeypatch.delattr(stencil_diffusion, "restore")
+        monkeypatch.delattr(stencil_diffusion, "similarity_sum")
     return str(request.param)
 
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -229,3 +230,32 @@ def environment() -> dict[str, str]:
     """That of a user's shell: without what pytest or an earlier distributed run has left."""
     leftovers = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
     return {**{name: value for name, value in os.environ.items() if name not in leftovers}, "OMP_NUM_THREADS": "1"}
+
+
+def test_a_learning_rate_finder_in_a_configuration_finds_a_rate(tmp_path: Path) -> None:
+    overlay = tmp_path / "finder.yaml"
+    finder = {"class_path": "lightning.pytorch.callbacks.LearningRateFinder", "init_args": {"num_training_steps": 3}}
+    overlay.write_text(yaml.safe_dump({"trainer": {"callbacks+": [finder]}}))
+    words = ["-c", DEMO, "-c", str(overlay), *FEW_CROPS, "--trainer.max_steps=2", "--trainer.limit_val_batches=0"]
+    command = build(["fit", *words, "--trainer.logger=false"], run=True)
+    (found,) = (c for c in command.trainer.callbacks if type(c).__name__ == "LearningRateFinder")
+    assert len(found.optimal_lr.results["lr"]) == 3
+    command.model.lr = 0.125  # what it sets where the curve has points enough
+    assert command.model.configure_optimizers().param_groups[0]["lr"] == 0.125
+
+
+def test_the_textbook_run_improves_on_its_start(cifar_root: Path) -> None:
+    """20 steps on 1,280 images of CIFAR-10, and the mean over 100 others, which are restored by the global set."""
+    config = str(PROJECT / "configs" / "cifar10_textbook.yaml")
+    words = ["-c", config, f"--data.root={cifar_root}", "--data.val_size=100", "--trainer.logger=false"]
+    command = build(words)
+    module, data = command.model, command.datamodule
+    (em,) = (callback for callback in command.trainer.callbacks if isinstance(callback, EMParameterCallback))
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = L.Trainer(accelerator="cpu", max_steps=20, callbacks=[em], enable_model_summary=False, **quiet)
+    (before,) = trainer.validate(module, data, verbose=False)
+    trainer.fit(module, data)
+    (after,) = trainer.validate(module, data, verbose=False)
+    assert after["val/psnr"] > before["val/psnr"] + 0.05
+    steps = {module.em_parameters.get_parameters(row)["smooth_steps"] for row in range(10)}
+    assert len(steps) > 1, "rows that differ"

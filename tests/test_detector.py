@@ -20,6 +20,7 @@ from detector_training import (
     make_trainer,
     run,
 )
+from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
 import lightning_modules
@@ -128,6 +129,44 @@ def test_resumed_equals_uninterrupted(single: tuple[dict, Path], tmp_path: Path)
     assert resumed["test"] == whole["test"]
     for name, value in whole["weights"].items():
         torch.testing.assert_close(resumed["weights"][name], value, rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+class Hooks(L.Callback):
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, int]] = []
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.seen.append(("start", trainer.current_epoch))
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.seen.append(("validation", trainer.current_epoch))
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.seen.append(("end", trainer.current_epoch))
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_resumed_after_the_last_step_of_an_epoch_it_is_validated_and_ended(every: int, tmp_path: Path) -> None:
+    def fit(root: Path, ckpt: Path | None = None) -> tuple[list[tuple[str, int]], dict[str, torch.Tensor], L.Trainer]:
+        torch.set_num_threads(1)
+        options = {"check_val_every_n_epoch": every, "num_sanity_val_steps": 0}
+        trainer, hooks, module = make_trainer(root, 4, **options), Hooks(), make_module()
+        steps = ModelCheckpoint(dirpath=root, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        trainer.callbacks = [hooks, *trainer.callbacks, steps]
+        trainer.fit(module, TextureData(16), ckpt_path=ckpt, weights_only=True if ckpt else None)
+        return hooks.seen, module.state_dict(), trainer
+
+    seen, whole, _ = fit(tmp_path / "whole")
+    for step, epoch in ((3, 0), (6, 1), (12, 3)):  # the last of the three steps of an epoch; 12 is the end
+        again, state, trainer = fit(tmp_path / str(step), tmp_path / "whole" / f"step={step}.ckpt")
+        assert again == seen[seen.index(("start", epoch)) + 1 :]
+        for name, value in whole.items():
+            torch.testing.assert_close(state[name], value, rtol=0, atol=0, equal_nan=True, msg=name)
+        assert trainer.fit_loop.epoch_loop._batches_that_stepped == 12
+    # and a checkpoint of the resumed run is like any other
+    again, state, _ = fit(tmp_path / "twice", tmp_path / "3" / "epoch=1.ckpt")
+    assert again[-4:] == seen[-4:] if every == 1 else again[-3:] == seen[-3:]
+    assert all(torch.equal(state[name].nan_to_num(), value.nan_to_num()) for name, value in whole.items())
 
 
 class TestCalibrationUnderAveragedWeights:

@@ -2,12 +2,15 @@
 
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_modules import (
+    BilateralFilter,
     GraphDiffusion,
     GraphDiffusionReconstruction,
     ParameterSpec,
@@ -299,3 +302,41 @@ def test_a_map_of_levels_restores_each_part_at_its_own() -> None:
     torch.testing.assert_close(module(noisy, level), module(noisy, 0.1), atol=1e-5, rtol=1e-4)
     level[..., 16:] = 0
     assert torch.equal(module(noisy, level)[..., 16:], noisy[..., 16:])
+
+
+DOORS: dict[str, Any] = {
+    "module": lambda level: Reconstruction(TotalVariation())(torch.rand(2, 3, 9, 8), level),
+    "graph": lambda level: GraphDiffusionReconstruction(GraphDiffusion(3))(torch.rand(2, 3, 9, 8), level),
+    "operator": lambda level: BilateralFilter()(torch.rand(2, 3, 9, 8), noise=level, sigma_space=1.0, sigma_range=1.0),
+    "argument": lambda level: Reconstruction(TotalVariation(), noise_std=level),
+    "range": lambda level: Reconstruction(TotalVariation(), noise_std=(0.1, level)),
+    "levels": lambda level: Reconstruction(TotalVariation(), noise_levels=[0.1, level]),
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_level_of_255_is_refused_at_every_door_with_what_was_meant(door: str) -> None:
+    with pytest.raises(ValueError, match=r"must lie between 0 and 1, where white is 1, got 25.*; 25 of 255 is 0\.0980"):
+        DOORS[door](25)
+
+
+@pytest.mark.parametrize("operator", [TotalVariation, BilateralFilter, lambda: GraphDiffusion(3)])
+def test_whole_numbers_and_empty_batches_are_refused_by_name(operator: Any) -> None:
+    module = Reconstruction(operator())
+    with pytest.raises(ValueError, match=r"images must be floating-point, got torch\.uint8: divide by 255"):
+        module(torch.zeros(2, 3, 9, 8, dtype=torch.uint8), 0.1)
+    for shape in ((0, 3, 9, 8), (2, 3, 0, 8)):
+        with pytest.raises(ValueError, match="images are empty, got"):
+            module(torch.zeros(shape), 0.1)
+
+
+def test_a_validated_module_can_be_trained() -> None:
+    """`validate` runs in inference mode, whose tensors a later validation within `fit` could not add to."""
+    module = Reconstruction(TotalVariation())
+    data = DataLoader(TensorDataset(torch.rand(4, 3, 16, 16), torch.zeros(4, dtype=torch.long)), 2)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "num_sanity_val_steps": 0}
+    trainer = L.Trainer(accelerator="cpu", max_epochs=1, enable_model_summary=False, **quiet)
+    trainer.validate(module, data, verbose=False)
+    trainer.fit(module, data, data)
+    assert trainer.state.finished
+    assert module.val_metrics["psnr"].weight.item() == 4  # all images, once

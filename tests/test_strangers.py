@@ -15,7 +15,7 @@ from torch import nn
 
 from datamodules import PatchDataModule
 from lightning_modules import GeneratedImageDetector, GraphDenoiser, GraphDiffusionReconstruction, KMeans
-from lightning_modules._checkpoints import UntrustedCheckpointError, building_from
+from lightning_modules.checkpoints.trust import UntrustedCheckpointError, building_from
 from lightning_modules.cli import build, main
 from lightning_modules.graph_denoiser import _FORMAT
 

@@ -1,7 +1,7 @@
 """The command `lightning-em`: `fit`, `validate`, `test` and `predict` by Lightning, `restore` without it."""
 
+import os
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,23 +18,22 @@ def main(args: list[str] | None = None) -> None:
     """
     words = sys.argv[1:] if args is None else args
     if words[:1] == ["--version"]:
-        print(_version())
+        from lightning_modules._version import package_version
+
+        print(package_version())
     elif words[:1] == ["restore"]:
         from lightning_modules.cli.restore import run
 
         if code := run(words[1:]):
             raise SystemExit(code)
     else:
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # before Lightning is loaded, which takes seconds
+            from lightning_modules.cli.processes import end_with_parent
+
+            end_with_parent()
         from lightning_modules.cli.training import build
 
         build(args, run=True)
-
-
-def _version() -> str:
-    try:
-        return version("lightning-em")
-    except PackageNotFoundError:  # a checkout on the path, not installed
-        return "0+unknown"
 
 
 def __getattr__(name: str) -> Any:

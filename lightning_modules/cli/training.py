@@ -1,10 +1,16 @@
 """`lightning-em fit|validate|test|predict`, by Lightning's own command line."""
 
+import contextlib
+import io
+import os
+import re
 import shlex
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from pydoc import locate
 from types import ModuleType
@@ -18,8 +24,11 @@ if not sys.warnoptions:
     warnings.filterwarnings("ignore", "You have overridden `on_before_batch_transfer` in `LightningModule`")
 
 import lightning as L
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
 # Importing the packages is what makes their classes known by their short names on the command line.
@@ -33,14 +42,52 @@ import lightning_modules.mixtures.student_t.module
 import lightning_modules.networks
 import lightning_modules.patch_mixture
 import lightning_modules.reconstruction
-from lightning_modules._checkpoints import UntrustedCheckpointError, building_from, names_in
+from lightning_modules.checkpoints.file import CheckpointError, read_checkpoint
+from lightning_modules.checkpoints.module import (
+    AtomicCheckpointIO,
+    check_class,
+    check_content,
+    checkpoint_paths,
+    differences,
+)
+from lightning_modules.checkpoints.trust import building_from, names_in
+
+# Seconds that a rank which is to end has for what remains.
+_PATIENCE = 10.0
+
+
+class EndTogether(Callback):
+    """Ends a rank at once that is sent SIGTERM.
+
+    Lightning's own handler waits for a broadcast in which the other ranks do not take part, so that all of them hang.
+    Where one has ended, the others end by what Lightning has for that: an observer of its children in the first rank,
+    which looks every five seconds. SLURM's requeuing has handlers of its own, which stay.
+    """
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Takes the place of Lightning's handler, which is set after every earlier hook."""
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        if trainer.world_size > 1 and not isinstance(environment, SLURMEnvironment):
+
+            def end(number: int, frame: Any) -> None:
+                signal.signal(number, signal.SIG_DFL)
+                late = threading.Timer(_PATIENCE, os._exit, (128 + number,))  # a save, say, waits for other ranks
+                late.daemon = True
+                late.start()
+                if trainer.strategy.launcher is not None:
+                    trainer.strategy.launcher.kill(number)
+                raise SystemExit(128 + number)
+
+            signal.signal(signal.SIGTERM, end)
+
+    on_validation_start = on_test_start = on_predict_start = on_train_start
 
 
 class EMCommand(LightningCLI):
     """Lightning's command line for modules trained by expectation-maximisation.
 
-    Class names travel from the data to the rows of the parameter table, where the module has one; and `fit` ends by
-    saying what to run next.
+    Class names travel from the data to the rows of the parameter table, where the module has one. Checkpoints are
+    written whole; a run that is resumed goes on in its folder; and `fit` ends by saying what to run next.
     """
 
     def before_instantiate_classes(self) -> None:
@@ -50,6 +97,8 @@ class EMCommand(LightningCLI):
         config = self.config[self.subcommand] if self.subcommand else self.config
         if config.trainer.enable_progress_bar is False and config.trainer.callbacks:
             config.trainer.callbacks = [c for c in config.trainer.callbacks if not _is_progress_bar(c.class_path)]
+        if self.subcommand == "fit" and config.ckpt_path:
+            _stay_in_folder(config.trainer.logger, Path(config.ckpt_path))
         table = config.get("model.init_args.em_parameters.init_args")
         if table is None or table.get("row_names") is not None:
             return
@@ -57,44 +106,71 @@ class EMCommand(LightningCLI):
             "data.class_names", "model.init_args.em_parameters.init_args.row_names", apply_on="instantiate"
         )
 
-    def _parse_ckpt_path(self) -> None:
-        """Take the hyperparameters of `--ckpt_path`, which build what this package or the words of the command name."""
-        self._named = names_in(self.config)
-        with self._trust():
-            super()._parse_ckpt_path()
-
     def instantiate_classes(self) -> None:
         """Build data, module and trainer, of which `--ckpt_path` may have named parts."""
         with self._trust():
             super().instantiate_classes()
 
-    @contextmanager
-    def _trust(self) -> Iterator[None]:
+    def _trust(self) -> AbstractContextManager[None]:
         subcommand = self.config.get("subcommand")
         file = self.config[subcommand].get("ckpt_path") if subcommand else None
-        if not file:
-            yield
-            return
         remedy = "if you trust it, name {name} in a YAML file of your own, or load it in Python with allow=[...]"
-        try:
-            with building_from(file, named=self._named, remedy=remedy):
-                yield
-        except UntrustedCheckpointError as error:
-            raise SystemExit(f"error: {error}") from None
+        return building_from(file, named=self._named, remedy=remedy) if file else contextlib.nullcontext()
+
+    def after_instantiate_classes(self) -> None:
+        """Write checkpoints whole, unless the configuration brings a plugin of its own."""
+        strategy = self.trainer.strategy
+        if (
+            isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
+            and type(strategy.checkpoint_io) is TorchCheckpointIO
+        ):
+            strategy.checkpoint_io = AtomicCheckpointIO()
 
     def after_fit(self) -> None:
-        """Say what to run next."""
-        checkpoint = getattr(self.trainer.checkpoint_callback, "best_model_path", "") or getattr(
-            self.trainer.checkpoint_callback, "last_model_path", ""
-        )
-        if not checkpoint or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        """Say what to run next: what evaluates the best state, and what goes on from the newest."""
+        best, last = checkpoint_paths(self.trainer)
+        if not (best or last) or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        checkpoint = _relative(checkpoint)
         root = _relative(self.trainer.log_dir or self.trainer.default_root_dir)
-        words = shlex.join([*(word for word in self._arguments if word != "fit"), "--ckpt_path", checkpoint])
-        lines = [f"  lightning-em {verb} {words}" for verb in ("validate", "test", "predict")]
+        words = _without("--ckpt_path", [word for word in self._arguments if word != "fit"])
+        lines = [self._next(verb, words, best or last) for verb in ("validate", "test", "predict")]
+        if last:
+            limit = self.trainer.max_epochs or -1
+            if 0 < limit <= self.trainer.current_epoch:
+                words = [*_without("--trainer.max_epochs", words), "--trainer.max_epochs", str(2 * limit)]
+            lines.append(self._next("fit", words, last))
         lines.append(f"  tensorboard --logdir {root}")
         rank_zero_info("\nNext:\n" + "\n".join(lines))
+
+    @staticmethod
+    def _next(verb: str, words: Sequence[str], checkpoint: str) -> str:
+        return f"  lightning-em {verb} {shlex.join([*words, '--ckpt_path', _relative(checkpoint)])}"
+
+    def _parse_ckpt_path(self) -> None:
+        """Take the hyperparameters of `--ckpt_path`, which build what this package or the words of the command name.
+
+        A file that cannot be used is named before.
+        """
+        self._named = names_in(self.config)
+        config = self.config.get(self.config.get("subcommand") or "") or {}
+        path, model = config.get("ckpt_path"), config.get("model")
+        if path and path not in ("best", "last", "hpc") and not re.match(r"\w+:", str(path)):
+            try:
+                stored = check_content(read_checkpoint(path, "meta"), path)
+            except FileNotFoundError as error:
+                raise CheckpointError(str(error)) from None
+            kind = locate(model.class_path) if model is not None else None
+            if isinstance(kind, type):
+                try:
+                    check_class(kind, stored)
+                except CheckpointError as error:
+                    raise CheckpointError(f"{path} does not fit the configuration: {error}") from None
+        said = io.StringIO()
+        try:
+            with self._trust(), contextlib.redirect_stderr(said):
+                super()._parse_ckpt_path()
+        except SystemExit:
+            raise CheckpointError(f"{path} does not fit: {differences(said.getvalue())}") from None
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and keep the words for the hints at the end."""
@@ -110,18 +186,50 @@ def build(args: list[str] | None, run: bool = False) -> EMCommand:
         run: Take the verb (`fit`, `validate`, `test` or `predict`) from the words and run it.
     """
     _check_packages()
-    return EMCommand(
-        L.LightningModule,
-        L.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        seed_everything_default=0,
-        save_config_kwargs={"overwrite": True},
-        run=run,
-        args=args,
-        parser_kwargs={"epilog": "Beside these: `lightning-em restore PATH...` restores photographs without training."},
-    )
+    try:
+        return EMCommand(
+            L.LightningModule,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={"callbacks": [EndTogether()]},
+            run=run,
+            args=args,
+            parser_kwargs={
+                "epilog": "Beside these: `lightning-em restore PATH...` restores photographs without training."
+            },
+        )
+    except CheckpointError as error:
+        raise SystemExit(f"lightning-em: {error}") from None
+
+
+def _stay_in_folder(logger: Any, checkpoint: Path) -> None:
+    """Lets a resumed run go on in its folder, `version_N`, unless a later state is there, which it would replace."""
+    arguments = getattr(logger, "init_args", None) or {}
+    run = checkpoint.resolve().parent.parent
+    number = re.fullmatch(r"version_(\d+)", run.name)
+    home = Path(str(arguments.get("save_dir"))) / str(arguments.get("name"))
+    if number is None or arguments.get("version") is not None or home.resolve() != run.parent:
+        return
+    last = checkpoint.resolve().parent / "last.ckpt"
+    if last.is_file() and last != checkpoint.resolve():
+        steps = [read_checkpoint(path, "meta").get("global_step", 0) for path in (checkpoint, last)]
+        if steps[0] < steps[1]:
+            rank_zero_info(f"{last} is further on, at step {steps[1]}: this run gets a folder of its own")
+            return
+    arguments["version"] = int(number[1])
+
+
+def _without(option: str, words: Sequence[str]) -> list[str]:
+    """The words without an option and its value."""
+    kept = list(words)
+    while option in kept:
+        place = kept.index(option)
+        del kept[place : place + 2]
+    return [word for word in kept if not word.startswith(f"{option}=")]
 
 
 def _is_progress_bar(class_path: str) -> bool:

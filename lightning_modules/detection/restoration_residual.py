@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_modules.checkpoints.file import read_checkpoint
 from lightning_modules.detection.inputs import DetectorInput
 from lightning_modules.em import ParameterTable
 from lightning_modules.em.parameter_table import TableValues, stored_columns
@@ -82,12 +83,12 @@ class RestorationResidual(DetectorInput):
         """
         if self.checkpoint is None:
             return
-        if not Path(self.checkpoint).is_file():
+        if not Path(self.checkpoint).exists():
             raise FileNotFoundError(
                 f"the restoration's checkpoint {self.checkpoint} does not exist: give the path of a checkpoint that "
                 "fitting GraphDiffusionReconstruction has written, or leave `checkpoint` out"
             )
-        state = torch.load(self.checkpoint, map_location="cpu", weights_only=True).get("state_dict", {})
+        state = read_checkpoint(self.checkpoint).get("state_dict", {})
         table = self.em_parameters
         shared, columns = state.get("em_parameters.shared"), stored_columns(state, "em_parameters.")
         missing = [name for name in table.column_labels if name not in columns] if columns else []

@@ -4,12 +4,12 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lightning_modules._cached import cached_tensors
 from lightning_modules.em._anchor import Anchored
 from lightning_modules.em._float64 import Float64Buffers
 from lightning_modules.operators.operator import ParameterSpec
@@ -274,7 +274,7 @@ class ParameterTable(Float64Buffers):
 
     @torch.compiler.disable  # the list of leaves is a side effect that a compiled region must not specialise on
     def _hand_out(self, responsibilities: Tensor) -> dict[str, Tensor | int]:
-        learns = self.training and torch.is_grad_enabled()
+        learns = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()  # an export
         shared, offsets = self._sampled if learns and self._sampled is not None else self.state
         coordinates = (shared + responsibilities.double() @ offsets).clamp(self.lower, self.upper)
         if learns:  # a forward in evaluation has no M-step that would collect it
@@ -531,8 +531,7 @@ def _stored_layout(state_dict: Mapping[str, Any], prefix: str) -> tuple[list[str
         return [f"column {index}" for index in range(columns)], [f"row {index}" for index in range(rows)]
 
 
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)  # made in a validation and cached, it must still serve a training step
+@cached_tensors(maxsize=256)
 def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A small tensor that is copied to its device once: each copy would make the host wait for an accelerator."""
     return torch.tensor(values, dtype=dtype, device=device)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_modules.graph.image_operator import diffuse_image, mean_similarity
+from lightning_modules.graph.image_operator import diffuse_image, largest_radius, mean_similarity
 from lightning_modules.graph.laplacian import Laplacian
-from lightning_modules.graph.parameters import DiffusionParameters
+from lightning_modules.graph.parameters import DiffusionParameters, check_numbers
 from lightning_modules.graph.patch_operator import MAX_DENSE_NODES, diffuse_patches, mean_similarity_dense
-from lightning_modules.graph.patches import PatchGrid, check_patch_geometry
+from lightning_modules.graph.patches import PatchGrid, check_patch_fits, check_patch_geometry
 from lightning_modules.graph.smoothness import graph_smoothness
 from lightning_modules.graph.tiles import in_tiles
 from lightning_modules.graph.topology import half_offsets
@@ -176,9 +176,7 @@ class GraphDiffusion(RestorationOperator):
         scaled = self.widths == "noise" and name in ("sigma", "sigma_f")
         return float((2 * channels * self.patch_size**2) ** 0.25) if scaled else 1.0
 
-    # Eager inside a compiled module: the paths are chosen by geometry, on the host, and are kernels of their own.
-    @torch.compiler.disable
-    def forward(
+    def forward(  # type: ignore[override]  # its parameters by name
         self,
         noisy: "Tensor | Data",
         *,
@@ -231,46 +229,30 @@ class GraphDiffusion(RestorationOperator):
             full = _full_precision(noisy)
             guided = full if guide is None else self._scaled(_full_precision(guide))
             parameters = DiffusionParameters.of_each(full, *values)
-            bound = self._bound(parameters.radius)
-            level, bias = self._noise(noise if guide is None else 0.0, full, bound)
+            bound = self._bound(radius)
+            level, bias = self._noise(noise if guide is None else 0.0, full, parameters.radius, bound)
             parameters = self._absolute(parameters, level, guided.shape[1])
             bias = level if bias is None else bias
-            maps = {"noise": bias, "sigma": parameters.sigma, "sigma_f": parameters.sigma_f}
-            maps = {name: value for name, value in maps.items() if value.ndim == 4}
-            if maps and self.signal == "patches":
-                raise ValueError(f"signal='patches' takes no maps, got one of {' and '.join(maps)}: give a number each")
-
-            def operator(images: Tensor, guide: Tensor, *parts: Tensor) -> Tensor:
-                part = dict(zip(maps, parts, strict=True))
-                own_noise = part.pop("noise", bias)
-                return self._diffuse(images, guide, parameters._replace(**part), own_noise, bound)
-
-            inputs = (full, guided, *maps.values())
-            self._grid(full)
-            if self.tile_size is None or self.laplacian == "unnormalized":
-                restored = operator(*inputs)
-            else:
-                halo = self._dependency(parameters.max_steps, bound)
-                restored = in_tiles(operator, inputs, self.tile_size, halo, self.patch_size, self.stride)
+            restored = self._diffuse(full, guided, parameters, bias, bound)
             if self.widths == "noise":
                 restored = torch.where(pixel_level(level) > 0, restored, full)
             return restored.to(noisy.dtype)
 
-    def _bound(self, radius: Tensor) -> float:
-        """A bound of the radius, by which the topology is chosen; the result does not depend on it."""
-        if radius.device.type != "cpu" and self._max_radius is not None:
+    def _bound(self, radius: Tensor | float) -> float | None:
+        """A bound of the radius, by which the topology is chosen; None where only a look at a tensor would tell."""
+        if isinstance(radius, Tensor):
             return self._max_radius
-        largest = float(radius.detach().max()) if radius.numel() else 1.0
-        # Few different ones, for what is computed once for each.
-        return self._max_radius if self._max_radius is not None and largest <= self._max_radius else math.ceil(largest)
+        return self._max_radius if self._max_radius is not None and radius <= self._max_radius else math.ceil(radius)
 
-    def _noise(self, noise: Noise, images: Tensor, max_radius: float) -> tuple[Tensor, Tensor | None]:
+    def _noise(
+        self, noise: Noise, images: Tensor, radius: Tensor, max_radius: float | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Level of the noise, and what it adds to the distances at each offset where it is an object that knows."""
         if isinstance(noise, Tensor | float | int):
             return noise_level(noise, images), None
         if self.signal == "patches":
             raise ValueError("signal='patches' takes the noise level as a number, not an object: use signal='image'")
-        offsets = half_offsets(max(self.reach, max_radius))
+        offsets = half_offsets(max(self.reach, largest_radius(radius, max_radius)))
         dimension = images.shape[1] * self.patch_size**2
         bias = [torch.as_tensor(noise.distance_bias(offset)).to(images).expand(len(images)) for offset in offsets]
         return noise.variance(images).flatten(1).mean(1).sqrt(), dimension * torch.stack(bias, 1)
@@ -286,9 +268,11 @@ class GraphDiffusion(RestorationOperator):
         )
         return parameters._replace(sigma=sigma * unit, sigma_f=sigma_f * unit)
 
+    @torch.compiler.disable
     def _diffuse_data(self, data: "Data", values: tuple[Any, ...], noise: Noise) -> Tensor:
         from lightning_modules.graph.message_passing import check_graph, diffuse_graph, graph_of_node
 
+        _check_eager()
         if "features" in data and "guide" not in data:
             warnings.warn("features of the graph is now guide", FutureWarning, stacklevel=3)
             data = data.clone()
@@ -301,6 +285,7 @@ class GraphDiffusion(RestorationOperator):
         if not isinstance(noise, Tensor | float | int):
             raise ValueError("a graph takes the noise level as a number for each, not an object")
         level = per_image("noise", noise, each).to(each.dtype)
+        check_numbers({"noise": level})
         # Pixels are no unit of a cloud's positions: there, all that is joined may be similar.
         reach = self.reach if self._reach_is_given else bound
         if self.widths == "absolute":
@@ -315,25 +300,63 @@ class GraphDiffusion(RestorationOperator):
         if guide is not None and self.widths == "noise":
             raise ValueError("a guide has no noise level for widths='noise' to be measured in: use widths='absolute'")
 
-    def _dependency(self, steps: int, max_radius: float) -> int:
-        """How far, in pixels, a restored pixel looks."""
-        # S looks as far as `reach`, each step one radius further. The weights of a pixel look a window beyond that.
-        if self.signal == "image":
-            return steps * int(max_radius) + int(max(self.reach, max_radius)) + 2 * (self.patch_size // 2)
-        # The patches that cover a pixel; the symmetric Laplacian asks for the degree of neighbours too.
-        return (steps + 1) * math.ceil(max_radius) + math.ceil(max(self.reach, max_radius)) + 2 * self.patch_size
-
     def _diffuse(
-        self, images: Tensor, guide: Tensor, parameters: DiffusionParameters, noise: Tensor, max_radius: float
+        self,
+        images: Tensor,
+        guide: Tensor,
+        parameters: DiffusionParameters,
+        noise: Tensor,
+        max_radius: float | None,
     ) -> Tensor:
-        grid, plain = self._grid(images), self.implementation == "message_passing"
-        if plain or (self.signal == "patches" and not self._is_dense(grid)):
-            from lightning_modules.graph.message_passing import diffuse_image_reference, diffuse_patches_sparse
+        if self.signal == "image" and self.implementation == "auto":
+            options = (self.patch_size, self.reach, max_radius, self.tile_size)
+            return diffuse_image(images, guide, parameters, noise, *options)
+        return self._diffuse_in_tiles(images, guide, parameters, noise, max_radius)
+
+    # The paths of patches and of messages are chosen by geometry, on the host: eager inside a compiled module.
+    @torch.compiler.disable
+    def _diffuse_in_tiles(
+        self,
+        images: Tensor,
+        guide: Tensor,
+        parameters: DiffusionParameters,
+        noise: Tensor,
+        max_radius: float | None,
+    ) -> Tensor:
+        _check_eager()
+        bound = largest_radius(parameters.radius, max_radius)
+        maps = {"noise": noise, "sigma": parameters.sigma, "sigma_f": parameters.sigma_f}
+        maps = {name: value for name, value in maps.items() if value.ndim == 4}
+        if maps and self.signal == "patches":
+            raise ValueError(f"signal='patches' takes no maps, got one of {' and '.join(maps)}: give a number each")
+        height, width = images.shape[-2:]
+        check_patch_fits(height, width, self.patch_size)
+
+        def operator(images: Tensor, guide: Tensor, *parts: Tensor) -> Tensor:
+            part = dict(zip(maps, parts, strict=True))
+            own_noise = part.pop("noise", noise)
+            return self._diffuse_part(images, guide, parameters._replace(**part), own_noise, bound)
+
+        inputs = (images, guide, *maps.values())
+        if self.tile_size is None or self.laplacian == "unnormalized":
+            return operator(*inputs)
+        # The patches that cover a pixel; each step looks one radius further, and the symmetric Laplacian asks for the
+        # degree of neighbours too.
+        largest = math.ceil(max(self.reach, bound))
+        halo = (parameters.max_steps + 1) * math.ceil(bound) + largest + 2 * self.patch_size
+        return in_tiles(operator, inputs, self.tile_size, halo, self.patch_size, self.stride)
+
+    def _diffuse_part(
+        self, images: Tensor, guide: Tensor, parameters: DiffusionParameters, noise: Tensor, bound: float
+    ) -> Tensor:
+        grid = self._grid(images)
+        if self._is_dense(grid):
+            return diffuse_patches(images, guide, parameters, noise, grid, self.laplacian, self.reach, bound)
+        from lightning_modules.graph.message_passing import diffuse_image_reference, diffuse_patches_sparse
+
         if self.signal == "image":
-            image_operator = diffuse_image_reference if plain else diffuse_image
-            return image_operator(images, guide, parameters, noise, self.patch_size, self.reach, max_radius)
-        patch_operator = diffuse_patches if self._is_dense(grid) else diffuse_patches_sparse
-        return patch_operator(images, guide, parameters, noise, grid, self.laplacian, self.reach, max_radius)
+            return diffuse_image_reference(images, guide, parameters, noise, self.patch_size, self.reach, bound)
+        return diffuse_patches_sparse(images, guide, parameters, noise, grid, self.laplacian, self.reach, bound)
 
     @torch.compiler.disable
     def smoothness(
@@ -407,6 +430,7 @@ class GraphDiffusion(RestorationOperator):
     def _width(self, width: Tensor | float, noise: Noise, images: Tensor) -> Tensor:
         """σ or σ_f as a patch distance, `[B]`."""
         own = per_image("sigma", width, images)
+        check_numbers({"sigma": own})
         if self.widths == "absolute":
             return own
         return own * self.unit_factor("sigma", images.shape[1]) * image_level(noise_level(noise, images))
@@ -426,7 +450,7 @@ class GraphDiffusion(RestorationOperator):
             return mean_patch_similarity(full, width, level, grid, radius)
 
     def _is_dense(self, grid: PatchGrid) -> bool:
-        return grid.num_patches <= MAX_DENSE_NODES and self.implementation == "auto"
+        return self.signal == "patches" and self.implementation == "auto" and grid.num_patches <= MAX_DENSE_NODES
 
     def _grid(self, images: Tensor) -> PatchGrid:
         return PatchGrid(images.shape[-2], images.shape[-1], self.patch_size, self.stride)
@@ -456,6 +480,15 @@ def _former_keywords(former: Mapping[str, Any], noise: Noise, guide: Tensor | No
         noise = value if name == "noise_std" else noise
         guide = value if name == "features" else guide
     return noise, guide
+
+
+def _check_eager() -> None:
+    # Where a compiled program calls this, the compiler is not at work any more; an export is.
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "torch.export and the transforms of torch.func (vmap, grad, ...) take GraphDiffusion with signal='image' "
+            "and implementation='auto' only: graphs of patches, and of messages, are built on the host"
+        )
 
 
 def _full_precision(tensor: Tensor) -> Tensor:

@@ -1,45 +1,27 @@
-"""Graph diffusion of an image whose every pixel is a node, on the stencil of its neighbours."""
+"""Graph diffusion of an image whose every pixel is a node, as one operator of torch.
 
+`torch.compile`, `torch.export`, autograd and `torch.func` see `torch.ops.lightning_em.diffuse_image` and not what is
+inside: the kernel in C (`cpu.kernel`) where it takes the tensors, torch (`stencil_diffusion`) elsewhere.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from lightning_modules.graph.cpu.kernel import CompiledDiffusion, CompiledSimilaritySum, is_supported
-from lightning_modules.graph.first_derivatives import first_derivatives
+from lightning_modules.graph import stencil_diffusion
+from lightning_modules.graph.cpu import kernel
+from lightning_modules.graph.cpu.kernel import is_supported
+from lightning_modules.graph.exponents import Exponents, Values, bias_of, exponents_backward, exponents_of
 from lightning_modules.graph.parameters import DiffusionParameters
-from lightning_modules.graph.stencil import (
-    FAR,
-    Signal,
-    StencilGeometry,
-    Workspace,
-    add_products_,
-    box_sum_,
-    edge_views,
-    incident_sum,
-    pair_sum,
-    squared_differences,
-    stencil_geometry,
-    window_sum,
-)
-from lightning_modules.graph.topology import half_offsets
-from lightning_modules.graph.weights import (
-    GAUSSIAN_EXPONENT,
-    MIN_SQUARED_WIDTH,
-    SELF_WEIGHT,
-    cosine_cutoff,
-    gaussian_exponent,
-    white_noise_bias,
-)
-from lightning_modules.graph.window_average import WindowAverage
-
-# Bytes of the map of the images that are worked on at once; the working set is about six such maps. On a CPU few enough
-# that it stays in the caches, and many enough that each kernel has work to pay for its call.
-CHUNK_BYTES = {"cpu": 4 * 2**20}
-ACCELERATOR_CHUNK_BYTES = 256 * 2**20
-
-_INPUTS = 8  # images, guide and the exponents
+from lightning_modules.graph.patches import check_patch_fits
+from lightning_modules.graph.stencil import StencilGeometry, stencil_geometry
+from lightning_modules.graph.tiles import Tile, tiles
+from lightning_modules.graph.weights import gaussian_exponent
 
 
 def diffuse_image(
@@ -49,7 +31,8 @@ def diffuse_image(
     noise: Tensor,
     patch_size: int,
     reach: float,
-    max_radius: float,
+    max_radius: float | None = None,
+    tile_size: int | None = None,
 ) -> Tensor:
     r"""Diffuse images over the graph of their pixels, folding the patches after every step.
 
@@ -75,10 +58,12 @@ def diffuse_image(
         parameters: One number for each image; σ and σ_f may be maps.
         noise: Noise of the guide: its standard deviation σ_n, a map of it (one channel for all, or one each), or what
             it adds to the squared distance of two windows at each offset, in the order of `half_offsets` of the larger
-            one of `reach` and `max_radius`.
+            one of `reach` and `max_radius`, which must be given then.
         patch_size: Side p of the windows, odd.
         reach: Largest distance of similar pixels.
-        max_radius: Bound of the radius of W.
+        max_radius: Bound of the radius of W, by which the topology is chosen. None reads the radii, for which an
+            accelerator must be waited for; on a CPU a bound that is too small is raised.
+        tile_size: Side of the tiles in which larger images are computed; None computes them whole.
 
     Shape:
         - images: `[B, C, H, W]`; guide: `[B, F, H, W]`
@@ -86,289 +71,296 @@ def diffuse_image(
         - noise: `[B]`, `[B, 1 or F, H, W]` or `[B, M]`
         - output: `[B, C, H, W]`
     """
-    radius = max(reach, max_radius)
-    geometry = stencil_geometry(*guide.shape[-2:], patch_size, radius, guide.device, guide.dtype)
-    exponents = _exponents(parameters, _bias(noise, guide, geometry, radius), reach, geometry)
-    if exponents.are_numbers and is_supported(images, guide, *exponents):
-        return CompiledDiffusion.apply(images, guide, *exponents.numbers(), geometry)
-    return _ImageDiffusion.apply(images, guide, *exponents, geometry)
+    sigma, tau, radius, sigma_s, sigma_f, steps = parameters
+    counts, count = (steps, 0) if torch.is_tensor(steps) else (None, steps)
+    values = (noise, sigma, tau, radius, sigma_s, sigma_f)
+    # The way back needs what S makes of the images. Where a transform hides who asks for it, it is made again there.
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (images, guide, *values))
+    options = (patch_size, float(reach), max_radius, tile_size)
+    output, _ = _apply(_diffuse_image, images, guide, *values, counts, count, *options, keep)
+    return output
 
 
 def mean_similarity(images: Tensor, sigma: Tensor, noise: Tensor, patch_size: int, radius: float) -> tuple[Tensor, int]:
     """Mean similarity of the pixels at most `radius` apart, and the number of edges (both directions counted).
 
+    The noise has no gradient.
+
     Shape:
         - images: `[B, C, H, W]`
-        - sigma: `[B]`
-        - noise: as for `diffuse_image`, but for maps
+        - sigma, noise: `[B]`
         - output: `[B]`
     """
-    geometry = stencil_geometry(*images.shape[-2:], patch_size, radius, images.device, images.dtype)
-    scale, bias = gaussian_exponent(sigma), _bias(noise, images, geometry, radius)[:, :, 0]
-    function = CompiledSimilaritySum.apply if is_supported(images, scale, bias) else _similarity_sum
-    sums = function(images, scale, bias, geometry)
-    return sums / max(geometry.num_half_edges, 1), 2 * geometry.num_half_edges
+    num_half_edges = stencil_geometry(
+        *images.shape[-2:], patch_size, radius, images.device, images.dtype
+    ).num_half_edges
+    sums = _apply(_similarity_sum, images, gaussian_exponent(sigma), noise, patch_size, radius)
+    return sums / max(num_half_edges, 1), 2 * num_half_edges
 
 
-class _Exponents(NamedTuple):
-    """The parameters as they enter the kernels; kernels are powers of two.
-
-    Attributes:
-        bias: What noise is expected to add to a distance, `[B, M, 1]`, or `[B, M, n]` where noise is a map.
-        similarity: a in S = 2^(a·D + within), `[B, 1, 1]`, or `[B, M, n]` where σ is a map.
-        weight: b in W = 2^(b·D + spatial), `[B, 1, 1]`, or `[B, M, n]` where σ_f is a map.
-        within: 0 for half offsets within reach, no similarity beyond, `[B, M]`.
-        spatial: Of each half offset, `[B, M]`.
-        tau: Step of each iteration, 0 after an image's own number of steps, `[B, k]`.
-    """
-
-    bias: Tensor
-    similarity: Tensor
-    weight: Tensor
-    within: Tensor
-    spatial: Tensor
-    tau: Tensor
-
-    @property
-    def are_numbers(self) -> bool:
-        """Whether none of them varies over the image."""
-        return self.bias.shape[2] == 1 and self.similarity.shape[1:] == self.weight.shape[1:] == (1, 1)
-
-    def numbers(self) -> tuple[Tensor, ...]:
-        """What the compiled kernel takes: `[B, M]`, `[B]`, `[B]`, `[M]`, `[B, M]`, `[B, k]`."""
-        within = self.within[0] if len(self.within) else self.within.new_zeros(self.within.shape[1])
-        return self.bias[:, :, 0], self.similarity[:, 0, 0], self.weight[:, 0, 0], within, self.spatial, self.tau
-
-
-def _exponents(parameters: DiffusionParameters, bias: Tensor, reach: float, geometry: StencilGeometry) -> _Exponents:
-    steps, size = parameters.smooth_steps, len(bias)
-    count = parameters.max_steps
-    tau = parameters.tau[:, None].expand(-1, count)
-    if torch.is_tensor(steps):
-        tau = tau * (torch.arange(count, device=bias.device) < steps[:, None])
-    cutoff = cosine_cutoff(geometry.length, parameters.radius[:, None])
-    # Beyond the radius no weight at all, exactly: a logarithm that has no derivative there, nor an infinity.
-    positive = cutoff > torch.finfo(bias.dtype).tiny
-    log_cutoff = torch.where(positive, torch.where(positive, cutoff, 1.0).log2(), -FAR)
-    spatial = gaussian_exponent(parameters.sigma_s)[:, None] * geometry.length**2 + log_cutoff
-    similarity, weight = (_width_exponent(width, geometry) for width in (parameters.sigma, parameters.sigma_f))
-    return _Exponents(bias, similarity, weight, geometry.within(reach).expand(size, -1), spatial, tau)
-
-
-def _width_exponent(width: Tensor, geometry: StencilGeometry) -> Tensor:
-    """`gaussian_exponent` of numbers `[B]` as `[B, 1, 1]`, of maps `[B, 1, H, W]` as `[B, M, n]`."""
-    if width.ndim == 1:
-        return gaussian_exponent(width)[:, None, None]
-    # Pairs that are not valid have no width; any will do.
-    square = pair_sum(width.square(), geometry) / 2
-    return GAUSSIAN_EXPONENT / (square + (1 - geometry.valid)).clamp_min(MIN_SQUARED_WIDTH)
-
-
-def _bias(noise: Tensor, guide: Tensor, geometry: StencilGeometry, radius: float) -> Tensor:
-    """What noise adds to the squared distances, `[B, M, 1 or n]`; noise is as for `diffuse_image`."""
-    count, channels = len(geometry.offsets), guide.shape[1]
-    if noise.ndim == 4:
-        variance = noise.square()
-        total = variance.sum(1, keepdim=True) if noise.shape[1] == channels else channels * variance
-        return window_sum(pair_sum(total, geometry), geometry)
-    if noise.ndim == 1:
-        bias = white_noise_bias(noise, channels * geometry.patch_size**2)
-        return bias[:, None, None].expand(-1, count, 1)
-    offsets = half_offsets(radius)
-    if noise.shape != (len(guide), len(offsets)):
-        raise ValueError(
-            f"the bias of the distances must be [{len(guide)}, {len(offsets)}], one number for each image and each "
-            f"offset within {radius:g} pixels, got {list(noise.shape)}"
-        )
-    # Small images have no pixels as far apart as some of them.
-    return noise[:, [index for index, offset in enumerate(offsets) if offset in geometry.offsets], None]
-
-
-class _ImageDiffusion(torch.autograd.Function):
-    """The operator, some images at a time; it keeps its inputs and S·y, and computes the rest again to go back."""
-
-    @staticmethod
-    def forward(ctx: Any, images: Tensor, guide: Tensor, *arguments: Any) -> Tensor:
-        *exponents, geometry = arguments
-        workspace, needed = Workspace(), any(ctx.needs_input_grad)
-        output = torch.empty_like(images, memory_format=torch.contiguous_format)
-        smoothed = []
-        for part in _chunks(guide, geometry):
-            own = _Exponents(*(exponent[part] for exponent in exponents))
-            output[part], first = _diffuse(images[part], guide[part], own, geometry, workspace)
-            if needed:
-                smoothed.append(first.clone())
-        if needed:
-            ctx.save_for_backward(images, guide, *exponents, *smoothed)
-            ctx.geometry = geometry
-        return output
-
-    @staticmethod
-    @first_derivatives
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        images, guide, *exponents = ctx.saved_tensors[:_INPUTS]
-        smoothed = ctx.saved_tensors[_INPUTS:]
-        geometry, needs, workspace = ctx.geometry, ctx.needs_input_grad[:_INPUTS], Workspace()
-        grads: list[Tensor | None] = [None] * len(needs)
-        for part, first in zip(_chunks(guide, geometry), smoothed, strict=True):
-            own = _Exponents(*(exponent[part] for exponent in exponents))
-            found = _diffuse_backward(
-                grad_output[part], first, images[part], guide[part], own, geometry, workspace, needs
-            )
-            for index, value in enumerate(found):
-                if needs[index] and value is not None:
-                    total = grads[index]
-                    if total is None:
-                        total = grads[index] = torch.empty_like(ctx.saved_tensors[index])
-                    total[part] = value
-        return (*grads, None)
-
-
-def _similarity_sum(images: Tensor, scale: Tensor, bias: Tensor, geometry: StencilGeometry) -> Tensor:
-    """Sum of the similarities of all pairs, `[B]`: 2^(scale·D), offset by offset."""
-    height, width, size = geometry.height, geometry.width, geometry.patch_size
-    sums = torch.zeros_like(scale)
-    for (a, b), noise in zip(geometry.offsets, bias.unbind(1), strict=True):
-        here = images[..., : height - a, max(0, -b) : width - max(0, b)]
-        difference = here - images[..., a:, max(0, b) : width - max(0, -b)]
-        squared = difference.square().sum(1, keepdim=True)
-        # The mean over the window's valid terms.
-        distance = size**2 * F.avg_pool2d(squared, size, 1, size // 2, count_include_pad=False)[:, 0]
-        distance = (distance - noise[:, None, None]).clamp_min(0)
-        sums = sums + (distance * scale[:, None, None]).exp2().sum((1, 2))
-    return sums
-
-
-def _chunks(guide: Tensor, geometry: StencilGeometry) -> list[slice]:
-    """Equal parts of the batch whose maps are about as large as the device likes them."""
-    each = guide.element_size() * max(geometry.valid.numel(), 1)
-    limit = CHUNK_BYTES.get(guide.device.type, ACCELERATOR_CHUNK_BYTES)
-    count = -(-len(guide) // max(1, limit // each))
-    size = max(1, -(-len(guide) // max(count, 1)))
-    return [slice(first, first + size) for first in range(0, len(guide), size)]
-
-
-def _diffuse(
-    images: Tensor, guide: Tensor, exponents: _Exponents, geometry: StencilGeometry, workspace: Workspace
-) -> tuple[Tensor, Tensor]:
-    """Restored images, and the flattened S·y; both are overwritten by the next call with the workspace."""
-    distance = _distances(guide, exponents.bias, geometry, workspace)
-    signal = _load(images, "signal", geometry, workspace)
-    first = workspace.empty("first", images, *signal.core.shape)
-    _similarity(distance, exponents, geometry, workspace)(signal, first)
-    signal.core.copy_(first)
-    if exponents.tau.shape[1]:
-        average_of = _weights(distance, exponents, geometry, workspace)
-        average = workspace.empty("average", images, *signal.core.shape)
-        for tau in exponents.tau.unbind(1):
-            signal.core.lerp_(average_of(signal, average), tau[:, None, None])
-    return geometry.unflatten(signal.core), first
-
-
-def _diffuse_backward(
-    grad_output: Tensor,
-    first: Tensor,
+@torch.library.custom_op("lightning_em::diffuse_image", mutates_args=())
+def _diffuse_image(
     images: Tensor,
     guide: Tensor,
-    exponents: _Exponents,
-    geometry: StencilGeometry,
-    workspace: Workspace,
-    needs: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of images, guide and exponents, where needed."""
-    needs_image, needs_guide, needs_bias, *_ = needs
-    through_distance = needs_guide or needs_bias
-    distance = _distances(guide, exponents.bias, geometry, workspace)
-    grad_signal = _load(grad_output, "grad", geometry, workspace).core
-    grad_distance: Tensor | None = None
-    grad_image = grad_guide = grad_bias = grad_weight = grad_spatial = grad_tau = None
-    if exponents.tau.shape[1]:
-        average_of = _weights(distance, exponents, geometry, workspace)
-        grad_tau, power = _steps_backward(grad_signal, first, exponents.tau, average_of)
-        grad_spatial = power.sum(2)
-        if through_distance:
-            grad_distance = power * exponents.weight
-        grad_weight = power.mul_(distance).sum_to_size(exponents.weight.shape)
-        if grad_weight is power:  # of a map; the memory is used again below
-            grad_weight = power.clone()
-    average_of = _similarity(distance, exponents, geometry, workspace)
-    cotangent, source = average_of.application_buffers(1, images.shape[1])
-    _store(images, source[0], geometry)
-    torch.mul(grad_signal, average_of.inverse_norm, out=cotangent[0].core)
-    if needs_image:
-        grad_image = geometry.unflatten(average_of.adjoint(cotangent[0], torch.empty_like(first)))
-    power = average_of.backward([first])
-    if through_distance:
-        part = power * exponents.similarity
-        grad_distance = (part if grad_distance is None else grad_distance.add_(part)).mul_(distance > 0)
-        grad_bias = -grad_distance.sum_to_size(exponents.bias.shape)
-    grad_similarity = power.mul_(distance).sum_to_size(exponents.similarity.shape)
-    if needs_guide and grad_distance is not None:
-        grad_guide = _distances_backward(grad_distance, guide, geometry, workspace)
-    return grad_image, grad_guide, grad_bias, grad_similarity, grad_weight, None, grad_spatial, grad_tau
-
-
-def _steps_backward(
-    grad_signal: Tensor, first: Tensor, tau: Tensor, average_of: WindowAverage
+    noise: Tensor,
+    sigma: Tensor,
+    tau: Tensor,
+    radius: Tensor,
+    sigma_s: Tensor,
+    sigma_f: Tensor,
+    smooth_steps: Tensor | None,
+    num_steps: int,
+    patch_size: int,
+    reach: float,
+    max_radius: float | None,
+    tile_size: int | None,
+    keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of τ and of the exponents of the weights; that of the first signal takes the place of `grad_signal`."""
-    steps = tau.unbind(1)
-    cotangents, signals = average_of.application_buffers(len(steps), grad_signal.shape[1])
-    averages: list[Tensor] = []
-    workspace = average_of.workspace
-    for index in range(len(steps)):
-        if index == 0:
-            signals[0].core.copy_(first)
-        else:
-            torch.lerp(signals[index - 1].core, averages[-1], steps[index - 1][:, None, None], out=signals[index].core)
-        averages.append(average_of(signals[index], workspace.empty(f"average {index}", first, *first.shape)))
-    average = workspace.empty("average", first, *first.shape)
-    grad_tau = []
-    for index in reversed(range(len(steps))):
-        step = steps[index][:, None, None]
-        grad_tau.append((averages[index] - signals[index].core).mul_(grad_signal).sum((1, 2)))
-        torch.mul(grad_signal, average_of.inverse_norm * step, out=cotangents[index].core)
-        average_of.adjoint(cotangents[index], average)
-        torch.addcmul(average, grad_signal, 1 - step, out=grad_signal)
-    return torch.stack(grad_tau[::-1], 1), average_of.backward(averages)
+    """Restored images, and S·y if it is to be kept; `smooth_steps` is one count for each image, or else `num_steps`."""
+    values = Values(noise, sigma, tau, radius, sigma_s, sigma_f)
+    output, smoothed = images.new_empty(images.shape), images.new_empty(images.shape if keep else 0)
+    for part in _parts(images, guide, values, smooth_steps, num_steps, patch_size, reach, max_radius, tile_size):
+        restored, first = part.backend.restore(part.images, part.guide, part.exponents, part.geometry, keep)
+        if part.tile is None:
+            return restored, smoothed if first is None else first
+        output[part.tile.core] = restored[part.tile.inner]
+        if first is not None:
+            smoothed[part.tile.core] = first[part.tile.inner]
+    return output, smoothed
 
 
-def _load(images: Tensor, name: str, geometry: StencilGeometry, workspace: Workspace) -> Signal:
-    signal = Signal(workspace.padded(name, images, images.shape[1], geometry), geometry)
-    _store(images, signal, geometry)
-    return signal
+@torch.library.custom_op("lightning_em::diffuse_image_backward", mutates_args=())
+def _diffuse_image_backward(
+    grad_output: Tensor,
+    smoothed: Tensor,
+    images: Tensor,
+    guide: Tensor,
+    noise: Tensor,
+    sigma: Tensor,
+    tau: Tensor,
+    radius: Tensor,
+    sigma_s: Tensor,
+    sigma_f: Tensor,
+    smooth_steps: Tensor | None,
+    num_steps: int,
+    patch_size: int,
+    reach: float,
+    max_radius: float | None,
+    tile_size: int | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the tensors; empty ones of images, guide and noise where `needs` says so."""
+    values = Values(noise, sigma, tau, radius, sigma_s, sigma_f)
+    options = (smooth_steps, num_steps, patch_size, reach, max_radius, tile_size)
+    if not smoothed.numel():
+        smoothed = _diffuse_image(images, guide, *values, *options, True)[1]
+    grads: list[Tensor | None] = [None] * (2 + len(values))
+    for part in _parts(images, guide, values, *options):
+        if part.tile is None:
+            grads = part.backward(grad_output, smoothed, needs)
+            break
+        grad = part.images.new_zeros(part.images.shape)  # a pixel of the halo is another tile's
+        grad[part.tile.inner] = grad_output[part.tile.core]
+        for index, own in enumerate(part.backward(grad, smoothed[part.tile.around], needs)):
+            total, like = grads[index], (images, guide, *values)[index]
+            if own is not None:
+                total = grads[index] = like.new_zeros(like.shape) if total is None else total
+                total[part.tile.around if like.ndim == 4 else ...] += own
+    return tuple(images.new_empty(0) if grad is None else grad for grad in grads)  # type: ignore[return-value]
 
 
-def _store(images: Tensor, signal: Signal, geometry: StencilGeometry) -> None:
-    geometry.unflatten(signal.core).copy_(images)
+@_diffuse_image.register_fake
+def _(images: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    *_, keep = others
+    return images.new_empty(images.shape), images.new_empty(images.shape if keep else 0)
 
 
-def _distances(guide: Tensor, bias: Tensor, geometry: StencilGeometry, workspace: Workspace) -> Tensor:
-    """Squared distances of the windows, `[B, M, n]`, without the part that noise is expected to add."""
-    squared = squared_differences(_load(guide, "guide", geometry, workspace).padded, geometry, workspace)
-    box_sum_(squared, geometry.patch_size, geometry.pitch, workspace)
-    return squared.mul_(geometry.scale).add_(geometry.far).sub_(bias).clamp_min_(0)
+@_diffuse_image_backward.register_fake
+def _(grad_output: Tensor, smoothed: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    inputs, needs = others[:8], (*others[-1], *(True,) * 5)
+    return tuple(like.new_empty(like.shape if need else 0) for like, need in zip(inputs, needs, strict=True))
 
 
-def _distances_backward(grad: Tensor, guide: Tensor, geometry: StencilGeometry, workspace: Workspace) -> Tensor:
-    """Gradient of the guide given that of the distances, which is overwritten."""
-    through = box_sum_(grad.mul_(geometry.scale), geometry.patch_size, geometry.pitch, workspace)
-    through.mul_(geometry.valid)
-    signal = _load(guide, "guide", geometry, workspace)
-    grad_guide = -incident_sum(through, through, geometry)[:, None] * signal.core
-    add_products_(grad_guide, edge_views(through, through, geometry), signal.neighbors)
-    return -2 * geometry.unflatten(grad_guide)
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, num_steps, patch_size, reach, max_radius, tile_size, _ = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.options = (num_steps, patch_size, reach, max_radius, tile_size)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
-def _similarity(
-    distance: Tensor, exponents: _Exponents, geometry: StencilGeometry, workspace: Workspace
-) -> WindowAverage:
-    weight = workspace.empty("weight", distance, *distance.shape)
-    torch.addcmul(exponents.within[:, :, None], distance, exponents.similarity, out=weight).exp2_()
-    return WindowAverage(weight, 1.0, geometry, workspace)
+def _backward(ctx: Any, grad_output: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if grad_output is None:
+        return (None,) * 15
+    *tensors, smoothed = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:8]
+    grads = _apply(_diffuse_image_backward, grad_output, smoothed, *tensors, *ctx.options, list(needs[:3]))
+    return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 7)
 
 
-def _weights(distance: Tensor, exponents: _Exponents, geometry: StencilGeometry, workspace: Workspace) -> WindowAverage:
-    weight = workspace.empty("weight", distance, *distance.shape)
-    torch.addcmul(exponents.spatial[:, :, None], distance, exponents.weight, out=weight).exp2_()
-    return WindowAverage(weight, SELF_WEIGHT, geometry, workspace)
+@torch.library.custom_op("lightning_em::similarity_sum", mutates_args=())
+def _similarity_sum(images: Tensor, scale: Tensor, noise: Tensor, patch_size: int, radius: float) -> Tensor:
+    """Sum of the similarities 2^(scale·D) of all pairs of each image, `[B]`."""
+    backend, bias, geometry = _similarity_parts(images, scale, noise, patch_size, radius)
+    return backend.similarity_sum(images, scale, bias, geometry)
+
+
+@torch.library.custom_op("lightning_em::similarity_sum_backward", mutates_args=())
+def _similarity_sum_backward(
+    grad: Tensor, images: Tensor, scale: Tensor, noise: Tensor, patch_size: int, radius: float, needs_images: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the images, empty where nobody needs it, and of the scale."""
+    backend, bias, geometry = _similarity_parts(images, scale, noise, patch_size, radius)
+    grad_images, grad_scale = backend.similarity_sum_backward(grad, images, scale, bias, geometry, needs_images)
+    return images.new_empty(0) if grad_images is None else grad_images, grad_scale
+
+
+def _similarity_parts(
+    images: Tensor, scale: Tensor, noise: Tensor, patch_size: int, radius: float
+) -> tuple[Any, Tensor, StencilGeometry]:
+    geometry = stencil_geometry(*images.shape[-2:], patch_size, radius, images.device, images.dtype)
+    bias = bias_of(noise, images.shape[1], geometry)[:, :, 0]
+    return (kernel if is_supported(images, scale, bias) else stencil_diffusion), bias, geometry
+
+
+@_similarity_sum.register_fake
+def _(images: Tensor, scale: Tensor, *others: Any) -> Tensor:
+    return scale.new_empty(scale.shape)
+
+
+@_similarity_sum_backward.register_fake
+def _(grad: Tensor, images: Tensor, scale: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return images.new_empty(images.shape if others[-1] else 0), scale.new_empty(scale.shape)
+
+
+def _keep_for_similarity(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.options = inputs[3:]
+
+
+def _similarity_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needs_images = ctx.needs_input_grad[0]
+    grad_images, grad_scale = _apply(_similarity_sum_backward, grad, *ctx.saved_tensors, *ctx.options, needs_images)
+    return grad_images if needs_images else None, grad_scale, None, None, None
+
+
+def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    pass
+
+
+def _refuse(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    raise RuntimeError(
+        "the fast image operator has first derivatives only: for second ones use "
+        "GraphDiffusion(implementation='message_passing')"
+    )
+
+
+def _refuse_forward(ctx: Any, *tangents: Any) -> Any:
+    raise RuntimeError("the fast image operator has derivatives backward only: use torch.func.grad, vjp or jacrev")
+
+
+def _one_batch(operator: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+    """The rule of `torch.vmap`: a dimension that is mapped over makes the batch longer."""
+    size = info.batch_size
+    merged = (
+        (value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)).flatten(0, 1)
+        if isinstance(value, Tensor)
+        else value
+        for value, dim in zip(arguments, in_dims, strict=True)
+    )
+    result = operator(*merged)
+    if isinstance(result, Tensor):
+        return result.unflatten(0, (size, -1)), 0
+    return tuple(part.unflatten(0, (size, len(part) // size)) for part in result), (0,) * len(result)
+
+
+# The operators once more, for what does not reach into those of `torch.library` (torch 2.14): `torch.func.grad` and its
+# kind, which those refuse, and derivatives forward, which those lose in silence.
+_functions: dict[Any, Any] = {}
+
+for _operator, _setup, _way_back in (
+    (_diffuse_image, _keep_for_backward, _backward),
+    (_diffuse_image_backward, _keep_nothing, _refuse),
+    (_similarity_sum, _keep_for_similarity, _similarity_backward),
+    (_similarity_sum_backward, _keep_nothing, _refuse),
+):
+    _operator.register_autograd(_way_back, setup_context=_setup)
+    _operator.register_vmap(partial(_one_batch, _operator))
+    members = {"forward": _operator.__call__, "setup_context": _setup, "backward": _way_back, "jvp": _refuse_forward}
+    _functions[_operator] = type(
+        f"_{_operator._name}",
+        (torch.autograd.Function,),
+        {"generate_vmap_rule": True, **{name: staticmethod(member) for name, member in members.items()}},
+    )
+
+
+def _apply(operator: Any, *arguments: Any) -> Any:
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return _functions[operator].apply(*arguments)
+    return operator(*arguments)
+
+
+class _Part(NamedTuple):
+    """What is computed at once: all of the images, or one tile of them."""
+
+    tile: Tile | None
+    images: Tensor
+    guide: Tensor
+    values: Values
+    exponents: Exponents
+    geometry: StencilGeometry
+    backend: Any
+    counts: Tensor | None
+    radius: float
+
+    def backward(self, grad: Tensor, smoothed: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
+        """Gradients of images, guide and values; None of images, guide and noise where they are not needed."""
+        grad_images, grad_guide, grads = self.backend.restore_backward(
+            grad, smoothed, self.images, self.guide, self.exponents, self.geometry, needs
+        )
+        own = exponents_backward(
+            grads, self.exponents, self.values, self.counts, self.guide.shape[1], self.radius, self.geometry
+        )
+        return [grad_images, grad_guide, own.noise if needs[2] else None, *own[1:]]
+
+
+def _parts(
+    images: Tensor,
+    guide: Tensor,
+    values: Values,
+    counts: Tensor | None,
+    num_steps: int,
+    patch_size: int,
+    reach: float,
+    max_radius: float | None,
+    tile_size: int | None,
+) -> Iterator[_Part]:
+    height, width = images.shape[-2:]
+    check_patch_fits(height, width, patch_size)
+    if counts is not None:
+        num_steps = int(counts.max()) if len(counts) else 0
+    largest = largest_radius(values.radius, max_radius)
+    radius = max(reach, largest)
+    # S looks as far as `reach`, each step one radius further. The weights of a pixel look a window beyond that.
+    halo = num_steps * int(largest) + int(radius) + 2 * (patch_size // 2)
+    places = [] if tile_size is None else tiles(height, width, tile_size, halo)
+    for tile in places if len(places) > 1 else [None]:
+        own_images, own_guide, *own = (
+            tensor[tile.around].contiguous() if tile is not None and tensor.ndim == 4 else tensor
+            for tensor in (images, guide, *values)
+        )
+        own_values, channels = Values(*own), guide.shape[1]
+        geometry = stencil_geometry(*own_guide.shape[-2:], patch_size, radius, guide.device, guide.dtype)
+        exponents = exponents_of(own_values, counts, num_steps, channels, reach, radius, geometry)
+        supported = exponents.are_numbers and is_supported(own_images, own_guide, *exponents)
+        backend = kernel if supported else stencil_diffusion
+        yield _Part(tile, own_images, own_guide, own_values, exponents, geometry, backend, counts, radius)
+
+
+def largest_radius(radius: Tensor, bound: float | None) -> float:
+    """A bound of the radii; the result does not depend on it."""
+    if bound is not None and radius.device.type != "cpu":
+        return bound
+    largest = float(radius.detach().max()) if len(radius) else 1.0
+    # Few different ones, for what is computed once for each.
+    return bound if bound is not None and largest <= bound else math.ceil(largest)

@@ -4,8 +4,6 @@ Memory and time grow with E·D; images on a grid take the paths of `patch_operat
 the one file that needs PyG, and is imported where it is used.
 """
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -13,6 +11,7 @@ from torch_geometric.data import Data
 from torch_geometric.nn import MessagePassing
 from torch_geometric.utils import coalesce, remove_self_loops, scatter
 
+from lightning_modules._cached import cached_tensors
 from lightning_modules.graph.laplacian import Laplacian, is_joined, normalized_weight, stable_step
 from lightning_modules.graph.parameters import DiffusionParameters, repeat_step
 from lightning_modules.graph.patches import PatchGrid
@@ -193,8 +192,7 @@ def _block_diagonal(edge_index: Tensor, count: int, num_nodes: int) -> Tensor:
     return (edge_index[:, None] + first[:, None]).flatten(1)
 
 
-@lru_cache(maxsize=8)
-@torch.inference_mode(False)  # made in a validation and cached, it is used in training steps too
+@cached_tensors(maxsize=8)
 def _grid_edges(grid: PatchGrid, radius: float, device: torch.device) -> Tensor:
     return radius_graph(grid.centers, radius).to(device)
 

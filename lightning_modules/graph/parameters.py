@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_modules.operators.operator import per_image
+from lightning_modules.operators.operator import is_readable, per_image
 
 
 class DiffusionParameters(NamedTuple):
@@ -53,14 +53,13 @@ class DiffusionParameters(NamedTuple):
         """
         named = {"sigma": sigma, "tau": tau, "radius": radius, "sigma_s": sigma_s, "sigma_f": sigma_f}
         tensors = {name: _map_or_number(name, value, images) for name, value in named.items()}
-        for name, tensor in tensors.items():
-            _check(name, tensor)
+        check_numbers(tensors)
         steps: Tensor | int = smooth_steps
         if torch.is_tensor(smooth_steps) or not isinstance(smooth_steps, int):
             steps = per_image("smooth_steps", smooth_steps, images)
             if steps.is_floating_point():
                 raise ValueError(f"smooth_steps must be whole numbers, got {steps.dtype}")
-            _check("smooth_steps", steps)
+            check_numbers({"smooth_steps": steps})
         elif smooth_steps < 0:
             raise ValueError(f"smooth_steps must not be negative, got {smooth_steps}")
         return cls(**tensors, smooth_steps=steps)
@@ -79,8 +78,8 @@ class DiffusionParameters(NamedTuple):
 
 
 def _map_or_number(name: str, value: Tensor | float, images: Tensor) -> Tensor:
-    if torch.is_tensor(value) and value.ndim == 4:
-        if name not in ("sigma", "sigma_f") or value.shape != (len(images), 1, *images.shape[2:]):
+    if torch.is_tensor(value) and value.ndim == 4 and value.shape[1:] != (1, 1, 1):
+        if name not in ("sigma", "sigma_f") or value.shape != (images.shape[0], 1, *images.shape[2:]):
             raise ValueError(
                 f"{name} must be one number or one for each of {len(images)} images, or, if it is sigma or sigma_f, a "
                 f"map [B, 1, H, W] of the images' size, got {list(value.shape)}"
@@ -89,13 +88,18 @@ def _map_or_number(name: str, value: Tensor | float, images: Tensor) -> Tensor:
     return per_image(name, value, images).to(images.dtype)
 
 
-def _check(name: str, value: Tensor) -> None:
-    # On an accelerator a look would stall every step.
-    if value.device.type != "cpu" or not value.numel() or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+def check_numbers(tensors: dict[str, Tensor]) -> None:
+    """Raise `ValueError` if one is negative or not finite, where a look is possible."""
+    flat = [tensor.detach().flatten() for tensor in tensors.values()]
+    if not all(tensor.numel() and is_readable(tensor) for tensor in tensors.values()):
         return
-    least, largest = (float(bound) for bound in value.detach().aminmax())
-    if least < 0 or math.isinf(largest):
-        raise ValueError(f"{name} must be finite and not negative, got {least if least < 0 else largest:g}")
+    # One look at all of them, unless there are maps.
+    together = all(len(tensor) == len(flat[0]) for tensor in flat)
+    extremes = [torch.stack(flat).aminmax(dim=1)] if together else [row[None].aminmax(dim=1) for row in flat]
+    bounds = zip(*(torch.cat(side).tolist() for side in zip(*extremes, strict=True)), strict=True)
+    for name, (least, largest) in zip(tensors, bounds, strict=True):
+        if not (least >= 0 and math.isfinite(largest)):
+            raise ValueError(f"{name} must be finite and not negative, got {largest if least >= 0 else least:g}")
 
 
 def repeat_step(

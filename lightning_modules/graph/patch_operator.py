@@ -1,11 +1,11 @@
 """Graph diffusion of patch vectors for graphs of few nodes: dense batched matrix products."""
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_modules._cached import cached_tensors
 from lightning_modules.graph.laplacian import Laplacian, is_joined, normalized_weight, stable_step
 from lightning_modules.graph.parameters import DiffusionParameters, repeat_step
 from lightning_modules.graph.patches import PatchGrid
@@ -143,8 +143,7 @@ class _Topology(NamedTuple):
         return (of_length @ self.members).unflatten(1, (nodes, nodes))
 
 
-@lru_cache(maxsize=32)
-@torch.inference_mode(False)  # made in a validation and cached, it is used in training steps too
+@cached_tensors(maxsize=32)
 def _topology(grid: PatchGrid, reach: float, radius: float, device: torch.device, dtype: torch.dtype) -> _Topology:
     length = torch.cdist(grid.centers, grid.centers, compute_mode="donot_use_mm_for_euclid_dist")
     similar, weighted = ((length > 0) & (length <= limit) for limit in (reach, radius))

@@ -1,11 +1,13 @@
 """Patches of an image on a regular grid, and their folding back."""
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lightning_modules._cached import cached_tensors
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,7 @@ class PatchGrid:
 
     def __post_init__(self) -> None:
         check_patch_geometry(self.patch_size, self.stride)
-        if min(self.height, self.width) < self.patch_size:
-            raise ValueError(
-                f"the image is {self.height}×{self.width} pixels and smaller than a patch "
-                f"(patch_size={self.patch_size}): give images of at least {self.patch_size}×{self.patch_size} or a "
-                "smaller patch_size"
-            )
+        check_patch_fits(self.height, self.width, self.patch_size)
 
     @cached_property
     def tops(self) -> list[int]:
@@ -112,8 +109,7 @@ class PatchGrid:
         return _coverage(self, torch.device(device), dtype)
 
 
-@lru_cache(maxsize=32)
-@torch.inference_mode(False)  # made in a validation and cached, it is used in training steps too
+@cached_tensors(maxsize=32)
 def _coverage(grid: PatchGrid, device: torch.device, dtype: torch.dtype) -> Tensor:
     return _fold(torch.ones(1, grid.num_patches, grid.patch_size**2, device=device, dtype=dtype), grid)
 
@@ -173,6 +169,15 @@ class _Fold(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _Extract.apply(grad, ctx.grid), None
+
+
+def check_patch_fits(height: int, width: int, patch_size: int) -> None:
+    """Raise `ValueError` if images of this size are smaller than a patch."""
+    if min(height, width) < patch_size:
+        raise ValueError(
+            f"the image is {height}×{width} pixels and smaller than a patch (patch_size={patch_size}): give images of "
+            f"at least {patch_size}×{patch_size} or a smaller patch_size"
+        )
 
 
 def check_patch_geometry(patch_size: int, stride: int) -> None:

@@ -80,6 +80,11 @@ class StencilGeometry:
         """‖δ‖, `[M]`."""
         return self._constant(torch.tensor([(a * a + b * b) ** 0.5 for a, b in self.offsets], dtype=torch.float64))
 
+    @cached_property
+    def squared_length(self) -> Tensor:
+        """‖δ‖², `[M]`."""
+        return self._constant(torch.tensor([a * a + b * b for a, b in self.offsets], dtype=torch.float64))
+
     def within(self, reach: float) -> Tensor:
         """Exponent of the similarity beside that of the distance: 0 for offsets within `reach`, no similarity beyond,
         `[M]`.

@@ -1,9 +1,13 @@
 """Images of any size in bounded memory: tiles that overlap far enough to leave no seam."""
 
 from collections.abc import Callable, Sequence
+from types import EllipsisType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+Index = tuple[EllipsisType, slice, slice]
 
 
 def in_tiles(
@@ -32,17 +36,42 @@ def in_tiles(
         - output: as the first of the inputs
     """
     height, width = inputs[0].shape[-2:]
-    spans = [_spans(length, tile_size, halo, patch_size, stride) for length in (height, width)]
-    if all(len(axis) == 1 for axis in spans):
+    parts = tiles(height, width, tile_size, halo, patch_size, stride)
+    if len(parts) == 1:
         return operator(*inputs)
     output = torch.empty_like(inputs[0])
-    for row, row_around in spans[0]:
-        for column, column_around in spans[1]:
-            part = (..., row_around, column_around)
-            whole = operator(*(tensor[part].contiguous() for tensor in inputs))
-            inner = (..., _within(row, row_around), _within(column, column_around))
-            output[..., row, column] = whole[inner]
+    for tile in parts:
+        whole = operator(*(tensor[tile.around].contiguous() for tensor in inputs))
+        output[tile.core] = whole[tile.inner]
     return output
+
+
+class Tile(NamedTuple):
+    """Where a tile lies, as indices of images.
+
+    Attributes:
+        core: The tile, in the image.
+        around: The tile and its halo, in the image.
+        inner: The tile, in what is computed of `around`.
+    """
+
+    core: Index
+    around: Index
+    inner: Index
+
+
+def tiles(height: int, width: int, tile_size: int, halo: int, patch_size: int = 1, stride: int = 1) -> list[Tile]:
+    """The tiles of an image; see `in_tiles`."""
+    rows, columns = (_spans(length, tile_size, halo, patch_size, stride) for length in (height, width))
+    return [
+        Tile(
+            (..., row, column),
+            (..., row_around, column_around),
+            (..., _within(row, row_around), _within(column, column_around)),
+        )
+        for row, row_around in rows
+        for column, column_around in columns
+    ]
 
 
 def _spans(length: int, tile_size: int, halo: int, patch_size: int, stride: int) -> list[tuple[slice, slice]]:

@@ -85,7 +85,7 @@ def write_png(image: Tensor, path: Path) -> None:
     write_picture(Picture(image), path)
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes | memoryview) -> None:
     """Writes a file that is there whole or not at all, even where the machine stops on the way."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # One name for each file, of a length that fits: what a run leaves that was killed is replaced by the next.

@@ -5,13 +5,13 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
-import lightning as L
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_modules._checkpoints import GuardedCheckpoint
+from lightning_modules.checkpoints.module import CheckpointedModule
 from lightning_modules.mixtures.batches import as_tensor, read_batch
 from lightning_modules.mixtures.collectives import Collectives
 from lightning_modules.mixtures.initialization import Samples
@@ -22,7 +22,7 @@ from lightning_modules.mixtures.model import ClusteringModel, EpochResult, Mixtu
 EPOCH_STATE = "clustering_epoch"
 
 
-class ClusteringModule(GuardedCheckpoint, L.LightningModule):
+class ClusteringModule(CheckpointedModule):
     """Base of `MixtureModule` and `KMeans`: a `ClusteringModel` fed by a Trainer.
 
     A batch is a tensor `[B, …]`, a tuple or list whose first entry is one, or a dictionary with `image` (or `x`,
@@ -75,6 +75,12 @@ class ClusteringModule(GuardedCheckpoint, L.LightningModule):
                 f"{self.model.offset.dtype}: use 32-true, 64-true or a mixed precision; the statistics stay in float64 "
                 "in all of them."
             )
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, WeightAveraging):
+                raise ValueError(
+                    f"{type(callback).__name__} has nothing to average in {type(self).__name__}, whose M-step is "
+                    "closed form over the whole epoch: remove the callback"
+                )
         if self.model.algorithm == "exact" and self.trainer.accumulate_grad_batches != 1:
             rank_zero_warn("accumulate_grad_batches changes nothing for exact EM, which updates once an epoch.")
 
@@ -163,6 +169,7 @@ class ClusteringModule(GuardedCheckpoint, L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the sums of the epoch under way, which `state_dict` does not have."""
+        super().on_save_checkpoint(checkpoint)
         if "loops" not in checkpoint:
             return
         collectives = self._collectives()
@@ -171,10 +178,8 @@ class ClusteringModule(GuardedCheckpoint, L.LightningModule):
             positions = collectives.gather(self.model.num_samples.new_tensor(self._position))
             checkpoint[EPOCH_STATE] = state | {"positions": positions, "steps": self._steps}
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def _resume(self, checkpoint: dict[str, Any]) -> None:
         """Goes on with the epoch that the checkpoint interrupts, or back to its start."""
-        if self._trainer is None or self.trainer.state.fn != "fit" or "loops" not in checkpoint:
-            return
         record, state = FitRecord(checkpoint["loops"]), checkpoint.get(EPOCH_STATE)
         if not record.in_epoch and state is None:
             if self.trainer.max_steps != -1:

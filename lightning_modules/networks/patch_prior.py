@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_modules.checkpoints.file import read_checkpoint
+
 # Penalties of the half-quadratic steps in units of 1 / noise variance (Zoran and Weiss 2011).
 _PENALTIES = (1.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 # Numbers that one chunk of patches may fill: a cache on the CPU, enough parallel work elsewhere.
@@ -91,7 +93,7 @@ class PatchPrior(nn.Module):
             path: The checkpoint.
             noise_std: Noise of the images where `forward` is not given it.
         """
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_checkpoint(path)
         state = state.get("state_dict", state)
         try:
             best = int(state["model.best"])

@@ -45,7 +45,7 @@ class ResidualDenoiser(nn.Module):
         torch.Size([2, 3, 37, 31])
     """
 
-    accepts_diffusion = True
+    accepts_operator = True
 
     def __init__(
         self,

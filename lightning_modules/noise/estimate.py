@@ -1,10 +1,11 @@
 """Noise level of an image, from its flattest patches."""
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from lightning_modules._cached import cached_tensors
 
 _PATCH_SIZE = 5
 # Larger images have enough patches in so many, spread evenly.
@@ -174,8 +175,7 @@ def _clipped_variance(share: Tensor) -> Tensor:
     return (1 - share - a * density + a.square() * share - mean.square()).clamp_min(1e-6)
 
 
-@lru_cache(maxsize=8)  # copied to a device once: a copy in every step would wait for it
-@torch.inference_mode(False)
+@cached_tensors(maxsize=8)  # copied to a device once: a copy in every step would wait for it
 def _constants(size: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Color axes, cosine transform `[D, D - 1]`, means over bands `[D - 1, 1 + F]`, sizes of the high bands `[F]`."""
     position = torch.arange(size, dtype=torch.float64)
@@ -195,8 +195,7 @@ def _constants(size: int, device: torch.device, dtype: torch.dtype) -> tuple[Ten
     )
 
 
-@lru_cache(maxsize=8)
-@torch.inference_mode(False)
+@cached_tensors(maxsize=8)
 def _even_spread(count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Points in the unit square, `[2, N]`: multiples of the powers of the plastic number's inverse (Roberts, 2018)."""
     step = torch.tensor([0.7548776662466927, 0.5698402909980532], dtype=torch.float64)

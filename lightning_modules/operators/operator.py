@@ -208,8 +208,8 @@ def check_images(noisy: Tensor, guide: Tensor | None = None) -> None:
         raise ValueError(f"images must be floating-point, got {noisy.dtype}: divide by 255 what has whole numbers")
     if noisy.numel() == 0:
         raise ValueError(f"images are empty, got {list(noisy.shape)}: give at least one image of at least one pixel")
-    size = (len(noisy), *noisy.shape[-2:])
-    if guide is not None and (guide.ndim != 4 or (len(guide), *guide.shape[-2:]) != size or not guide.shape[1]):
+    size = (noisy.shape[0], *noisy.shape[-2:])
+    if guide is not None and (guide.ndim != 4 or (guide.shape[0], *guide.shape[-2:]) != size or not guide.shape[1]):
         raise ValueError(
             f"guide must be [B, F, H, W] of the images' B, H and W, got {list(guide.shape)} beside {list(noisy.shape)}"
         )
@@ -234,7 +234,7 @@ def noise_level(noise: Noise, images: Tensor) -> Tensor:
         return noise.variance(images).sqrt()
     # A number is filled in, not copied: a copy to an accelerator would make the host wait.
     level = noise.to(images) if isinstance(noise, Tensor) else images.new_full((), noise)
-    size = len(images)
+    size = images.shape[0]
     if level.ndim == 4 and level.shape == (size, 1, 1, 1):
         level = level.flatten()
     is_map = level.ndim == 4 and level.shape[0] in (1, size) and level.shape[2:] == images.shape[2:]
@@ -247,11 +247,30 @@ def noise_level(noise: Noise, images: Tensor) -> Tensor:
             f"the noise level must be one number, one for each of {size} images, or a map [B, 1 or C, H, W] of the "
             f"images' size, got {list(level.shape)} beside images {list(images.shape)}"
         )
-    # On an accelerator a look would stall every step; data and arguments were checked on the host.
-    if level.device.type == "cpu" and not torch.compiler.is_compiling():
+    if is_readable(level):  # data and arguments of other devices were checked on the host
         for extreme in level.detach().aminmax():
             check_noise_std(float(extreme), "the noise level")
     return level
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether a look at the values costs nothing and is possible: they are in this process's own memory.
+
+    Not so on an accelerator, where a look would stall every step, nor where a function is being compiled, exported,
+    traced or transformed (`torch.func`), and tensors are so in name only.
+
+    Shape:
+        - tensor: any
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return False
+    if tensor.device.type != "cpu" or type(tensor) not in (Tensor, nn.Parameter):
+        return False
+    try:
+        tensor.data_ptr()
+    except RuntimeError:
+        return False
+    return True
 
 
 def pixel_level(level: Tensor) -> Tensor:
@@ -290,7 +309,7 @@ def per_image(name: str, value: Tensor | float | Sequence[float], images: Tensor
         size: Length K of a bank; None for a scalar parameter.
 
     Shape:
-        - value: scalar, `[1]` or `[B]`; a bank `[K]` or `[B, K]`
+        - value: scalar, `[1]`, `[B]` or `[B, 1, 1, 1]`; a bank `[K]` or `[B, K]`
         - images: `[B, ...]`
         - output: `[B]`; a bank `[B, K]`
 
@@ -304,8 +323,10 @@ def per_image(name: str, value: Tensor | float | Sequence[float], images: Tensor
     else:
         number = torch.tensor(value, dtype=images.dtype, device=images.device)
     number = number.to(images.dtype) if number.is_floating_point() or size is not None else number
-    count = len(images)
+    count = images.shape[0]  # of a dynamic export, `len` would make a constant
     if size is None:
+        if number.ndim == 4 and number.shape[1:] == (1, 1, 1):
+            number = number.flatten()
         if number.ndim <= 1 and number.numel() in (1, count):
             return number.expand(count)
         expected = f"one number or one for each of {count} images"

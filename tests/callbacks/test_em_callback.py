@@ -9,14 +9,22 @@ import lightning as L
 import pytest
 import torch
 from em_runs import SmoothImages, make_module, make_rule, make_trainer
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    EMAWeightAveraging,
+    LearningRateFinder,
+    ModelCheckpoint,
+    WeightAveraging,
+)
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tables import bank_table, textbook_table
 
-from callbacks import EMParameterCallback, GradientRule, SignRule
+from callbacks import EMParameterCallback, EMReport, GradientRule, Rule, SignRule
+from callbacks.em_report import overlay
 from lightning_modules import EStep, ParameterTable
+from lightning_modules.em import TableValues
 
 
 class Toy(L.LightningModule):
@@ -333,13 +341,85 @@ def test_overfit_batches_learns_on_the_same_images(tmp_path: Path) -> None:
     assert callback.loss_history[-1] < 0.9 * callback.loss_history[0]
 
 
-def test_weight_averaging_works(tmp_path: Path) -> None:
-    module, callback = make_module(), EMParameterCallback(make_rule("gradient"))
-    averaging = WeightAveraging()
-    trainer = make_trainer(tmp_path, callback, epochs=2, limit_val_batches=1.0, callbacks=[averaging])
+class Validated(L.Callback):
+    """The table as validation has it, and the network's weights there."""
+
+    def __init__(self) -> None:
+        self.tables: list[torch.Tensor] = []
+        self.weights: list[torch.Tensor] = []
+
+    def on_validation_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        if not trainer.sanity_checking:
+            self.tables.append(pl_module.em_parameters.values().clone())
+            self.weights.append(next(pl_module.backbone.parameters()).detach().clone())
+
+
+AVERAGES: dict[str, Any] = {
+    "equal": WeightAveraging,
+    "defaults": EMAWeightAveraging,
+    "network only": lambda: EMAWeightAveraging(use_buffers=False),
+    "beyond the run": lambda: EMAWeightAveraging(update_starting_at_step=1000),
+    "from an epoch": lambda: EMAWeightAveraging(decay=0.5, update_every_n_steps=0, update_starting_at_epoch=1),
+}
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize(
+    ("average", "assignment"), [*((name, "label") for name in AVERAGES), ("defaults", "similarity")]
+)
+def test_averages_of_the_network_leave_what_the_m_step_learns(
+    average: str, assignment: str, first: bool, tmp_path: Path
+) -> None:
+    """Table, assignment, checkpoint, export and validation are those of the last M-step; the network is averaged."""
+    torch.set_num_threads(1)
+    module = make_module(assignment=assignment)
+    callback, validated = EMParameterCallback(make_rule("gradient")), Validated()
+    averaging = AVERAGES[average]()
+    options: dict[str, Any] = {"limit_val_batches": 1.0, "callbacks": [averaging, EMReport(), validated]}
+    trainer = make_trainer(tmp_path, callback, epochs=2, **options)
+    if not first:
+        trainer.callbacks.remove(callback)
+        trainer.callbacks.insert(trainer.callbacks.index(averaging) + 1, callback)
     trainer.fit(module, SmoothImages(16))
-    assert len(callback.loss_history) == 6
-    assert trainer.callback_metrics["val/psnr"].isfinite()
+    table, path = module.em_parameters, callback._states
+    assert all(torch.equal(*pair) for pair in zip(table.state, path[-1], strict=True))
+    assert callback.get_parameters() == callback.parameter_history[-1] != table.initial_parameters()
+    at_validation = [table._natural(path[step]) for step in (2, 5)]  # after three and six steps
+    assert all(torch.equal(found, wanted) for found, wanted in zip(validated.tables, at_validation, strict=True))
+    for epoch, step in ((0, 2), (1, 5)):
+        state = torch.load(tmp_path / f"epoch={epoch}.ckpt", weights_only=True)["state_dict"]
+        assert torch.equal(state["em_parameters.shared"], path[step].shared)
+        assert torch.equal(state["em_parameters.offsets"], path[step].offsets)
+    exported = overlay(module, table)["model"]["init_args"]["em_parameters"]["init_args"]
+    assert exported["initial"]["sigma"] == pytest.approx(callback.get_parameters()["sigma"])
+    learned = dict(module.assignment.named_buffers(recurse=False))
+    assert all(torch.equal(state[f"assignment.{name}"], buffer) for name, buffer in learned.items())
+    assert assignment == "label" or any(buffer.any() for buffer in learned.values())
+    network = next(module.backbone.parameters()).detach()
+    assert torch.equal(
+        network,
+        averaging._average_model.module.backbone.get_parameter(
+            next(name for name, _ in module.backbone.named_parameters())
+        ),
+    )
+
+
+def test_under_an_average_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    states = []
+    for folder, epochs, ckpt in (
+        ("whole", 4, None),
+        ("part", 2, None),
+        ("part", 4, tmp_path / "part" / "epoch=1.ckpt"),
+    ):
+        torch.set_num_threads(1)
+        L.seed_everything(7, verbose=False)
+        module, callback = make_module(), EMParameterCallback(make_rule("newton"))
+        trainer = make_trainer(tmp_path / folder, callback, epochs, callbacks=[EMAWeightAveraging()])
+        trainer.fit(module, SmoothImages(16), ckpt_path=ckpt, weights_only=True if ckpt else None)
+        states.append((module.state_dict(), callback.parameter_history))
+    (whole, path), _, (resumed, again) = states
+    assert again == path
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
@@ -526,3 +606,118 @@ def test_what_the_assignment_has_to_say_at_the_end_is_said(tmp_path: Path) -> No
     trainer = make_trainer(tmp_path, callback, epochs=1)
     with pytest.warns(UserWarning, match="MixtureAssignment: the regimes never started: they wait for 48 images"):
         trainer.fit(make_module(network=False, assignment="mixture"), SmoothImages(batch_size=16))
+
+
+class Slip(Rule):
+    """A rule of a user's own with one mistake, from its third step on."""
+
+    def __init__(self, mistake: str) -> None:
+        self.mistake = mistake
+
+    def initial_state(self, table: ParameterTable) -> Any:
+        return [] if self.mistake == "state at the start" else {"steps": torch.zeros(1)}
+
+    def m_step(self, table: ParameterTable, statistics: Any, state: Any) -> Any:
+        shared, offsets, following = table.shared - 0.01, table.offsets, {"steps": state["steps"] + 1}
+        values = TableValues(shared, offsets)
+        if state["steps"] < 2:
+            return values, following
+        if self.mistake == "raises":
+            raise KeyError("momentum")
+        if self.mistake == "writes to the table":
+            table.shared.mul_(2)
+        if self.mistake == "writes to the statistics":
+            statistics.sums.zero_()
+        return {
+            "no state": values,
+            "None": None,
+            "plain tuple": ((shared, offsets), following),
+            "shape": (TableValues(shared[:, None], offsets), following),
+            "offsets": (TableValues(shared, offsets.new_zeros(3, 1)), following),
+            "precision": (TableValues(shared.float(), offsets), following),
+            "whole": (TableValues(shared.long(), offsets), following),
+            "other state": (values, {"step": state["steps"]}),
+            "state of another shape": (values, {"steps": torch.zeros(2)}),
+            "NaN": (TableValues(shared * torch.nan, offsets), following),
+        }.get(self.mistake, (values, following))
+
+    def sampled_values(self, table: ParameterTable, state: Any) -> Any:
+        return table.shared if self.mistake == "sample" and state["steps"] > 2 else None
+
+    def standard_deviation(self, table: ParameterTable, state: Any) -> Any:
+        return torch.zeros(7) if self.mistake == "deviation" else None
+
+
+SLIPS = {
+    "raises": r"Slip\.m_step failed at step 3: KeyError: 'momentum'",
+    "writes to the table": r"Slip\.m_step wrote to its argument `table` at step 3",
+    "writes to the statistics": r"Slip\.m_step wrote to its argument `statistics` at step 3",
+    "no state": r"Slip\.m_step must return a tuple of .* got TableValues\(.* at step 3",
+    "None": r"Slip\.m_step must return .* got NoneType at step 3",
+    "plain tuple": r"Slip\.m_step must return .* at step 3",
+    "shape": r"Slip\.m_step must return .*\(P = 1, K = 0, on cpu\), got .*float64 \[1, 1\] .* at step 3",
+    "offsets": r"Slip\.m_step must return .*float64 \[3, 1\] .* at step 3",
+    "precision": r"Slip\.m_step must return .*float32 \[1\] .* at step 3",
+    "whole": r"Slip\.m_step must return .*int64 \[1\] .* at step 3",
+    "other state": r"Slip\.m_step must return .*\{step: .* at step 3",
+    "state of another shape": r"Slip\.m_step must return .*\{steps: float32 \[2\] .* at step 3",
+    "sample": r"Slip\.sampled_values must return .* at step 3",
+    "deviation": r"Slip\.standard_deviation must return .* got float32 \[7\]",
+    "state at the start": r"Slip\.initial_state must return a dictionary of tensors",
+}
+
+
+@pytest.mark.parametrize("mistake", SLIPS)
+def test_a_slip_in_a_rule_is_one_line_that_names_it_and_the_step(mistake: str, tmp_path: Path) -> None:
+    module = Toy()
+    with pytest.raises((RuntimeError, TypeError), match=SLIPS[mistake]) as caught:
+        fit(module, EMParameterCallback(Slip(mistake)), tmp_path, log_every_n_steps=3, batches=4)
+    assert "\n" not in str(caught.value)
+    if mistake != "writes to the table":
+        steps = 0 if mistake == "state at the start" else 3 if mistake in ("sample", "deviation") else 2
+        assert module.em_parameters.shared.item() == pytest.approx(-0.01 * steps)  # nothing is half changed
+
+
+def test_a_rule_that_proposes_nan_is_named_with_the_step_and_changes_nothing(tmp_path: Path) -> None:
+    module, callback = Toy(), EMParameterCallback(Slip("NaN"))
+    with pytest.warns(UserWarning, match=r"Slip\.m_step proposed NaN or infinite values at step 3") as caught:
+        fit(module, callback, tmp_path, batches=8)
+    assert len([w for w in caught if "Slip" in str(w.message) or "M-step was skipped" in str(w.message)]) == 1
+    assert module.em_parameters.shared.item() == pytest.approx(-0.02)
+    assert callback.skipped_steps == 6
+
+
+@pytest.mark.parametrize("size", [None, 3, 17])
+def test_the_progress_bar_shows_the_first_learned_values_after_every_step(size: int | None, tmp_path: Path) -> None:
+    """Those of the global set, which the status and the closing table have as well."""
+    module = make_module(network=False)
+    if size is not None:
+        module = Toy(table=bank_table(size, per_row=["weight"], row_names=["cat", "dog"]))
+        share = torch.zeros(4, 2)
+
+        def training_step(batch: torch.Tensor, batch_idx: int) -> dict[str, Any]:
+            theta = module.em_parameters(share)
+            loss = theta["weight"].log().square().mean(1) + theta["gain"]
+            return {"loss": loss.mean(), "em": EStep(share, None, loss.detach())}
+
+        module.training_step = training_step  # type: ignore[method-assign]
+    callback, seen = EMParameterCallback(make_rule("gradient")), []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+            status = callback.get_status()
+            shown = {k: float(v) for k, v in trainer.progress_bar_metrics.items() if k.startswith("em/")}
+            seen.append(shown)
+            assert len(shown) == 3
+            for name, value in shown.items():
+                if size != 17:
+                    assert value == pytest.approx(float(status[f"global_{name[3:]}"]), rel=1e-5)
+            if size is None:
+                assert [*shown] == ["em/sigma", "em/tau", "em/radius"]
+                assert float(trainer.progress_bar_metrics["train/loss"]) == pytest.approx(callback.loss_history[-1])
+
+    trainer = make_trainer(tmp_path, callback, epochs=1, callbacks=[Watch()])
+    trainer.fit(module, SmoothImages(16) if size is None else loader(4))
+    assert len({tuple(shown.values()) for shown in seen}) == len(seen)
+    if size == 17:
+        assert [*seen[-1]] == ["em/weight/min", "em/weight/median", "em/weight/max"] or "em/gain" in seen[-1]

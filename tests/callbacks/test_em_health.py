@@ -82,12 +82,14 @@ class Patient(LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def run(tmp_path: Path, module: Patient, rule: Rule | None = None, steps: int = 150) -> EMHealth:
+def run(
+    tmp_path: Path, module: Patient, rule: Rule | None = None, steps: int = 150, log_every_n_steps: int = 5
+) -> EMHealth:
     health = EMHealth()
     trainer = Trainer(
         accelerator="cpu",
         max_steps=steps,
-        log_every_n_steps=5,
+        log_every_n_steps=log_every_n_steps,
         logger=TensorBoardLogger(str(tmp_path), name="", version="run"),
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -136,6 +138,34 @@ def test_each_finding_is_said_once_with_its_remedy(key: str, tmp_path: Path, mon
     (text,) = events.Tensors("em/health/text_summary")
     assert finding in text.tensor_proto.string_val[0].decode()
     assert finding in console.export_text().replace("\n", " ") or finding[:80] in console.export_text()
+
+
+@pytest.mark.parametrize("steps", [1, 7, 39])
+@pytest.mark.parametrize("key", ["bound/sigma/lower", "bound/tau/upper", "similarity", "sieve/clogged"])
+def test_a_short_run_is_judged_at_its_end(key: str, steps: int, tmp_path: Path) -> None:
+    """With `log_every_n_steps` at 50, and so without a step that logs: what the closing table stars is said too."""
+    arguments, rule, message = SICK[key]
+    with pytest.warns(UserWarning, match=message) as caught:
+        health = run(tmp_path, Patient(**arguments), rule, steps, log_every_n_steps=50)
+    assert list(health.findings) == [key]
+    assert sum("EMHealth" in str(warning.message) for warning in caught) == 1
+
+
+def test_what_a_short_run_cannot_tell_is_said_and_nothing_else(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with warnings.catch_warnings(), caplog.at_level("INFO"):
+        warnings.filterwarnings("error", message="EMHealth")
+        assert run(tmp_path, Patient(), steps=12, log_every_n_steps=50).findings == {}
+        assert "EMHealth: 12 steps are too few to tell whether the loss proxy oscillates" in caplog.text
+        caplog.clear()
+        run(tmp_path, Patient(), steps=40, log_every_n_steps=50)
+        assert "too few" not in caplog.text
+
+
+def test_what_the_last_look_no_longer_sees_is_not_said(tmp_path: Path) -> None:
+    path = Script(lambda step: 9.0 if step < 8 else -1.2)
+    assert run(tmp_path, Patient(), path, steps=12).findings == {}
 
 
 def test_what_passes_by_is_not_said(tmp_path: Path) -> None:

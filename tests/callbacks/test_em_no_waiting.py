@@ -30,6 +30,7 @@ def trainer_on_paper(scaler: Scaler | None) -> Any:
         precision_plugin=SimpleNamespace(scaler=scaler),
         optimizers=[],
         loggers=[],
+        callbacks=[],
         log_every_n_steps=LOG_EVERY,
         accumulate_grad_batches=2,
         global_step=0,
@@ -41,7 +42,9 @@ def m_steps(rule: str, scaler: Scaler | None, last: int, assignment: Assignment 
     """Steps up to `last` on the meta device: it has no values, so whoever reads one on the host fails."""
     device = torch.device("meta")
     table = textbook_table(per_row=["sigma", "smooth_steps"], row_names=CLASSES).to(device)
-    module: Any = SimpleNamespace(em_parameters=table, device=device, assignment=assignment)
+    module: Any = SimpleNamespace(
+        em_parameters=table, device=device, assignment=assignment, log_dict=lambda *_, **__: None
+    )
     callback, trainer = EMParameterCallback(make_rule(rule)), trainer_on_paper(scaler)
     callback.setup(trainer, module, "validate")
     callback.on_train_start(trainer, module)

@@ -189,9 +189,12 @@ def test_a_run_without_logs_writes_nothing(
 
 
 def test_the_summary_tells_what_there_is() -> None:
-    assert summary({}, None, None, None) == []
-    lines = summary({"val/psnr": 28.0, "val/psnr_noisy": 20.5}, "logs", "last.ckpt", Path("logs/em_parameters.yaml"))
-    assert [line.split(":")[0] for line in lines] == ["validation PSNR", "parameters", "logs", "checkpoint"]
+    assert summary({}, None, ("", ""), None) == []
+    checkpoints = ("epoch=1-step=2.ckpt", "last.ckpt")
+    lines = summary({"val/psnr": 28.0, "val/psnr_noisy": 20.5}, "logs", checkpoints, Path("logs/em_parameters.yaml"))
+    assert [line.split(":")[0] for line in lines] == ["validation PSNR", "parameters", "logs", "best", "newest"]
+    assert checkpoints[0] in lines[3]
+    assert checkpoints[1] in lines[4]
 
 
 def test_a_module_without_parameters_is_told_so(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ SOURCE = '#include "answer.h"\nint answer(void) { return ANSWER; }\n'
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv(library.SWITCH, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(library, "_warned", False)
     (tmp_path / "answer.h").write_text("#ifndef ANSWER\n#define ANSWER 42\n#endif\n")
     path = tmp_path / "answer.c"
     path.write_text(SOURCE)
@@ -74,9 +75,13 @@ def test_a_damaged_file_in_the_cache_is_replaced(source: Path, damage: str) -> N
         assert library._is_intact(kept)
 
 
-def test_a_system_without_users(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(os, "getuid")
+def test_a_system_without_users(
+    source: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("getuid", "killpg"):
+        monkeypatch.delattr(os, name)
     assert answer(source) is None
+    assert "POSIX systems only" in caplog.text
 
 
 @pytest.mark.usefixtures("compiler")
@@ -133,23 +138,34 @@ def test_a_compiler_that_hangs_is_ended_with_what_it_has_started(
     driver.chmod(0o755)
     monkeypatch.setenv("CC", str(driver))
     monkeypatch.setattr(library, "_SECONDS_TO_COMPILE", 0.2)
-    with caplog.at_level(logging.INFO, library.__name__):
-        assert answer(source) is None
+    assert answer(source) is None
     assert "timed out" in caplog.text
     time.sleep(4)
     assert not survivor.exists()
+    # Another process does not wait for it again, nor speak of it; one with another compiler tries.
+    monkeypatch.setattr(library, "_warned", False)
+    monkeypatch.setattr(library, "_compile", None)
+    caplog.clear()
+    assert answer(source) is None
+    assert not caplog.text
+    (failure,) = cached(source)
+    os.utime(failure, (0, 0))  # the day after
+    monkeypatch.setattr(library, "_compile", lambda *_: (_ for _ in ()).throw(OSError("asked again")))
+    assert answer(source) is None
+    assert "asked again" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
         (library.SWITCH, "0", "LIGHTNING_EM_COMPILE=0: answer.c is not compiled"),
-        ("CC", "no-such-compiler", "no C compiler"),
-        ("CC", "'cc", "answer.c cannot be compiled"),
-        ("CC", "false", "answer.c cannot be compiled"),
+        ("CC", "no-such-compiler", "there is no C compiler"),
+        ("CC", "'cc", "it cannot be compiled: No closing quotation"),
+        ("CC", "false", "it cannot be compiled"),
+        ("CC", "true", "it cannot be compiled"),  # answers, and makes nothing
     ],
 )
-def test_without_it_the_log_says_why(
+def test_without_it_one_warning_names_reason_and_cost(
     variable: str,
     value: str,
     message: str,
@@ -160,14 +176,39 @@ def test_without_it_the_log_says_why(
     monkeypatch.setenv(variable, value)
     with caplog.at_level(logging.INFO, library.__name__):
         assert answer(source) is None
-    (record,) = caplog.records
-    assert message in record.message
-    assert "torch is used instead" in record.message
+        assert answer(source, ("OTHER",)) is None
+    first, second = caplog.records
+    assert message in first.message
+    assert "torch is used instead" in first.message
+    assert second.levelno == logging.INFO, "of one warning"
+    if variable == "CC":
+        assert first.levelno == logging.WARNING, "which a program without a logging configuration shows"
+        assert "takes five to seven times as long" in first.message
+    else:
+        assert first.levelno == logging.INFO, "the user has asked for it"
 
 
 @pytest.mark.usefixtures("compiler")
 def test_the_log_has_what_the_compiler_says(source: Path, caplog: pytest.LogCaptureFixture) -> None:
     source.write_text("int answer(void) { return not_declared; }\n")
-    with caplog.at_level(logging.INFO, library.__name__):
-        assert answer(source) is None
+    assert answer(source) is None
     assert "not_declared" in caplog.text
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_library_without_the_symbols(source: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert library.load_library(source, (source.with_name("answer.h"),), (), ("answer", "question")) is None
+    assert "question" in caplog.text
+    (found,) = [path for path in cached(source) if path.suffix == ".so"]
+    assert library._is_intact(found)
+
+
+@pytest.mark.usefixtures("compiler")
+def test_what_ended_processes_left_is_removed(source: Path) -> None:
+    folder = source.parent / "cache" / "lightning-em"
+    for name in ("tmpold", "tmpnew"):
+        (folder / name).mkdir(parents=True)
+    folder.chmod(0o700)
+    os.utime(folder / "tmpold", (0, 0))
+    assert answer(source) == 42
+    assert [path.name for path in cached(source) if path.is_dir()] == ["tmpnew"]

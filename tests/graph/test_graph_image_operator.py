@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_modules.graph import GraphDiffusion, image_operator
+from lightning_modules.graph import GraphDiffusion, image_operator, stencil_diffusion
 
 NAMES = ("sigma", "tau", "radius", "sigma_s", "sigma_f")
 
@@ -19,7 +19,7 @@ def test_chunks_of_unequal_size_change_nothing(monkeypatch: pytest.MonkeyPatch) 
     ]
     results = []
     for limit in (2**30, 1, 2 * 14 * (9 + 4) * 10 * 8 + 64):  # all at once, one by one, two and two and one
-        monkeypatch.setitem(image_operator.CHUNK_BYTES, "cpu", limit)
+        monkeypatch.setitem(stencil_diffusion.CHUNK_BYTES, "cpu", limit)
         restored = GraphDiffusion(3)(
             images,
             **dict(zip(NAMES, leaves, strict=True)),

@@ -12,7 +12,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from sklearn.mixture import GaussianMixture as Reference
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -331,3 +331,9 @@ def test_more_components_than_distinct_points_is_named() -> None:
 def test_half_precision_is_refused() -> None:
     with pytest.raises(ValueError, match="precision='bf16-true'"):
         trainer(precision="bf16-true").fit(GaussianMixture(2), DataLoader(samples().float(), 50))
+
+
+@pytest.mark.parametrize("module_class", [GaussianMixture, KMeans])
+def test_weight_averaging_is_refused_by_name(module_class: Any) -> None:
+    with pytest.raises(ValueError, match=f"EMAWeightAveraging has nothing to average in {module_class.__name__}"):
+        trainer(callbacks=[EMAWeightAveraging()]).fit(module_class(2), DataLoader(torch.rand(20, 2), 10))

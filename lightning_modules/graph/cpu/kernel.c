@@ -539,7 +539,7 @@ static void similarity(const Worker *w, long image) {
 }
 
 /* Takes what a team needs for a task from the memory that is handed out; gives every worker of it the same. */
-static void take_planes_of(Worker *w, Task task, char **memory) {
+static void take_planes_of(Worker *w, Task task, Memory *memory) {
     const Grid *g = w->grid;
     long channels = w->call->channels, features = w->call->features, steps = w->call->steps, offsets = g->offsets;
     int goes_back = task == RESTORE_BACKWARD, restores = task == RESTORE || goes_back;
@@ -598,21 +598,23 @@ static void work(void *argument) {
             one_image(&member->worker, shared->task, image);
 }
 
-/* How the work is shared out, and where in memory everything lies; returns the number of threads. With `measure` the
- * memory, which begins at null, is only counted. */
-static long set_out(const Call *q, Task task, Grid *grid, Shared *shared, Team *team, char **memory, int measure) {
-    char *begin = 0, *end = 0;
+/* How the work is shared out, and where in memory everything lies; returns the number of threads. */
+static long set_out(const Call *q, Task task, Grid *grid, Shared *shared, Team *team, Memory *memory) {
+    Memory image = {0};
     Worker model = {.call = q, .grid = grid};
-    lay_out(grid, q->height, q->width, q->patch, q->offsets, q->rows, q->columns, memory, measure);
-    take_planes_of(&model, task, &end);
+    lay_out(grid, q->height, q->width, q->patch, q->offsets, q->rows, q->columns, memory);
+    take_planes_of(&model, task, &image);
     shared->task = task;
-    shared->together = end - begin > (q->batch < q->threads ? SMALL_IMAGE : LARGE_IMAGE);
+    shared->together = (long)image.used > (q->batch < q->threads ? SMALL_IMAGE : LARGE_IMAGE);
     long threads = most(1, least(q->threads, shared->together ? grid->blocks : q->batch));
     shared->members = take(memory, threads * sizeof(Member));
     for (long rank = 0; rank < threads; rank++) {
         if (rank == 0 || !shared->together) take_planes_of(&model, task, memory);
-        for (int i = 0; i < 3; i++) model.lines[i] = (real *)take(memory, grid->lines * sizeof(real)) + grid->lead;
-        if (measure) continue;
+        for (int i = 0; i < 3; i++) {
+            real *lines = take(memory, grid->lines * sizeof(real));
+            model.lines[i] = lines ? lines + grid->lead : 0;
+        }
+        if (!memory->begin) continue;
         Member *member = shared->members + rank;
         member->alone.size = 1;
         member->shared = shared;
@@ -626,16 +628,21 @@ static long set_out(const Call *q, Task task, Grid *grid, Shared *shared, Team *
 int64_t memory_needed(const Call *q, int64_t task) {
     Grid grid;
     Shared shared;
-    char *begin = 0, *end = 0;
-    set_out(q, task, &grid, &shared, 0, &end, 1);
-    return end - begin;
+    Memory memory = {0};
+    set_out(q, task, &grid, &shared, 0, &memory);
+    return memory.used;
 }
 
-void run(const Call *q, int64_t task) {
+/* Whether the memory, of as many bytes as `size`, was enough; nothing is done where it is not. */
+int64_t run(const Call *q, int64_t task, int64_t size) {
     Grid grid;
     Team team = {.mutex = PTHREAD_MUTEX_INITIALIZER, .all_here = PTHREAD_COND_INITIALIZER};
     Shared shared = {0};
-    char *memory = q->memory;
-    long threads = set_out(q, task, &grid, &shared, &team, &memory, 0);
+    Memory memory = {.begin = q->memory};
+    if (size < memory_needed(q, task)) return 0;
+    FORBID(memory.begin, size);
+    long threads = set_out(q, task, &grid, &shared, &team, &memory);
     on_threads(work, (char *)shared.members, sizeof(Member), threads, &team.size);
+    ALLOW(memory.begin, size);
+    return 1;
 }

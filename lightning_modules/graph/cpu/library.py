@@ -1,5 +1,6 @@
 """C sources as shared libraries: compiled by the machine's own compiler at first use, then cached."""
 
+import contextlib
 import ctypes
 import hashlib
 import logging
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 _logger = logging.getLogger(__name__)
@@ -23,40 +25,91 @@ _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-pthread", "-fno-math-errno"
 _MACHINE_FLAGS = ("-march=native", "-mcpu=native", "")
 _SECONDS_TO_COMPILE = 120
 _SECONDS_TO_ANSWER = 30
+_SECONDS_OF_A_FAILURE = 24 * 3600  # for so long it is not tried again
 _DIGEST_BYTES = 32  # of SHA-256
 
+_warned = False
 
-def load_library(source: Path, includes: tuple[Path, ...], defines: tuple[str, ...]) -> ctypes.CDLL | None:
-    """The library of a C source, or None where it cannot be had; the log says why.
+
+def load_library(
+    source: Path, includes: tuple[Path, ...], defines: tuple[str, ...], symbols: tuple[str, ...] = ()
+) -> ctypes.CDLL | None:
+    """The library of a C source, or None where it cannot be had; one warning gives the reason and what it costs.
 
     It is compiled once for each user, machine, compiler and version of the source. Processes may do so at the same
-    time: each writes a file of its own and renames it.
+    time: each writes a file of its own and renames it. What could not be compiled is not tried again for a day, nor
+    warned of, unless the compiler or the source has changed.
 
     Args:
         source: The C file.
         includes: Files next to it that it includes; their contents count for the cache.
         defines: Macros to define.
+        symbols: Names that the library must have.
     """
     if os.environ.get(SWITCH) == "0":
         _logger.info("%s=0: %s is not compiled, torch is used instead", SWITCH, source.name)
         return None
     if not hasattr(os, "getuid"):
-        _logger.info("%s is compiled on POSIX systems only, torch is used instead", source.name)
+        _give_up(source, "it is compiled on POSIX systems only", None)
         return None
+    failure = None
     try:
-        compiler = _compiler()
+        compiler, folder = _compiler(), _cache()
+        texts = [path.read_text(encoding="utf-8") for path in (source, *includes)]
+        parts = [*_FLAGS, *defines, *texts, _processor()]
+        failure = None if folder is None else folder / f"{source.stem}-{_key([_identity(compiler), *parts])}.failed"
+        if failure is not None and _is_recent(failure):
+            _logger.info("%s is not compiled, torch is used instead: %s", source.name, failure.read_text())
+            return None
         if compiler is None:
-            _logger.info("no C compiler (cc, gcc, clang, $CC): %s is not compiled, torch is used instead", source.name)
+            _give_up(source, "there is no C compiler (cc, gcc, clang, $CC)", failure)
             return None
         version = check_output([*compiler, "--version"], _SECONDS_TO_ANSWER)
-        texts = [path.read_text(encoding="utf-8") for path in (source, *includes)]
-        parts = [*compiler, version, _processor(), *_FLAGS, *defines, *texts]
-        key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-        return _cached(source, compiler, [f"-D{name}" for name in defines], f"{source.stem}-{key}.so")
-    except (OSError, ValueError, subprocess.SubprocessError) as error:  # ValueError: a $CC that is not a shell word
-        complaints = getattr(error, "stderr", "") or ""
-        _logger.info("%s cannot be compiled, torch is used instead: %s\n%s", source.name, error, complaints[-2000:])
+        name = f"{source.stem}-{_key([*compiler, version, *parts])}.so"
+        return _cached(source, compiler, [f"-D{name}" for name in defines], symbols, folder, name)
+    # ValueError: a $CC that is not a shell word; AttributeError: a library without the symbols.
+    except (OSError, ValueError, AttributeError, subprocess.SubprocessError) as error:
+        complaints = (getattr(error, "stderr", "") or "")[-2000:]
+        _give_up(source, f"it cannot be compiled: {error}\n{complaints}".rstrip(), failure)
         return None
+
+
+def _give_up(source: Path, reason: str, failure: Path | None) -> None:
+    """Warn, once for each process, and leave a note to the others."""
+    global _warned
+    advice = f"install one, or set {SWITCH}=0 to keep to torch without this warning"
+    if failure is not None:
+        with contextlib.suppress(OSError):
+            failure.write_text(reason)
+        advice += f"; it is tried again tomorrow, or when {failure} is gone"
+    _logger.log(
+        logging.INFO if _warned else logging.WARNING,
+        "%s is not compiled, torch is used instead and takes five to seven times as long on this CPU: %s (%s)",
+        source.name,
+        reason,
+        advice,
+    )
+    _warned = True
+
+
+def _is_recent(failure: Path) -> bool:
+    try:
+        return time.time() - failure.stat().st_mtime < _SECONDS_OF_A_FAILURE
+    except OSError:
+        return False
+
+
+def _key(parts: list[str]) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+
+
+def _identity(compiler: list[str] | None) -> str:
+    """What tells a compiler from another without asking it."""
+    if compiler is None:
+        return "none"
+    path = Path(shutil.which(compiler[0]) or compiler[0]).resolve()
+    found = path.stat()
+    return f"{compiler} {path} {found.st_mtime_ns} {found.st_size}"
 
 
 def _compiler() -> list[str] | None:
@@ -75,16 +128,19 @@ def _processor() -> str:
     return "\n".join([platform.platform(), platform.machine(), platform.processor(), *sorted(set(named))])
 
 
-def _cached(source: Path, compiler: list[str], defines: list[str], name: str) -> ctypes.CDLL:
-    folder = _cache()
+def _cached(
+    source: Path, compiler: list[str], defines: list[str], symbols: tuple[str, ...], folder: Path | None, name: str
+) -> ctypes.CDLL:
     kept = None if folder is None else folder / name
     if kept is not None and kept.exists():
         try:
             if _is_intact(kept):
-                return ctypes.CDLL(str(kept))
+                return _open(kept, symbols)
             _logger.info("%s is damaged and is compiled again", kept)
-        except OSError:
+        except (OSError, AttributeError):
             _logger.info("%s cannot be loaded and is compiled again", kept)
+    if folder is not None:
+        _clear(folder)
     # Nowhere to keep it, or nothing there may be executed: once for each process, then. A library that is loaded needs
     # its file no longer.
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -93,12 +149,27 @@ def _cached(source: Path, compiler: list[str], defines: list[str], name: str) ->
             _seal(built)
             built = built.replace(kept)
         try:
-            return ctypes.CDLL(str(built))
+            return _open(built, symbols)
         except OSError:
             if kept is None:
                 raise
             with tempfile.TemporaryDirectory() as elsewhere:
-                return ctypes.CDLL(shutil.copy(built, elsewhere))
+                return _open(shutil.copy(built, elsewhere), symbols)
+
+
+def _open(path: Path | str, symbols: tuple[str, ...]) -> ctypes.CDLL:
+    found = ctypes.CDLL(str(path))
+    for symbol in symbols:
+        getattr(found, symbol)
+    return found
+
+
+def _clear(folder: Path) -> None:
+    """Remove what processes that were ended while they compiled have left."""
+    for scratch in folder.glob("tmp*"):
+        with contextlib.suppress(OSError):
+            if time.time() - scratch.stat().st_mtime > 60 * _SECONDS_TO_COMPILE:
+                shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _seal(library: Path) -> None:

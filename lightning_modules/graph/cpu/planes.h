@@ -53,13 +53,14 @@ static void wait_for_all(Team *team) {
 ALWAYS long end_of(const Grid *g, long m) { return g->height - g->rows[m]; }
 
 /* `count` planes: the first entry of the first image. */
-static real *take_planes(char **memory, const Grid *g, long count) {
-    return (real *)take(memory, ((size_t)g->stride * count + 2 * g->margin + LANES) * sizeof(real)) + g->margin;
+static real *take_planes(Memory *memory, const Grid *g, long count) {
+    real *taken = take(memory, ((size_t)g->stride * count + 2 * g->margin + LANES) * sizeof(real));
+    return taken ? taken + g->margin : 0;
 }
 
 /* Lays out the planes of an image and takes the tables from `memory`. */
 static void lay_out(Grid *g, long height, long width, long patch, long offsets, const int64_t *rows,
-                    const int64_t *columns, char **memory, int measure) {
+                    const int64_t *columns, Memory *memory) {
     long padding = patch / 2;
     for (long m = 0; m < offsets; m++) padding = most(padding, most(rows[m], labs(columns[m])));
     g->height = height, g->width = width, g->reach = patch / 2, g->offsets = offsets;
@@ -80,7 +81,7 @@ static void lay_out(Grid *g, long height, long width, long patch, long offsets, 
     g->across = take(memory, offsets * g->span * sizeof(real));
     g->down = take(memory, offsets * height * sizeof(real));
     g->inside = take(memory, g->span * sizeof(real));
-    if (measure) return;
+    if (!memory->begin) return;
     for (long column = 0; column < g->span; column++) g->inside[column] = column < width;
     for (long m = 0; m < offsets; m++) {
         long first = most(0, -columns[m]), end = least(width, width - columns[m]);

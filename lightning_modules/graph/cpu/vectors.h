@@ -81,10 +81,28 @@ ALWAYS vector power_of_two(vector x) {
 ALWAYS long least(long a, long b) { return a < b ? a : b; }
 ALWAYS long most(long a, long b) { return a > b ? a : b; }
 
-/* Takes bytes from memory that is being handed out. */
-static void *take(char **memory, size_t bytes) {
-    char *taken = *memory;
-    *memory += (bytes + 63) / 64 * 64;
+/* With -fsanitize=address all memory is forbidden but what was taken, and between two takings something remains. */
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#define RED_ZONE 64
+#define FORBID(memory, bytes) __asan_poison_memory_region(memory, bytes)
+#define ALLOW(memory, bytes) __asan_unpoison_memory_region(memory, bytes)
+#else
+#define RED_ZONE 0
+#define FORBID(memory, bytes) ((void)0)
+#define ALLOW(memory, bytes) ((void)0)
+#endif
+
+/* Memory that is being handed out. While it is only measured, it begins at null. */
+typedef struct {
+    char *begin;
+    size_t used;
+} Memory;
+
+static void *take(Memory *memory, size_t bytes) {
+    char *taken = memory->begin ? memory->begin + memory->used : 0;
+    if (taken) ALLOW(taken, bytes);
+    memory->used += (bytes + 63) / 64 * 64 + RED_ZONE;
     return taken;
 }
 

@@ -15,12 +15,14 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lightning_modules.checkpoints.file import CheckpointError
+
 # Where a checkpoint may take classes from; functions, and the rest of torch, open files, download and run code.
 _NETWORKS = ("torch.nn", "torch.optim", "torchvision.models", "torchvision.ops")
 _COMMAND = "lightning_modules.cli"
 
 
-class UntrustedCheckpointError(ValueError):
+class UntrustedCheckpointError(CheckpointError):
     """A checkpoint names something that it may not build."""
 
 

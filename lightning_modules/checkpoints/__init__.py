@@ -1,0 +1,1 @@
+"""Checkpoints: how they are written and read, which are refused, and what they may build."""
