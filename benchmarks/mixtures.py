@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from _common import PROJECT, arguments, write_json
 from _peers import failure
+from scipy.sparse import issparse, random_array
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
@@ -168,10 +169,10 @@ def seconds_of_products(x: Tensor, components: int) -> float:
     return median_seconds(products, 5)
 
 
-def compare_kmeans(x: Tensor, components: int, max_iter: int, rounds: int, algorithm: str) -> list[dict[str, Any]]:
+def compare_kmeans(rows: Any, components: int, max_iter: int, rounds: int, algorithm: str) -> list[dict[str, Any]]:
     """Seconds and inertia of Lloyd's algorithm from equal starts, to rest or for equal iterations; rounds as above."""
-    rows = x.numpy()
-    centers = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:components]].numpy()
+    chosen = torch.randperm(rows.shape[0], generator=torch.Generator().manual_seed(0))[:components].numpy()
+    centers, kind = (rows[chosen].toarray(), "sparse ") if issparse(rows) else (rows[chosen], "")
     given = {"init": centers, "n_init": 1, "max_iter": max_iter, "tol": 0.0}
     models = {
         "scikit-learn": KMeans(components, algorithm=algorithm, **given),
@@ -185,7 +186,7 @@ def compare_kmeans(x: Tensor, components: int, max_iter: int, rounds: int, algor
     named = {"scikit-learn": f"scikit-learn, {algorithm}", "lightning-em": "lightning-em"}
     return [
         {
-            "work": "K-means to rest" if max_iter > 100 else f"K-means, {max_iter} iterations",
+            "work": f"{kind}K-means to rest" if max_iter > 100 else f"{kind}K-means, {max_iter} iterations",
             "library": named[name],
             "iterations": int(model.n_iter_),
             "seconds": each[name],
@@ -328,8 +329,11 @@ def main() -> None:
     with threadpool_limits(given.threads):
         report(*compare_mixture(x, given.components, given.iterations, given.rounds))
         algorithm = faster_algorithm(others, given.components)
-        for length in (300, 60, 20):
-            report(*compare_kmeans(x, given.components, length, given.rounds, algorithm))
+        for length in (300, 60, 20, 4, 1):
+            report(*compare_kmeans(x.numpy(), given.components, length, given.rounds, algorithm))
+        counts = random_array((3 * given.rows, 100), density=0.1, format="csr", rng=np.random.default_rng(0))
+        for length in (300, 4):
+            report(*compare_kmeans(counts, 50, length, given.rounds, "lloyd"))
     report(*scaling(x, given.components, [n for n in (10_000, 100_000, 1_000_000, 3_000_000) if n <= given.largest]))
     report(streaming_memory(given.stream))
 

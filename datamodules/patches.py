@@ -221,6 +221,9 @@ class _FileSamples(BatchDataset):
         if array.ndim != 2 or array.dtype.kind not in "fiu" or not array.flags.c_contiguous:
             raise ValueError(f"{path} must hold numbers [N, D] in C order, got {array.dtype} {array.shape}")
         self.path, self.dtype, self.width = path, array.dtype, array.shape[1]
+        # float32 holds integers of two bytes; torch reads only numbers in the machine's own byte order
+        wide = array.dtype.itemsize > 2
+        self.kept = array.dtype.newbyteorder("=") if array.dtype.kind == "f" else np.dtype("f8" if wide else "f4")
         self.offset = array.offset
         count = array.shape[0]
         kept = count - round(val_fraction * count)
@@ -240,7 +243,7 @@ class _FileSamples(BatchDataset):
         else:
             order, inverse = np.unique(index.numpy(), return_inverse=True)
             found = np.concatenate([self._read(int(first), 1) for first in order])[inverse]
-        return samples.batch(torch.from_numpy(found if found.dtype.kind == "f" else found.astype(np.float32)))
+        return samples.batch(torch.from_numpy(found.astype(self.kept, copy=False)))
 
     def _read(self, first: int, count: int) -> NDArray[Any]:
         start = self.offset + (self.first + first) * self.width * self.dtype.itemsize

@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -10,9 +11,9 @@ from torch import Tensor
 from lightning_modules.mixtures import MixtureParameters, evidence_lower_bound, log_likelihood, posterior
 from lightning_modules.mixtures.gaussian.em import e_step, m_step
 from lightning_modules.mixtures.gaussian.model import GaussianMixtureModel
-from lightning_modules.mixtures.gaussian.model_selection import choose_num_components
 from lightning_modules.mixtures.kmeans.model import KMeansModel
 from lightning_modules.mixtures.model import fit_in_memory
+from lightning_modules.mixtures.model_selection import choose_num_components
 
 SIZE = {"layout": "constrained"}
 
@@ -107,12 +108,61 @@ def number_of_components() -> Figure:
     return choose_num_components(blobs(1.0), range(1, 8), n_init=3).figure()
 
 
+def grid_of_blobs(rows: int = 900) -> Tensor:
+    """Nine clusters on a square grid."""
+    generator = torch.Generator().manual_seed(0)
+    centers = 3.0 * torch.cartesian_prod(torch.arange(3.0), torch.arange(3.0)).double()
+    return centers[torch.arange(rows) % 9] + 0.5 * torch.randn(rows, 2, generator=generator, dtype=torch.float64)
+
+
+def local_minima() -> Figure:
+    """K-means from two starts, each at rest: one with two centers in one cluster."""
+    x, panels, ends = grid_of_blobs(), {}, []
+    for seed in range(20):
+        model = KMeansModel(9, init="random", seed=seed)
+        fit_in_memory(model, x)
+        ends.append((float(model.objective[model.best]), seed, model))
+    ends.sort(key=lambda end: end[0])
+    for name, (inertia, _, model) in (("best", ends[0]), ("worst", ends[-1])):
+        panels[f"{name} of 20 starts, inertia {inertia:.0f}"] = model.assign(x)[0]
+    return _panels(x, panels)
+
+
+def starts_compared() -> Figure:
+    """The inertia that K-means comes to, over the best known, from each kind of start."""
+    x = grid_of_blobs()
+    kinds: dict[str, dict[str, Any]] = {
+        "random": {"init": "random"},
+        "k-means++": {"init": "k-means++"},
+        "k-means||": {"init": "k-means||"},
+        "mini-batch, k-means++": {"init": "k-means++", "algorithm": "stepwise", "max_iter": 5},
+        "random, best of 10": {"init": "random", "n_init": 10},
+        "k-means++, best of 10": {"init": "k-means++", "n_init": 10},
+    }
+    ends: dict[str, list[float]] = {name: [] for name in kinds}
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(1))
+    for name, options in kinds.items():
+        for seed in range(15):
+            model = KMeansModel(9, seed=seed, **options)
+            fit_in_memory(model, x[order], 300)
+            ends[name].append(float(model.assign(x)[1].sum()))
+    least = min(min(values) for values in ends.values())
+    figure = Figure(figsize=(7, 3.2), **SIZE)
+    axes = figure.subplots()
+    axes.boxplot([[value / least for value in values] for values in ends.values()], vert=False, whis=(0, 100))
+    axes.set_yticks(range(1, len(ends) + 1), list(ends))
+    axes.set(xlabel="inertia at rest, over the best known (15 seeds)")
+    return figure
+
+
 PICTURES = {
     "em_bound": bound_touches_likelihood,
     "em_responsibilities": responsibilities_move,
     "em_elongated": elongated_clusters,
     "em_scaling": feature_scaling,
     "em_components": number_of_components,
+    "em_local_minima": local_minima,
+    "em_starts": starts_compared,
 }
 
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from lightning_modules.mixtures.gaussian.module import GaussianMixture
     from lightning_modules.mixtures.kmeans.estimator import KMeansEstimator
     from lightning_modules.mixtures.kmeans.module import KMeans
+    from lightning_modules.mixtures.student_t.estimator import StudentTMixtureEstimator
+    from lightning_modules.mixtures.student_t.module import StudentTMixture
     from lightning_modules.networks import (
         ConvAutoencoder,
         FullResolutionResNet,
@@ -59,6 +61,8 @@ _HOME = {
     "ResidualDenoiser": "networks",
     "RestorationOperator": "operators",
     "RestorationResidual": "detection",
+    "StudentTMixture": "mixtures",
+    "StudentTMixtureEstimator": "mixtures",
     "TotalVariation": "operators",
     "TraceNetwork": "networks",
     "restore": "restoration",
@@ -90,6 +94,8 @@ __all__ = [
     "ResidualDenoiser",
     "RestorationOperator",
     "RestorationResidual",
+    "StudentTMixture",
+    "StudentTMixtureEstimator",
     "TotalVariation",
     "TraceNetwork",
     "restore",

@@ -38,6 +38,7 @@ import lightning_modules.detection
 import lightning_modules.generated_image_detector
 import lightning_modules.mixtures.gaussian.module
 import lightning_modules.mixtures.kmeans.module
+import lightning_modules.mixtures.student_t.module
 import lightning_modules.networks
 import lightning_modules.patch_mixture
 import lightning_modules.reconstruction

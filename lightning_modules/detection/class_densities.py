@@ -9,6 +9,8 @@ from lightning_modules.mixtures.model import fit_in_memory
 
 # Of the variance that the directions kept are scaled to: no component collapses onto a handful of images.
 _REGULARISATION = 1e-2
+# Starts of a mixture of several components, which ends at the nearest rest.
+_STARTS = 5
 # What varies less is taken for constant: a feature beside its own mean (float32 has seven digits), a direction
 # of standardised features by its variance.
 _CONSTANT = 1e-6
@@ -107,9 +109,12 @@ class ClassDensities(Float64Buffers):
         self.directions.copy_(directions * torch.where(variance > _CONSTANT, variance, torch.inf).rsqrt())
         projected = standard @ self.directions
         for number, mixture in enumerate(self._mixtures):
-            fresh = _mixture(mixture.num_components, mixture.num_features).to(projected.device)
-            fit_in_memory(fresh, projected[label == number])
-            mixture.load_state_dict(fresh.state_dict())
+            starts = range(_STARTS if mixture.num_components > 1 else 1)
+            fresh = [_mixture(mixture.num_components, mixture.num_features, s).to(projected.device) for s in starts]
+            for candidate in fresh:
+                fit_in_memory(candidate, projected[label == number])
+            best_one = max(fresh, key=lambda candidate: float(candidate.objective))
+            mixture.load_state_dict(best_one.state_dict())
         self.fitted.fill_(True)
         best = self.log_densities(features).amax(1)
         self.floor.copy_(torch.quantile(best, 1 - self.inlier_quantile))
@@ -124,5 +129,5 @@ class _Mixture(Float64Buffers, GaussianMixtureModel):
     """A mixture that keeps its digits in a module of lower precision."""
 
 
-def _mixture(num_components: int, num_features: int) -> _Mixture:
-    return _Mixture(num_components, num_features, reg_covar=_REGULARISATION)
+def _mixture(num_components: int, num_features: int, seed: int = 0) -> _Mixture:
+    return _Mixture(num_components, num_features, reg_covar=_REGULARISATION, seed=seed)

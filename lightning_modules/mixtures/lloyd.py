@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lightning_modules.mixtures.chunks import chunk_size
+from lightning_modules.mixtures.rows import (
+    FramedRows,
+    Rows,
+    SparseRows,
+    dense,
+    distinct,
+    products,
+    screened,
+    squares_to,
+    sums_by_label,
+    width_of,
+)
 
 # Each of the few dozen small calls on a chunk costs some microseconds: chunks are longer than a cache would like.
-CHUNKS_AT_ONCE = 8
+CHUNKS_AT_ONCE = 2
 
 
-def assign(centers: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+def assign(centers: Tensor, z: Rows) -> tuple[Tensor, Tensor]:
     r"""Nearest center of each sample, :math:`\arg\min_k \|z_n - c_k\|^2`, and that squared distance.
 
     Shape:
@@ -24,21 +37,22 @@ def assign(centers: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     """
     restarts, num_components, _ = centers.shape
     labels = torch.empty(restarts, z.shape[0], dtype=torch.long, device=z.device)
-    squares = z.new_empty(restarts, z.shape[0])
-    step = chunk_size(restarts * num_components + z.shape[1], z.device)
+    squares = torch.empty(restarts, z.shape[0], dtype=centers.dtype, device=z.device)
+    step = chunk_size(restarts * num_components + width_of(z), z.device)
     for first in range(0, z.shape[0], step):
-        chunk = z[first : first + step]
+        chunk = z[first : first + step].to(centers.dtype)
         label = _scores(centers, chunk).min(dim=1).indices
         labels[:, first : first + step] = label
         for restart in range(restarts):
-            squares[restart, first : first + step] = (chunk - centers[restart, label[restart]]).square_().sum(dim=1)
+            squares[restart, first : first + step] = squares_to(chunk, centers[restart], label[restart])
     return labels, squares
 
 
-def _scores(centers: Tensor, z: Tensor) -> Tensor:
+def _scores(centers: Tensor, z: Rows) -> Tensor:
     """Squared distances `[S, K, N]` up to a term of the sample only."""
     flat = centers.flatten(0, 1)
-    scores = torch.addmm(flat.square().sum(dim=1, keepdim=True), flat, z.T, alpha=-2.0)
+    # two scalings are two roundings less than one of the sum: that of -2 is exact
+    scores = products(-2.0 * flat, z).add_(flat.square().sum(dim=1, keepdim=True))
     return scores.view(centers.shape[0], centers.shape[1], -1)
 
 
@@ -47,9 +61,9 @@ class LloydResult:
     """What Lloyd's algorithm came to.
 
     Attributes:
-        centers: `[K, D]`.
+        centers: Float64, `[K, D]`.
         labels: `[N]`.
-        inertia: Sum of squared distances.
+        inertia: Sum of squared distances, weighted.
         n_iter: Iterations taken.
         converged: Whether the labels (or, within `tol`, the centers) no longer changed.
     """
@@ -61,7 +75,14 @@ class LloydResult:
     converged: bool
 
 
-def lloyd(z: Tensor, centers: Tensor, max_iter: int = 300, tol: float = 0.0) -> LloydResult:
+def lloyd(
+    z: Rows,
+    centers: Tensor,
+    max_iter: int = 300,
+    tol: float = 0.0,
+    weights: Tensor | None = None,
+    report: Callable[[str], None] | None = None,
+) -> LloydResult:
     r"""Lloyd's algorithm, with the idea of Hamerly ("Making k-means even faster", SDM 2010): samples that cannot
     change their center are not compared.
 
@@ -73,28 +94,46 @@ def lloyd(z: Tensor, centers: Tensor, max_iter: int = 300, tol: float = 0.0) -> 
         centers: Where to start.
         max_iter: Iterations at most.
         tol: Stop when the centers' squared movement, summed, is at most this.
+        weights: Weights of the samples.
+        report: Is given a line for each iteration.
 
     Shape:
         - z: `[N, D]`
         - centers: `[K, D]`
+        - weights: `[N]`
     """
     unit = _unit(z)
-    z, tol = z / unit if unit != 1 else z, tol / unit**2
-    search = _NearestCenters(z, centers / unit)
-    converged, n_iter = False, 0
+    centers = centers.double()
+    if unit != 1:
+        z = SparseRows(z.matrix / unit) if isinstance(z, SparseRows) else dense(z) / unit
+    tol /= unit**2
+    search = _NearestCenters(z, centers / unit, weights)
+    converged, n_iter, reason = False, 0, ""
     for n_iter in range(1, max_iter + 1):
         changed = search.assign() if n_iter > 1 else -1
-        if changed == 0 or float(search.move().square().sum()) <= tol:
-            converged = True
+        if report:
+            report(f"Iteration {n_iter - 1}, inertia {search.inertia() * unit**2}.")
+        if changed == 0:
+            converged, reason = True, "strict convergence"
             break
-    labels, squares = assign(search.centers[None], z)
-    inertia = float(squares.sum(dtype=torch.float64)) * unit**2
-    return LloydResult(search.centers * unit, labels[0], inertia, n_iter, converged)
+        shift = float(search.move().square().sum())
+        if shift <= tol:
+            converged, reason = True, f"center shift {shift * unit**2} within tolerance {tol * unit**2}"
+            break
+    if report and converged:
+        report(f"Converged at iteration {n_iter - 1}: {reason}.")
+    if not converged or reason != "strict convergence":
+        search.assign(last=True)
+    return LloydResult(search.centers * unit, search.labels, search.inertia() * unit**2, n_iter, converged)
 
 
-def _unit(z: Tensor) -> float:
+def _unit(z: Rows) -> float:
     """A power of two (division by it is exact) that brings samples far from 1 within float32's reach; 1 for others."""
-    largest = max(-float(z.min()), float(z.max())) if z.numel() else 1.0  # |z| would be a copy of all the data
+    if isinstance(z, FramedRows):
+        return 1.0  # standardized
+    values = torch.from_numpy(z.matrix.data) if isinstance(z, SparseRows) else z
+    # |z| would be a copy of all the data
+    largest = max(-float(values.min()), float(values.max())) if values.numel() else 1.0
     if largest == 0 or 1e-3 < largest < 1e3:
         return 1.0
     return 2.0 ** round(math.log2(largest))
@@ -104,33 +143,51 @@ class _NearestCenters:
     """Samples, centers, the nearest center of each sample, and by how much it is the nearest.
 
     Samples are compared in float32, which for float64 is twice as fast, with a bound on the error: where the two
-    nearest centers are closer than that, the sample is compared again in its own precision. So the labels are those of
-    the plain algorithm.
+    nearest centers are closer than that, the sample is compared again in float64. So the labels are those of the plain
+    algorithm.
     """
 
-    def __init__(self, z: Tensor, centers: Tensor) -> None:
-        self.z, self.centers = z, centers.clone()
+    def __init__(self, z: Rows, centers: Tensor, weights: Tensor | None = None) -> None:
+        self.z, self.centers = z, centers.double()
+        self.weights = None if weights is None else weights.double()
         self.num_components = centers.shape[0]
-        # the column of ones takes the centers' squared norms into the product
-        self.screen = torch.cat([z.float(), z.new_ones(z.shape[0], 1, dtype=torch.float32)], dim=1)
-        self.norms = torch.linalg.vector_norm(z, dim=1).square_()
-        largest = float(self.norms.amax()) if z.numel() else 0.0
-        self.slack = 8 * torch.finfo(z.dtype).eps * (z.shape[1] * largest) ** 0.5
+        self.screen, self.norms = screened(z)
+        largest = float(self.norms.amax()) if z.shape[0] else 0.0
+        self.slack = 8 * torch.finfo(z.dtype).eps * (width_of(z) * largest) ** 0.5
         self.names = torch.arange(self.num_components, dtype=torch.int32, device=z.device)[:, None]
-        self.labels, self.gap = self._nearest(None)
-        self.weight = torch.bincount(self.labels, minlength=self.num_components).double()
         self.sums = torch.zeros(self.num_components, z.shape[1], dtype=torch.float64, device=z.device)
-        self._add(z, self.labels)
+        self.weight, self.count = torch.zeros(2, self.num_components, dtype=torch.float64, device=z.device)
+        self.labels, self.gap = self._nearest(None)
+        self._add(None, self.labels)
 
-    def _add(self, samples: Tensor, labels: Tensor, old: Tensor | None = None) -> None:
-        """Add samples to the sums of their centers, and take them from their old ones'."""
-        step = chunk_size(self.num_components + samples.shape[1], samples.device)
-        for first in range(0, samples.shape[0], step):
-            part = slice(first, first + step)
-            share = (labels[part] == self.names).to(samples.dtype)
+    def _add(self, index: Tensor | None, labels: Tensor, old: Tensor | None = None) -> None:
+        """Add samples to the sums of their centers, and take them from their old ones'.
+
+        Shape:
+            - index: `[M]`, all samples where None
+            - labels: `[M]`
+            - old: `[M]`
+        """
+        samples = self.z if index is None else self.z.index_select(0, index)
+        weights = self.weights if index is None or self.weights is None else self.weights[index]
+        # samples of weight 0 are no members: a center that has only those is without samples
+        members = None if weights is None else (weights > 0).double()
+        for target, value in ((self.weight, weights), (self.count, members)):
+            target += torch.bincount(labels, value, minlength=self.num_components)
             if old is not None:
-                share -= (old[part] == self.names).to(samples.dtype)
-            self.sums += (share @ samples[part]).double()
+                target -= torch.bincount(old, value, minlength=self.num_components)
+        self.sums += sums_by_label(samples, labels, self.num_components, weights)
+        if old is not None:
+            self.sums -= sums_by_label(samples, old, self.num_components, weights)
+
+    def inertia(self) -> float:
+        """Sum of squared distances of the samples to the centers of their labels."""
+        total, step = 0.0, chunk_size(2 * width_of(self.z), self.z.device)
+        for first in range(0, self.z.shape[0], step):
+            part = slice(first, first + step)
+            squares = squares_to(self.z[part], self.centers, self.labels[part])
+            total += float(squares.sum() if self.weights is None else squares @ self.weights[part])
+        return total
 
     def _nearest(self, index: Tensor | None) -> tuple[Tensor, Tensor]:
         """Label, and a lower bound on the distance to the second nearest center less that to the nearest.
@@ -141,13 +198,13 @@ class _NearestCenters:
         """
         count = self.z.shape[0] if index is None else index.shape[0]
         labels = torch.empty(count, dtype=torch.long, device=self.z.device)
-        gap = self.z.new_empty(count)
+        gap = torch.empty(count, dtype=self.z.dtype, device=self.z.device)
         squares = self.centers.square().sum(dim=1, keepdim=True)
-        centers = torch.cat([-2 * self.centers, squares], dim=1).float()
+        centers, constants = (-2 * self.centers).float(), squares.float()
         # rounding of the products, of their sum and of the samples themselves, and the bits that carry the label
         bits = (self.num_components - 1).bit_length()
         error = (2 * (self.z.shape[1] + 8) + 2**bits) * torch.finfo(torch.float32).eps
-        step = CHUNKS_AT_ONCE * chunk_size(2 * self.num_components + self.z.shape[1], self.z.device)
+        step = CHUNKS_AT_ONCE * chunk_size(2 * self.num_components + width_of(self.z), self.z.device)
         for first in range(0, count, step):
             part = slice(first, first + step)
             if index is None:
@@ -155,37 +212,41 @@ class _NearestCenters:
             else:
                 # index_select: plain indexing is several times slower here
                 screen, norms = self.screen.index_select(0, index[part]), self.norms.index_select(0, index[part])
-            scores = centers @ screen.T
+            scores = products(centers, screen).add_(constants)
             # the label rides in the last bits: a reduction that returns indices takes one number at a time
             scores.view(torch.int32).bitwise_and_(-(2**bits)).bitwise_or_(self.names)
             nearest = scores.amin(dim=0)
             # a center out of float32's reach scores NaN, whose bits are no label: its samples are compared again below
             label = nearest.view(torch.int32).bitwise_and(2**bits - 1).long().clamp_(max=self.num_components - 1)
-            second = scores.scatter_(0, label[None], torch.inf).amin(dim=0).to(self.z)
-            nearest = nearest.to(self.z)
-            margin = norms.add(squares.amax()).mul_(error)
+            second = scores.scatter_(0, label[None], torch.inf).amin(dim=0).to(self.z.dtype)
+            nearest = nearest.to(self.z.dtype)
+            margin = norms.add(squares.amax().to(norms)).mul_(error)
             close = (~(second - nearest > 2 * margin)).nonzero()[:, 0]
             if len(close):
                 samples = self.z.index_select(0, close + first if index is None else index[part][close])
-                exact = torch.addmm(squares, self.centers, samples.T, alpha=-2.0)
-                nearest[close], label[close] = exact.min(dim=0)
-                second[close] = exact.scatter_(0, label[close][None], torch.inf).amin(dim=0)
+                exact = products(-2 * self.centers, samples.to(torch.float64)).add_(squares)
+                label[close] = exact.argmin(dim=0)
+                nearest[close] = exact.amin(dim=0).to(self.z.dtype)
+                exact.scatter_(0, label[close][None], torch.inf)
+                second[close] = exact.amin(dim=0).to(self.z.dtype)
             labels[part] = label
             upper = nearest.add_(norms).add_(margin).clamp_(min=0.0).sqrt_()
             gap[part] = second.add_(norms).sub_(margin).clamp_(min=0.0).sqrt_().sub_(upper)
         return labels, gap
 
-    def assign(self) -> int:
-        """Reassign the samples whose bound allows a change; how many changed."""
+    def assign(self, last: bool = False) -> int:
+        """Reassign the samples whose bound allows a change; how many changed. Where it is the `last` time, the centers'
+        sums are of no more use.
+        """
         index = (self.gap <= self.slack).nonzero()[:, 0]
         if not len(index):
             return 0
-        if 2 * len(index) > len(self.z):
+        if 2 * len(index) > self.z.shape[0]:
             # to copy most of the samples costs more than to compare them all
             old = self.labels
             self.labels, self.gap = self._nearest(None)
             index = (self.labels != old).nonzero()[:, 0]
-            old, labels = old[index], self.labels[index]
+            old, labels = old[index], self.labels.index_select(0, index)
         else:
             old = self.labels.index_select(0, index)
             labels, gap = self._nearest(index)
@@ -193,30 +254,43 @@ class _NearestCenters:
             moved = (labels != old).nonzero()[:, 0]
             index, old, labels = index[moved], old[moved], labels[moved]
             self.labels[index] = labels
-        self._add(self.z.index_select(0, index), labels, old)
-        self.weight += torch.bincount(labels, minlength=self.num_components)
-        self.weight -= torch.bincount(old, minlength=self.num_components)
+        if not last:
+            self._add(index, labels, old)
         return len(index)
 
     def move(self) -> Tensor:
         """Centers to the means of their samples; how far each moved, `[K]`."""
-        empty = self.weight == 0
-        target = (self.sums / self.weight.clamp(min=1.0)[:, None]).to(self.z.dtype)
+        if bool((self.count == 0).any()):
+            self._give_samples(self.count == 0)
+        empty = self.count == 0
+        # what is left of weights that were added and taken away again is rounding
+        self.weight[empty], self.sums[empty] = 1.0, 0.0
+        target = self.sums / self.weight[:, None]
+        self.weight[empty] = 0.0
         target[empty] = self.centers[empty]
-        if bool(empty.any()):
-            self._restart_empty(target, empty)
         distance = (target - self.centers).square().sum(dim=1).sqrt()
         self.centers = target
         # a sample's own center may have moved away, and the fastest of the others towards it
         fastest = distance.topk(min(2, self.num_components))
         others = torch.full_like(distance, float(fastest.values[0]))
         others[fastest.indices[0]] = fastest.values[-1]
-        self.gap -= (distance + others).index_select(0, self.labels)
+        self.gap -= (distance + others).to(self.gap).index_select(0, self.labels)
         return distance
 
-    def _restart_empty(self, target: Tensor, empty: Tensor) -> None:
-        squares = (self.z - self.centers[self.labels]).square().sum(dim=1)
-        far = squares.topk(min(int(empty.sum()), self.z.shape[0])).indices
+    def _give_samples(self, empty: Tensor) -> None:
+        """Give each center without samples a point that is far from its own, as scikit-learn does."""
+        squares = squares_to(self.z, self.centers, self.labels)
+        if self.weights is not None:
+            squares = torch.where(self.weights > 0, squares, 0.0)
+        far = squares.argsort(descending=True, stable=True)[: 64 * int(empty.sum())]
         far = far[squares[far] > 0]
-        where = empty.nonzero()[: len(far), 0]
-        target[where] = self.z[far]
+        if not len(far):
+            return
+        samples, where = dense(self.z, far), empty.nonzero()[:, 0]
+        chosen = distinct(samples)[: len(where)]
+        # all that are at one point go together
+        same = (samples[:, None] == samples[chosen]).all(dim=2)
+        index, new = far[same.any(dim=1)], where[: len(chosen)][same.int().argmax(dim=1)[same.any(dim=1)]]
+        old = self.labels[index]
+        self.labels[index], self.gap[index] = new, -torch.inf
+        self._add(index, new, old)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
-from functools import reduce
+from functools import partial, reduce
 from itertools import chain
 from typing import Any, Generic, Literal, TypeVar
 
@@ -23,10 +25,10 @@ from lightning_modules.mixtures.initialization import (
     kmeans_plus_plus,
     random_samples,
     sample_keys,
-    scalable_candidates,
+    scalable_kmeans_plus_plus,
 )
 from lightning_modules.mixtures.lloyd import assign, lloyd
-from lightning_modules.mixtures.standardizer import Scaling, Standardizer, StreamMoments
+from lightning_modules.mixtures.standardizer import Scaling, Standardizer, StreamMoments, count_samples
 
 Algorithm = Literal["exact", "stepwise"]
 # The parameters of a family: a dataclass whose tensors are named like the buffers that hold them.
@@ -44,13 +46,27 @@ LLOYD_ITERATIONS = 20
 
 @dataclass
 class EpochResult:
-    """What one epoch came to; numbers are those of the best restart."""
+    """What one epoch came to; numbers are those of the best restart.
+
+    Attributes:
+        iteration: Epochs so far of the restart that has taken most.
+        objective: The best one.
+        change: How far it moved; NaN in the first epoch.
+        finished: Whether no restart has an epoch left to take.
+        converged: Whether the best restart has come to rest within `tol`.
+        count: Weight of the samples.
+        numbers: Further numbers to log.
+        empty: Components without samples.
+        objectives: Of all restarts, `[S]`.
+    """
 
     iteration: int
     objective: float
     change: float
+    finished: bool
     converged: bool
-    count: int
+    count: float
+    objectives: Tensor
     numbers: dict[str, float] = field(default_factory=dict)
     empty: list[int] = field(default_factory=list)
 
@@ -92,8 +108,10 @@ class ClusteringModel(nn.Module, ABC, Generic[P]):
     scale: Tensor
     #: objective of each restart after its last epoch, [S]
     objective: Tensor
-    #: restarts that have not converged, [S]
+    #: restarts that have epochs left to take, [S]
     active: Tensor
+    #: restarts that have come to rest within `tol`, [S]
+    at_rest: Tensor
     #: epochs each restart has taken, [S]
     iterations: Tensor
     #: the restart that is reported
@@ -102,7 +120,7 @@ class ClusteringModel(nn.Module, ABC, Generic[P]):
     initialized: Tensor
     #: passes over the data that the initialisation took
     initialization_passes: Tensor
-    #: samples that one epoch counts
+    #: samples that have weight
     num_samples: Tensor
 
     def __init__(
@@ -120,9 +138,10 @@ class ClusteringModel(nn.Module, ABC, Generic[P]):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in (("num_components", num_components), ("n_init", n_init), ("max_iter", max_iter)):
-            if isinstance(value, bool) or int(value) != value or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        least = {"num_components": (num_components, 1), "n_init": (n_init, 1), "max_iter": (max_iter, 0)}
+        for name, (value, minimum) in least.items():
+            if isinstance(value, bool) or int(value) != value or value < minimum:
+                raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")
         if num_features is not None and num_features < 1:
             raise ValueError(f"num_features must be at least 1, got {num_features!r}")
         if init_size is not None and init_size < num_components:
@@ -164,17 +183,17 @@ class ClusteringModel(nn.Module, ABC, Generic[P]):
         return theta
 
     @abstractmethod
-    def e_step(self, prepared: Any, z: Tensor, mask: Tensor | None = None) -> SufficientStatistics:
+    def e_step(self, prepared: Any, z: Tensor, weight: Tensor | None = None) -> SufficientStatistics:
         """Sufficient statistics of some samples; zeros where there are none.
 
         Args:
             prepared: What `prepare` made of the parameters.
-            z: Standardized samples.
-            mask: Samples that count; all where absent.
+            z: Standardized samples; 0 where their weight is.
+            weight: How often each of them counts; once where absent.
 
         Shape:
             - z: `[N, D]`
-            - mask: `[N]`
+            - weight: `[N]`
         """
 
     @abstractmethod
@@ -210,6 +229,15 @@ class ClusteringModel(nn.Module, ABC, Generic[P]):
             - output: `[S]`
         """
         return (objective - self.objective[self._selected]).abs().nan_to_num(nan=torch.inf)
+
+    def tie(self, best: Tensor) -> Tensor:
+        """How far the objectives of two restarts may be apart that reached the same optimum: rounding.
+
+        Shape:
+            - best: `[]`
+            - output: `[]`
+        """
+        return TIE * best.abs()
 
     def numbers(self, statistics: Any, theta: P, restart: int) -> dict[str, float]:
         """Numbers to log for one restart, under the parameters after the M-step."""
@@ -283,6 +311,7 @@ class ClusteringModel(nn.Module, ABC, Generic[P]):
             "scale": ((num_features,), torch.tensor(1.0, dtype=torch.float64)),
             "objective": ((restarts,), torch.tensor(torch.nan, dtype=torch.float64)),
             "active": ((restarts,), torch.tensor(True)),
+            "at_rest": ((restarts,), torch.tensor(False)),
             "iterations": ((restarts,), number),
             "best": ((), number),
             "initialized": ((), torch.tensor(False)),
@@ -298,9 +327,13 @@ class ClusteringModel(nn.Module, ABC, Generic[P]):
             buffer.resize_(shape).fill_(value.item())
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        offset = state_dict.get(prefix + "offset")
+        offset, active = state_dict.get(prefix + "offset"), state_dict.get(prefix + "active")
         if offset is not None and not self.num_features:
             self._allocate(offset.shape[0])
+        if active is not None:
+            # of a version that did not tell rest from the last allowed iteration
+            rest = ~active & (state_dict[prefix + "iterations"] < self.max_iter)
+            state_dict.setdefault(prefix + "at_rest", rest)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def check_samples(self, x: Tensor) -> Tensor:
@@ -336,35 +369,44 @@ class ClusteringModel(nn.Module, ABC, Generic[P]):
         self.initialization_passes.zero_()  # a checkpoint may come from the middle of an initialisation
         theta = self.known_start()
         if theta is None:
-            moments, chosen = self._first_pass(stream, collectives)
+            stream = partial(_with_indices, stream, collectives)
+            moments, chosen, weights = self._first_pass(stream, collectives)
             self._set_standardizer(moments.standardizer("feature" if self.standardize else self.scaling))
             chosen = self.standardizer.transform(chosen)
             centers = self.initial_centers()
             if centers is None:
-                centers = self._choose_centers(chosen, stream, collectives)
-            complete = chosen.shape[0] >= int(moments.count)
-            theta = self._start(centers, chosen if complete else None, stream, collectives)
-            self.num_samples.fill_(int(moments.count))
+                centers = self._choose_centers(chosen, weights, stream, collectives)
+            complete = chosen.shape[0] >= int(moments.rows)
+            theta = self._start(centers, (chosen, weights) if complete else None, stream, collectives)
+            self.num_samples.fill_(int(moments.rows))
         theta = self.with_initial(theta)
-        self._write(theta)
         self.check_parameters(theta)
+        self._write(theta)
+        self.active.fill_(self.max_iter > 0)
         self.initialized.fill_(True)
 
-    def _first_pass(self, stream: Stream, collectives: Collectives) -> tuple[StreamMoments, Tensor]:
-        """Moments of all samples, and a random choice of them that no order or number of processes changes."""
+    def _first_pass(self, stream: Stream, collectives: Collectives) -> tuple[StreamMoments, Tensor, Tensor]:
+        """Moments of all samples, and a random choice of them that no order or number of processes changes.
+
+        Where it is not all of them it is a priority sample (Duffield, Lund and Thorup 2007): the smallest of u / w,
+        with weights max(w, 1 / the next one's u / w) that make its weighted sums those of the data on average.
+        """
         moments: StreamMoments | None = None
         reservoir: Reservoir | None = None
-        for x, mask, index in stream():
+        for x, weight, index in stream():
             samples = self.check_samples(x)
             if moments is None:
                 if not self.num_features:
                     self._allocate(samples.shape[1])
                 moments = StreamMoments.zeros(samples.shape[1], samples.device)
-                reservoir = Reservoir(self._reservoir_size())
+                reservoir = Reservoir(self._reservoir_size() + 1)
             assert reservoir is not None
-            moments = moments + StreamMoments.of(samples, mask)
-            keys = sample_keys(samples, self.seed, index)
-            reservoir.add(samples, keys if mask is None else torch.where(mask, keys, torch.inf))
+            assert index is not None
+            moments = moments + StreamMoments.of(samples, weight)
+            keys = sample_keys(index, self.seed)
+            weight = torch.ones_like(keys) if weight is None else weight.double()
+            carried = torch.cat([samples, weight[:, None].to(samples)], dim=1)
+            reservoir.add(carried, torch.where(weight > 0, keys / weight, torch.inf))
         if moments is None or reservoir is None:
             raise ValueError(
                 f"Found array with 0 sample(s) while a minimum of {self.num_components} is required: the data is empty."
@@ -372,20 +414,34 @@ class ClusteringModel(nn.Module, ABC, Generic[P]):
         parts = [StreamMoments.from_flat(part) for part in collectives.gather(moments.flat())]
         total = sum(parts[1:], parts[0])
         self.initialization_passes += 1
-        self._check_count(int(total.count), int(total.invalid))
-        samples, keys = (collectives.gather_samples(part) for part in reservoir.result())
-        return total, samples[keys.argsort(stable=True)[: self._reservoir_size()]]
+        self._check_count(int(total.rows), int(total.invalid), int(total.invalid_weights), self.num_components)
+        carried, keys = (collectives.gather_samples(part) for part in reservoir.result())
+        size, order = self._reservoir_size(), keys.argsort(stable=True)
+        samples, weights = carried[order[:size], :-1], carried[order[:size], -1].double()
+        if len(order) > size:
+            weights = weights.clamp(min=1 / float(keys[order[size]]))
+        return total, samples, weights
 
     def _reservoir_size(self) -> int:
         return self.init_size or max(RESERVOIR_NUMBERS // max(self.num_features, 1), 3 * self.num_components)
 
-    def _check_count(self, count: int, invalid: int) -> None:
+    def _check_count(self, count: int, invalid: int, invalid_weights: int, least: int) -> None:
+        if invalid_weights:
+            raise ValueError(
+                f"{invalid_weights} weight(s) are negative, NaN or infinite. Weights say how often a sample counts: "
+                "give numbers of at least 0."
+            )
         if invalid:
             raise ValueError(
                 f"Input X contains NaN or infinity in {invalid} sample(s). Remove them, impute the values, or look at "
                 "the preprocessing that made them."
             )
-        if count < self.num_components:
+        if not count:
+            raise ValueError(
+                "Found array with 0 sample(s) while a minimum of 1 is required: the data is empty, or no sample has a "
+                "weight above 0."
+            )
+        if count < least:
             raise ValueError(
                 f"Expected n_samples >= n_components but got n_components = {self.num_components}, "
                 f"n_samples = {count}: n_samples={count} should be >= n_clusters={self.num_components}. "
@@ -397,32 +453,55 @@ class ClusteringModel(nn.Module, ABC, Generic[P]):
         self.scale.copy_(standardizer.scale)
 
     def _standardized(self, stream: Stream) -> Iterable[Samples]:
-        return ((self.standardizer.transform(self.check_samples(x)), mask, index) for x, mask, index in stream())
+        for x, weight, index in stream():
+            weight = None if weight is None else weight.double()
+            yield self.standardizer.transform(self.check_samples(x), weight), weight, index
 
-    def _choose_centers(self, chosen: Tensor, stream: Stream, collectives: Collectives) -> Tensor:
+    def _choose_centers(self, chosen: Tensor, weights: Tensor, stream: Stream, collectives: Collectives) -> Tensor:
         """Centers `[S, K, D]`, standardized."""
         generators = [torch.Generator().manual_seed(self.seed * 1_000_003 + restart) for restart in range(self.n_init)]
-        if self.init == "random":
-            return torch.stack([random_samples(chosen, self.num_components, generator) for generator in generators])
-        if self.init == "k-means++":
-            return torch.stack([kmeans_plus_plus(chosen, self.num_components, generator) for generator in generators])
-        candidates, weights = scalable_candidates(
-            chosen, lambda: self._standardized(stream), self.num_components, generators, self.seed, collectives
-        )
+        if self.init != "k-means||":
+            choose = random_samples if self.init == "random" else kmeans_plus_plus
+            return torch.stack([choose(chosen, self.num_components, generator, weights) for generator in generators])
         self.initialization_passes += ROUNDS + 1
-        parts = zip(candidates, (g.manual_seed(g.initial_seed()) for g in generators), weights, strict=True)
-        return torch.stack([kmeans_plus_plus(z, self.num_components, g, weight) for z, g, weight in parts])
+        return scalable_kmeans_plus_plus(
+            chosen,
+            lambda: self._standardized(stream),
+            self.num_components,
+            generators,
+            self.seed,
+            collectives,
+            weights,
+        )
 
-    def _start(self, centers: Tensor, samples: Tensor | None, stream: Stream, collectives: Collectives) -> P:
-        """Parameters to start from; `samples` are all of the data, standardized, where that fits the reservoir."""
+    def _start(
+        self, centers: Tensor, samples: tuple[Tensor, Tensor] | None, stream: Stream, collectives: Collectives
+    ) -> P:
+        """Parameters to start from; `samples` are all of the data, standardized, and their weights, where they fit the
+        reservoir.
+        """
         return self.start(centers)
 
     # ----------------------------------------------------------------------- epochs
 
     @property
-    def converged(self) -> bool:
+    def finished(self) -> bool:
         """Whether every restart has converged or used up its epochs."""
         return bool(self.initialized) and not bool(self.active.any())
+
+    @property
+    def converged(self) -> bool:
+        """Whether the best restart has come to rest within `tol`."""
+        return bool(self.initialized) and bool(self.at_rest[self.best])
+
+    @torch.no_grad()
+    def continue_fit(self) -> None:
+        """Give the best restart epochs once more: on the same data, or on new ones, from where it is."""
+        others = torch.arange(self.n_init, device=self.best.device) != self.best
+        self.objective[others] = torch.nan
+        self.iterations.fill_(0)
+        self.at_rest.fill_(False)
+        self.active.copy_(~others & (self.max_iter > 0))
 
     @torch.no_grad()
     def start_epoch(self) -> None:
@@ -435,23 +514,26 @@ class ClusteringModel(nn.Module, ABC, Generic[P]):
         self._selected = torch.ones_like(self.active) if everyone else self.active.clone()
         self._before = self.make_parameters(**{name: start[name][self._selected] for name in self.parameter_shapes(0)})
         self._epoch_statistics: SufficientStatistics | None = None
+        self._rows = 0
         self._forget()
         self._epoch_start, self._batches = start, 0
 
     def _forget(self) -> None:
         self._prepared = self.prepare(self.current_parameters(self._selected))
         self._statistics: SufficientStatistics | None = None
-        self._invalid = self.offset.new_zeros(())
+        # samples, samples and weights that are impossible
+        self._counts = self.offset.new_zeros(3)
 
     def epoch_state(self, collectives: Collectives | None = None) -> dict[str, Any] | None:
         """What an epoch that is interrupted here goes on from, or starts again from: `batches`, how many are in the
-        sums (−1 while one is being added); `sums`, those of each process, and `epoch_sums`, those of all before the
-        last M-step; `start`, the learned buffers at the epoch's start. None outside an epoch.
+        sums (−1 while one is being added); `sums`, those of each process; `epoch_sums`, those of all before the last
+        M-step, and `rows`, of how many samples; `start`, the learned buffers at the epoch's start. None outside an
+        epoch.
         """
         if not self._epoch_start:
             return None
-        sums = torch.cat([self._invalid.view(1), _vector(self._own_statistics())])
-        state: dict[str, Any] = {"batches": self._batches, "start": self._epoch_start}
+        sums = torch.cat([self._counts, _vector(self._own_statistics())])
+        state: dict[str, Any] = {"batches": self._batches, "rows": self._rows, "start": self._epoch_start}
         state["sums"] = (collectives or Collectives()).gather(sums)
         if self._epoch_statistics is not None:
             state["epoch_sums"] = _vector(self._epoch_statistics)
@@ -468,38 +550,35 @@ class ClusteringModel(nn.Module, ABC, Generic[P]):
         device = self.offset.device
         self._begin({name: buffer.to(device) for name, buffer in state["start"].items()})
         sums = state["sums"][rank].to(device)
-        self._invalid, self._statistics = sums[0].clone(), _from_vector(self._own_statistics(), sums[1:])
+        self._counts, self._statistics = sums[:3].clone(), _from_vector(self._own_statistics(), sums[3:])
         if "epoch_sums" in state:
             self._epoch_statistics = _from_vector(self._statistics, state["epoch_sums"].to(device))
-        self._batches = state["batches"]
+        self._batches, self._rows = state["batches"], state["rows"]
 
     @torch.no_grad()
-    def add_batch(self, x: Tensor, mask: Tensor | None = None) -> None:
+    def add_batch(self, x: Tensor, weight: Tensor | None = None) -> None:
         """E-step on a batch: add its sufficient statistics.
 
         Args:
-            x: Samples.
-            mask: Samples that count; all where absent.
+            x: Samples; those of weight 0 may hold anything.
+            weight: How often each sample counts, a number of at least 0; once where absent.
 
         Shape:
             - x: `[N, D]`
-            - mask: `[N]`
+            - weight: `[N]`
         """
         x, step = self.check_samples(x), self._block_size()
+        weight = None if weight is None else weight.double()
         statistics: SufficientStatistics | None = None
-        invalid = torch.zeros_like(self._invalid)
+        counts = torch.zeros_like(self._counts)
         for first in range(0, x.shape[0], step):
-            z = self.standardizer.transform(x[first : first + step])
-            part = None if mask is None else mask[first : first + step]
-            # a sample's sum is finite where all of it is
-            finite = torch.isfinite(z.sum(dim=1))
-            if part is not None:
-                finite |= ~part
-            invalid += (~finite).sum()
+            part = None if weight is None else weight[first : first + step]
+            z = self.standardizer.transform(x[first : first + step], part)
+            counts += torch.stack(count_samples(z, part))
             statistics = _plus(statistics, self.e_step(self._prepared, z, part))
         # the sums hold whole batches: a signal may have a checkpoint written at any moment
         batches, self._batches = self._batches, -1
-        self._invalid += invalid
+        self._counts += counts
         if statistics is not None:
             self._statistics = _plus(self._statistics, statistics)
         self._batches = batches + 1
@@ -519,13 +598,11 @@ class ClusteringModel(nn.Module, ABC, Generic[P]):
         """The statistics of all processes: the one reduction."""
         collectives = collectives or Collectives()
         own: Any = self._own_statistics()
-        flat = collectives.reduce(torch.cat([self._invalid.view(1), own.pack(collectives)]))
-        if int(flat[0]):
-            self._check_count(self.num_components, int(flat[0]))
-        statistics = own.unpack(flat[1:], collectives)
-        if not bool(statistics.count > 0):
-            raise ValueError("Found array with 0 sample(s) while a minimum of 1 is required: the data is empty.")
-        return statistics
+        flat = collectives.reduce(torch.cat([self._counts, own.pack(collectives)]))
+        rows, invalid, invalid_weights = (int(number) for number in flat[:3].tolist())
+        self._check_count(rows, invalid, invalid_weights, self.num_components if self.algorithm == "exact" else 1)
+        self._rows += rows
+        return own.unpack(flat[3:], collectives)
 
     @torch.no_grad()
     def end_batch(self, collectives: Collectives | None = None) -> None:
@@ -545,35 +622,49 @@ class ClusteringModel(nn.Module, ABC, Generic[P]):
         statistics: Any = self._epoch_statistics
         if self.algorithm == "exact":
             statistics = self._reduced(collectives)
-            self._check_count(int(statistics.count), 0)
             theta = self.m_step(statistics, self._before)
             self.check_parameters(theta)
             self._write(theta, self._selected)
-        objective, count = self.objective_of(statistics), int(statistics.count)
-        moved = self._settle(objective, self.change(objective), count)
-        best = float(self.objective[self.best])
-        result = EpochResult(int(self.iterations.max()), best, moved, self.converged, count)
+        self.num_samples.fill_(self._rows)
+        objective = self.objective_of(statistics)
+        moved = self._settle(objective, self.change(objective))
+        best, count = float(self.objective[self.best]), float(statistics.count)
+        result = EpochResult(
+            int(self.iterations.max()), best, moved, self.finished, self.converged, count, self.objective.clone()
+        )
         # the best restart may have converged in an earlier epoch; then there is nothing new to report of it
         if bool(self._selected[self.best]):
             place = int(self._selected[: int(self.best)].sum())
             result.numbers = self.numbers(statistics, self.current_parameters(self._selected), place)
-            result.empty = (statistics.weight[place] <= EMPTY_COUNT).nonzero()[:, 0].tolist()
+            result.empty = (statistics.weight[place] <= EMPTY_COUNT * count).nonzero()[:, 0].tolist()
+        # what was prepared for the epoch is no part of the model: copies and pickles stay small
+        self._prepared = self._statistics = self._epoch_statistics = None
         self._epoch_start = {}
         return result
 
-    def _settle(self, objective: Tensor, change: Tensor, count: int) -> float:
+    def _settle(self, objective: Tensor, change: Tensor) -> float:
         """Write what the epoch came to, and stop restarts that converged; how far the best one's objective moved."""
         previous, selected = self.objective.clone(), self._selected
         self.objective[selected] = objective
         self.iterations[selected] += 1
-        self.num_samples.fill_(count)
-        converged = (change <= self.tol) & (self.iterations[selected] > 1)
-        self.active[selected] = ~converged & (self.iterations[selected] < self.max_iter)
+        self.at_rest[selected] = change <= self.tol
+        self.active[selected] = ~self.at_rest[selected] & (self.iterations[selected] < self.max_iter)
         score = self.direction * self.objective.nan_to_num(nan=-self.direction * torch.inf)
         # restarts that reached the same optimum differ by rounding: the first of them, on any number of processes
-        near = score >= score.max() - TIE * score.max().abs().clamp(min=1.0)
+        near = score >= score.max() - self.tie(score.max())
         self.best.copy_(near.int().argmax())
         return (self.objective[self.best] - previous[self.best]).item()
+
+
+def _with_indices(stream: Stream, collectives: Collectives) -> Iterator[Samples]:
+    """The samples of a stream, those without an index by their position: what random keys are made of."""
+    position = 0
+    for x, weight, index in stream():
+        if index is None:
+            index = torch.arange(position, position + x.shape[0], device=x.device) * collectives.world
+            index = index + collectives.rank
+        position += x.shape[0]
+        yield x, weight, index
 
 
 def _plus(total: SufficientStatistics | None, part: SufficientStatistics) -> SufficientStatistics:
@@ -631,19 +722,19 @@ class MixtureModel(ClusteringModel[P]):
 
     @abstractmethod
     def e_step(
-        self, prepared: Any, z: Tensor, mask: Tensor | None = None, labels: Tensor | None = None
+        self, prepared: Any, z: Tensor, weight: Tensor | None = None, labels: Tensor | None = None
     ) -> SufficientStatistics:
         """Sufficient statistics of some samples; zeros where there are none.
 
         Args:
             prepared: What `prepare` made of the parameters.
-            z: Standardized samples.
-            mask: Samples that count; all where absent.
+            z: Standardized samples; 0 where their weight is.
+            weight: How often each of them counts; once where absent.
             labels: Components that take the place of the posterior.
 
         Shape:
             - z: `[N, D]`
-            - mask: `[N]`
+            - weight: `[N]`
             - labels: `[S, N]`
         """
 
@@ -671,6 +762,21 @@ class MixtureModel(ClusteringModel[P]):
             - output: `[S]`
         """
         return statistics.log_likelihood / statistics.count - self.standardizer.log_volume
+
+    def tie(self, best: Tensor) -> Tensor:
+        """A log-likelihood has no unit: what is absolute here is relative in the likelihood.
+
+        Shape:
+            - best: `[]`
+            - output: `[]`
+        """
+        return TIE * best.abs().clamp(min=1.0)
+
+    def remember(self, batch_size: int) -> None:
+        """Turn from exact to stepwise EM: the samples of the fit count as so many batches of this size."""
+        self.algorithm = "stepwise"
+        seen = (int(self.num_samples) + batch_size) / batch_size
+        self.steps.fill_(math.ceil(seen ** (1 / self.step_exponent)))
 
     def stepwise_m_step(self, statistics: Any) -> P:
         r"""Stepwise M-step (Cappé and Moulines 2009): :math:`s \leftarrow (1-\gamma_t) s + \gamma_t \hat s_t`,
@@ -710,18 +816,20 @@ class MixtureModel(ClusteringModel[P]):
             self.average.resize_(average.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _choose_centers(self, chosen: Tensor, stream: Stream, collectives: Collectives) -> Tensor:
-        centers = super()._choose_centers(chosen, stream, collectives)
+    def _choose_centers(self, chosen: Tensor, weights: Tensor, stream: Stream, collectives: Collectives) -> Tensor:
+        centers = super()._choose_centers(chosen, weights, stream, collectives)
         if self.init != "k-means++":
             return centers
-        return torch.stack([lloyd(chosen, start, LLOYD_ITERATIONS).centers for start in centers])
+        return torch.stack([lloyd(chosen, start, LLOYD_ITERATIONS, weights=weights).centers for start in centers])
 
-    def _start(self, centers: Tensor, samples: Tensor | None, stream: Stream, collectives: Collectives) -> P:
+    def _start(
+        self, centers: Tensor, samples: tuple[Tensor, Tensor] | None, stream: Stream, collectives: Collectives
+    ) -> P:
         """The M-step of the hard assignment to `centers`; one more pass where `samples` are not all of the data."""
         prepared = self.prepare(self.start(centers))
-        whole = self._standardized(stream) if samples is None else [(samples, None, None)]
+        whole = self._standardized(stream) if samples is None else [(*samples, None)]
         nothing: Samples = (centers.new_zeros(0, self.num_features), None, None)
-        parts = (self.e_step(prepared, z, mask, assign(centers, z)[0]) for z, mask, _ in chain([nothing], whole))
+        parts = (self.e_step(prepared, z, weight, assign(centers, z)[0]) for z, weight, _ in chain([nothing], whole))
         statistics = reduce(_plus, parts)
         if samples is None:
             statistics = statistics.unpack(collectives.reduce(statistics.pack(collectives)), collectives)
@@ -729,21 +837,58 @@ class MixtureModel(ClusteringModel[P]):
         return self.m_step(statistics)
 
 
-def fit_in_memory(model: ClusteringModel[Any], x: Tensor, batch_size: int | None = None) -> list[EpochResult]:
-    """Fit to samples that are in memory: the loop that a Trainer runs elsewhere.
+def fit_in_memory(
+    model: ClusteringModel[Any],
+    x: Tensor,
+    batch_size: int | None = None,
+    weight: Tensor | None = None,
+    report: Callable[[EpochResult], None] | None = None,
+) -> list[EpochResult]:
+    """Fit to samples that are in memory; a model that has come to rest goes on from where it is.
+
+    Args:
+        model: What is fitted.
+        x: Samples; on the CPU they may be wherever the model computes: a batch at a time goes there.
+        batch_size: Samples that are looked at together, all by default.
+        weight: How often each sample counts; once where absent.
+        report: Is given what each epoch came to.
 
     Shape:
         - x: `[N, D]`
+        - weight: `[N]`
     """
-    batches = [x] if batch_size is None else list(x.split(batch_size))
+    size, device = batch_size or max(len(x), 1), model.offset.device
+    weights = itertools.repeat(None) if weight is None else weight.split(size)
+
+    def stream() -> Iterator[Samples]:
+        for part, w in zip(x.split(size), weights, strict=False):
+            yield part.to(device), None if w is None else w.to(device), None
+
+    return fit_stream(model, stream, report)
+
+
+def fit_stream(
+    model: ClusteringModel[Any], stream: Stream, report: Callable[[EpochResult], None] | None = None
+) -> list[EpochResult]:
+    """Fit to a stream that can be gone through again and again: the loop that a Trainer runs elsewhere.
+
+    Args:
+        model: What is fitted.
+        stream: Gives the samples, once more at each call.
+        report: Is given what each epoch came to.
+    """
     if not bool(model.initialized):
-        model.initialize(lambda: ((batch, None, None) for batch in batches))
+        model.initialize(stream)
+    elif model.finished:
+        model.continue_fit()
     results = []
-    while not model.converged:
+    while not model.finished:
         model.start_epoch()
-        for batch in batches:
-            model.add_batch(batch)
+        for x, weight, _ in stream():
+            model.add_batch(x, weight)
             if model.algorithm == "stepwise":
                 model.end_batch()
         results.append(model.end_epoch())
+        if report:
+            report(results[-1])
     return results

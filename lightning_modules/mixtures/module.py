@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_modules.checkpoints.module import CheckpointedModule
+from lightning_modules.mixtures.batches import as_tensor, read_batch
 from lightning_modules.mixtures.collectives import Collectives
 from lightning_modules.mixtures.initialization import Samples
 from lightning_modules.mixtures.interruption import FitRecord
@@ -25,11 +26,13 @@ class ClusteringModule(CheckpointedModule):
     """Base of `MixtureModule` and `KMeans`: a `ClusteringModel` fed by a Trainer.
 
     A batch is a tensor `[B, …]`, a tuple or list whose first entry is one, or a dictionary with `image` (or `x`,
-    `data`, `features`) and optionally `index` and `weight`; samples of weight 0, the padding of an uneven distributed
-    epoch, do not count. Whatever has more than two dimensions is flattened.
+    `data`, `features`) and optionally `index` and `weight`: how often each sample counts. Samples of weight 0 may hold
+    anything. Whatever has more than two dimensions is flattened. With `index` the random choices of the initialisation
+    are the same in every order of the samples, and on any number of processes.
 
     One epoch is one iteration. The passes that the initialisation needs run before the first epoch, are not counted as
-    epochs, and are reported; the Trainer's `max_epochs` is the ceiling of the iterations.
+    epochs, and are reported; the Trainer's `max_epochs` is the ceiling of the iterations. A module that has been fitted
+    goes on from where it is when it is fitted again, to the same data or to new ones.
 
     A checkpoint from the middle of an epoch holds the sums of its part already seen, of each process: the resumed run
     is the uninterrupted one. Where the loader cannot go on from there (a plain `DataLoader`), or the number of
@@ -54,6 +57,7 @@ class ClusteringModule(CheckpointedModule):
         self.anchor = nn.Parameter(torch.zeros(()))
         self.epoch_result: EpochResult | None = None
         self._position = self._steps = 0
+        self._order = torch.empty(0, dtype=torch.long)
         self._interrupted: dict[str, Any] | None = None
         self._warned_empty = False
 
@@ -90,8 +94,11 @@ class ClusteringModule(CheckpointedModule):
                     f"{type(self).__name__}: {passes} pass(es) over the data to initialise {self.model.n_init} "
                     "restart(s); epochs count iterations only."
                 )
-        if self.model.converged:
-            rank_zero_info(f"{type(self).__name__} converged in an earlier run; make a new one to start afresh.")
+        elif self.model.finished and self.trainer.ckpt_path is None:
+            rank_zero_info(f"{type(self).__name__} has been fitted before and goes on; make a new one to start afresh.")
+            self.model.continue_fit()
+        if self.model.finished:
+            rank_zero_info(f"{type(self).__name__} has no iteration left to take.")
             self.trainer.should_stop = True
         if self._interrupted is not None:
             self._resume_epoch(self._interrupted)
@@ -113,10 +120,10 @@ class ClusteringModule(CheckpointedModule):
         Shape:
             - output: `[]`, a loss of 0
         """
-        x, mask, _ = self._samples(batch, self._position)
+        x, weight, _ = self._samples(batch, self._position)
         self._position += x.shape[0]
         with torch.autocast(self.device.type, enabled=False):
-            self.model.add_batch(x, mask)
+            self.model.add_batch(x, weight)
         return self.anchor * 0.0
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -141,18 +148,19 @@ class ClusteringModule(CheckpointedModule):
                 f"{type(self).__name__}: component(s) {result.empty} have no samples in iteration {result.iteration}. "
                 "They keep their place or restart far from the others; the data may hold fewer components."
             )
-        if result.converged:
+        if result.finished:
             self.trainer.should_stop = True
-        if result.converged or self.trainer.current_epoch + 1 == self.trainer.max_epochs:
+        if result.finished or self.trainer.current_epoch + 1 == self.trainer.max_epochs:
             self._announce_end(result)
 
     def _announce_end(self, result: EpochResult) -> None:
+        change = "no change to measure yet" if math.isnan(result.change) else f"last change {abs(result.change):.3g}"
         numbers = (
             f"{self.objective} {result.objective:.6g} after {result.iteration} iteration(s), "
-            f"last change {abs(result.change):.3g}, tol {self.model.tol:.3g}, {result.count} samples, "
+            f"{change}, tol {self.model.tol:.3g}, {int(self.model.num_samples)} samples, "
             f"{int(self.model.initialization_passes)} initialisation pass(es)"
         )
-        if result.converged and result.iteration < self.model.max_iter:
+        if result.converged:
             rank_zero_info(f"{type(self).__name__} converged: {numbers}.")
         else:
             rank_zero_warn(f"{type(self).__name__} did not converge: {numbers}. Raise max_iter or max_epochs, or tol.")
@@ -243,37 +251,27 @@ class ClusteringModule(CheckpointedModule):
             yield samples
 
     def _samples(self, batch: Any, position: int | None = None) -> Samples:
-        """Samples `[B, D]` of a batch, the mask of those that count, and their indices where the batch holds them."""
-        mask = index = None
-        if isinstance(batch, dict):
-            names = [name for name in ("image", "x", "data", "features") if name in batch]
-            if not names:
-                raise ValueError(f"A batch must hold one of image, x, data or features; it holds {sorted(batch)}.")
-            x = batch[names[0]]
-            index = batch.get("index")
-            mask = batch["weight"] > 0 if "weight" in batch else None
-        else:
-            x = batch[0] if isinstance(batch, (tuple, list)) else batch
-        if not isinstance(x, Tensor):
-            raise ValueError(f"A batch must be a tensor, or begin with one; got {type(x).__name__}.")
-        x = x.reshape(x.shape[0], -1)
-        x = x if x.is_floating_point() else x.double()
-        if mask is None and position is not None:
-            mask = self._padding_mask(position, x)
-        return x, mask, index
-
-    def _padding_mask(self, position: int, x: Tensor) -> Tensor | None:
-        """Without weights, the repeats that a plain `DistributedSampler` pads an uneven epoch with are known by
-        position.
+        """Samples `[B, D]` of a batch, their weights and their indices; of a training batch, whose `position` in the
+        epoch is known, also those that a plain `DistributedSampler` implies.
         """
-        sampler = getattr(self.trainer.train_dataloader, "sampler", None)
-        if not isinstance(sampler, DistributedSampler) or sampler.drop_last:
-            return None
+        x, weight, index = read_batch(batch)
+        loader = self.trainer.train_dataloader if position is not None else None
+        sampler = getattr(loader, "sampler", None)
+        # a loader of whole batches, as the project's DataModules have, has settled weights and indices itself
+        if not isinstance(sampler, DistributedSampler) or getattr(loader, "batch_size", None) is None:
+            return x, weight, index
+        if position == 0 or not len(self._order):
+            self._order = torch.tensor(list(sampler))
+        assert position is not None
+        if index is None:
+            index = self._order[position : position + x.shape[0]].to(x.device)
         length = len(sampler.dataset)  # type: ignore[arg-type]
-        if length % sampler.num_replicas == 0:
-            return None
-        positions = position + torch.arange(x.shape[0], device=x.device)
-        return positions * sampler.num_replicas + sampler.rank < length
+        if length % sampler.num_replicas and not sampler.drop_last:
+            # the repeats that pad an uneven epoch
+            positions = position + torch.arange(x.shape[0], device=x.device)
+            own = (positions * sampler.num_replicas + sampler.rank < length).double()
+            weight = own if weight is None else weight * own
+        return x, weight, index
 
     # --------------------------------------------------------- inference
 
@@ -289,8 +287,8 @@ class ClusteringModule(CheckpointedModule):
 
     @property
     def converged(self) -> bool:
-        """Whether the run converged within `tol` before `max_iter`."""
-        return self.model.converged and self.n_iter < self.model.max_iter
+        """Whether the run came to rest within `tol`."""
+        return self.model.converged
 
     def infer(self, x: Tensor) -> dict[str, Tensor]:
         """Returns what `predict` gives of each sample, by name.
@@ -319,20 +317,22 @@ class ClusteringModule(CheckpointedModule):
         self._log_metric("test", batch)
 
     def _log_metric(self, stage: str, batch: Any) -> None:
-        x, mask, _ = self._samples(batch)
-        x = x if mask is None else x[mask]
+        x, weight, _ = read_batch(batch)
+        weight = torch.ones(len(x), dtype=torch.float64, device=x.device) if weight is None else weight
+        x, weight = x[weight > 0], weight[weight > 0]
         if bool(self.model.initialized) and len(x):
-            value = self.infer(x)[self.metric].mean()
-            self.log(f"{stage}/{self.metric}", value, batch_size=len(x), sync_dist=True)
+            value = (self.infer(x)[self.metric] * weight).sum() / weight.sum()
+            # a mean over batches by their weight
+            self.log(f"{stage}/{self.metric}", value, batch_size=float(weight.sum()), sync_dist=True)  # type: ignore[arg-type]
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """Returns what `infer` does, and `index` where it is known."""
-        x, _, index = self._samples(batch)
+        x, _, index = read_batch(batch)
         inferred: dict[str, Any] = self.infer(x)
         return inferred if index is None else inferred | {"index": index}
 
     def _input(self, x: Any) -> Tensor:
-        x = torch.as_tensor(x, device=self.model.offset.device)
+        x = as_tensor(x, device=self.model.offset.device)
         x = x if x.is_floating_point() else x.double()
         x = self.model.check_samples(x)
         if not bool(torch.isfinite(x).all()):

@@ -75,15 +75,15 @@ class StudentTMixtureModel(MixtureModel[MixtureParameters]):
         return self._joint(prepared, z)[0]
 
     def e_step(
-        self, prepared: GaussianComponents, z: Tensor, mask: Tensor | None = None, labels: Tensor | None = None
+        self, prepared: GaussianComponents, z: Tensor, weight: Tensor | None = None, labels: Tensor | None = None
     ) -> StudentTStatistics:
-        if mask is not None:
-            z, labels = z[mask], None if labels is None else labels[:, mask]
+        weight = z.new_ones(len(z)) if weight is None else weight
         joint, scale = self._joint(prepared, z)
         r = torch.softmax(joint, dim=1) if labels is None else one_hot(labels, self.num_components).mT.double()
+        r = r * weight
         ru = r * scale
         second = torch.einsum("skn,nd,ne->skde", ru, z, z) if self.covariance_type == "full" else ru @ z.square()
-        total, count = torch.logsumexp(joint, dim=1).sum(dim=1), z.new_tensor(float(len(z)))
+        total, count = torch.logsumexp(joint, dim=1) @ weight, weight.sum()
         return StudentTStatistics(r.sum(dim=2), ru.sum(dim=2), ru @ z, second, total, count)
 
     def m_step(self, statistics: StudentTStatistics, previous: MixtureParameters | None = None) -> MixtureParameters:

@@ -14,12 +14,20 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from lightning_modules import GaussianMixtureEstimator, KMeansEstimator
-from lightning_modules.mixtures.gaussian.model_selection import choose_num_components
+from lightning_modules import GaussianMixtureEstimator, KMeansEstimator, StudentTMixtureEstimator
+from lightning_modules.mixtures.model_selection import choose_num_components
 
 
 @pytest.mark.filterwarnings("ignore")
-@parametrize_with_checks([GaussianMixtureEstimator(), KMeansEstimator()])
+@parametrize_with_checks(
+    [
+        GaussianMixtureEstimator(),
+        GaussianMixtureEstimator(n_components=3, covariance_type="diag", init_params="random"),
+        StudentTMixtureEstimator(),
+        KMeansEstimator(),
+        KMeansEstimator(init="random", standardize=True),
+    ]
+)
 def test_scikit_learn_checks(estimator: Any, check: Any) -> None:
     check(estimator)
 

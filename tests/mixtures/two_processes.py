@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+import lightning_modules
 from datamodules._sampler import EpochBatches, EpochLoader
 from lightning_modules import GaussianMixture, KMeans
 from tests.mixtures.student_t import StudentTMixture
@@ -34,11 +35,16 @@ class Weighted(Dataset[Any]):
         return len(self.x)
 
     def __getitem__(self, item: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
-        index, weight, _ = item
-        return {"image": self.x[index], "index": index, "weight": weight}
+        index, weight, key = item
+        return {"image": self.x[index], "index": index, "weight": weight, "key": key}
 
 
 def loader(kind: str, x: Tensor, world: int, rank: int) -> DataLoader[Any]:
+    if kind == "weights":
+        # of a user's own, to whom Lightning gives a sampler that pads
+        shares = torch.arange(len(x)) % 4 / 2.0
+        own: Any = [{"x": row, "weight": weight} for row, weight in zip(x, shares, strict=True)]
+        return DataLoader(own, batch_size=60 // world)
     if kind == "plain":
         return DataLoader(TensorDataset(x), batch_size=60 // world)
     sampler = EpochBatches(len(x), 60 // world, num_replicas=world, rank=rank, shuffle=True, seed=3)
@@ -56,6 +62,9 @@ CASES: dict[str, tuple[str, type[Any], dict[str, Any]]] = {
     ),
     # which samples share a batch matters here, and Lightning shuffles a plain loader for several processes
     "stepwise": ("weighted", GaussianMixture, {"algorithm": "stepwise"}),
+    "plain parallel start": ("plain", KMeans, {"num_components": 6, "init": "k-means||", "init_size": 40}),
+    "weights of one's own": ("weights", GaussianMixture, {"covariance_type": "diag", "init_size": 40}),
+    "t distributions": ("plain", lightning_modules.StudentTMixture, {"n_init": 2, "init": "k-means||"}),
     "k-means": ("plain", KMeans, {"num_components": 6, "init": "random", "n_init": 2}),
     "a family of one's own": ("plain", StudentTMixture, {"n_init": 2, "init_size": 40}),
     "its steps": ("weighted", StudentTMixture, {"covariance_type": "diag", "algorithm": "stepwise"}),

@@ -48,9 +48,9 @@ def ill_defined_message(bad: Tensor, reg_covar: float | None) -> str:
     named = sorted({int(k) for k in bad.reshape(-1, bad.shape[-1] if bad.ndim else 1).nonzero()[:, 1]})
     given = "" if reg_covar is None else f" at reg_covar={reg_covar:g}"
     return (
-        f"Fitting the mixture model failed because the covariance of component(s) {named} is not positive "
-        f"definite{given} (for instance caused by singleton or collapsed samples, or constant features). "
-        "Try to decrease the number of components, increase reg_covar, or scale the input data."
+        f"The covariance of component(s) {named} is not positive definite{given}. Fitting the mixture model failed "
+        "because some components have ill-defined empirical covariance (for instance caused by singleton or collapsed "
+        "samples). Try to decrease the number of components, increase reg_covar, or scale the input data."
     )
 
 
@@ -117,6 +117,16 @@ class GaussianComponents:
             centered = too_wide or bool(largest > MAX_PRODUCT_PRECISION)
         coefficients = None if centered else _coefficients(covariance_type, means, factors, log_constant)
         return cls(covariance_type, means, factors, log_constant, centered, coefficients)
+
+    @classmethod
+    def at(cls, covariance_type: CovarianceType, centers: Tensor) -> GaussianComponents:
+        """Moments about given centers and nothing else: no densities.
+
+        Shape:
+            - centers: `[S, K, D]`
+        """
+        nothing = centers.new_empty(0)
+        return cls(covariance_type, centers, nothing, nothing, centered=True, coefficients=None)
 
     @property
     def samples_per_chunk(self) -> int:
@@ -201,7 +211,7 @@ class GaussianComponents:
         if self.coefficients is not None:
             sums[0].addmm_(flat, code.T)
             if self.covariance_type == "tied":
-                # responsibilities sum to 1, or to 0 where a sample is masked
+                # responsibilities sum to the weight of the sample
                 total = flat.view(restarts, num_components, -1).sum(dim=1)
                 samples = code[:num_features]
                 sums[1].add_((samples * total[:, None]) @ samples.T)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from lightning_modules.mixtures.collectives import EMPTY_COUNT, SufficientStatistics
-from lightning_modules.mixtures.gaussian.density import CovarianceType, GaussianComponents, ill_defined_message
+from lightning_modules.mixtures.gaussian.density import (
+    CovarianceType,
+    GaussianComponents,
+    ill_defined_message,
+    precision_factors,
+)
 from lightning_modules.mixtures.standardizer import Standardizer
 
 # Moments about the origin carry rounding of about 1e-16 of the data's variance; below this floor they hold no digit.
@@ -52,10 +59,10 @@ class MixtureParameters:
 
     def batched(self) -> MixtureParameters:
         """The same in float64 and with a leading dimension of restarts."""
-        weights, means, covariances = self.weights.double(), self.means.double(), self.covariances.double()
-        if means.ndim == 3:
-            return MixtureParameters(self.covariance_type, weights, means, covariances)
-        return MixtureParameters(self.covariance_type, weights[None], means[None], covariances[None])
+        parts: dict[str, Any] = {n: value.double() for n, value in vars(self).items() if isinstance(value, Tensor)}
+        if self.means.ndim < 3:
+            parts = {name: value[None] for name, value in parts.items()}
+        return replace(self, **parts)
 
     def select(self, restart: int | Tensor) -> MixtureParameters:
         """One restart (an integer) or some of them.
@@ -63,8 +70,8 @@ class MixtureParameters:
         Shape:
             - restart: a mask `[S]` or indices, where a tensor
         """
-        parts = (self.weights[restart], self.means[restart], self.covariances[restart])
-        return MixtureParameters(self.covariance_type, *parts)
+        parts: dict[str, Any] = {n: value[restart] for n, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **parts)
 
     def components(self, centered: bool | None = None) -> GaussianComponents:
         """The densities, prepared for an epoch; `centered` forces or forbids the slower, exact form."""
@@ -78,12 +85,19 @@ class MixtureParameters:
         matrices = self.covariance_type in ("full", "tied")
         return torch.linalg.inv(self.covariances) if matrices else 1 / self.covariances
 
+    @property
+    def precisions_cholesky(self) -> Tensor:
+        """Upper triangular factors whose product with their transpose is the precision; of diagonals the roots."""
+        if self.covariance_type == "spherical":
+            return self.covariances.rsqrt()
+        return precision_factors(self.covariance_type, self.covariances, self.means.shape[-1])
+
     def inverse_transform(self, standardizer: Standardizer) -> MixtureParameters:
         """One mixture of standardized data, for the data."""
         kind, scale = self.covariance_type, standardizer.scale
         factor = {"diag": scale.square(), "spherical": scale.square().mean()}.get(kind, scale[:, None] * scale)
         means = standardizer.inverse_transform(self.means)
-        return MixtureParameters(kind, self.weights.clone(), means, self.covariances * factor)
+        return replace(self, weights=self.weights.clone(), means=means, covariances=self.covariances * factor)
 
 
 @dataclass
@@ -99,12 +113,12 @@ class GaussianStatistics(SufficientStatistics):
         second: S, `[S, K, D, D]` (full), `[S, D, D]` (tied) or `[S, K, D]` (diag, spherical).
         log_likelihood: `[S]`.
         entropy: Of the responsibilities, `[S]`.
-        count: Samples, `[]`.
+        count: Weight of the samples, `[]`.
         center: c, `[S, K, D]`, which comes from the parameters, is the same on every process, and is never summed.
         centered: Whether it is the means, or the origin.
     """
 
-    SUMS = ("weight", "first", "second", "log_likelihood", "entropy", "count")
+    SUMS: ClassVar[tuple[str, ...]] = ("weight", "first", "second", "log_likelihood", "entropy", "count")
 
     covariance_type: CovarianceType
     weight: Tensor
@@ -149,36 +163,84 @@ class GaussianStatistics(SufficientStatistics):
         self.first += first
         self.second += second
 
-    def about_origin(self) -> GaussianStatistics:
+    @property
+    def mass(self) -> Tensor:
+        """What the moments were weighted with, summed.
+
+        Shape:
+            - output: `[S, K]`
+        """
+        return self.weight
+
+    def about_origin(self) -> Self:
         """The same sums about the origin."""
-        c, first = self.center, self.first + self.weight[..., None] * self.center
+        c, mass, first = self.center, self.mass, self.first + self.mass[..., None] * self.center
         if self.covariance_type in ("diag", "spherical"):
-            second = self.second + 2 * c * self.first + self.weight[..., None] * c.square()
+            second = self.second + 2 * c * self.first + mass[..., None] * c.square()
         else:
             cross = self.first[..., :, None] * c[..., None, :]
-            shift = cross + cross.transpose(-1, -2) + self.weight[..., None, None] * c[..., :, None] * c[..., None, :]
+            shift = cross + cross.transpose(-1, -2) + mass[..., None, None] * c[..., :, None] * c[..., None, :]
             second = self.second + (shift.sum(dim=1) if self.covariance_type == "tied" else shift)
         return replace(self, first=first, second=second, center=torch.zeros_like(c), centered=False)
 
 
-def e_step(components: GaussianComponents, z: Tensor, mask: Tensor | None = None) -> GaussianStatistics:
+def e_step(components: GaussianComponents, z: Tensor, weight: Tensor | None = None) -> GaussianStatistics:
     r"""E-step: :math:`r_{nk} = \pi_k N(z_n; \mu_k, \Sigma_k) / \sum_j \pi_j N(z_n; \mu_j, \Sigma_j)`, kept as sums.
 
     Args:
         components: The densities of this epoch.
         z: Standardized samples, float64.
-        mask: Samples that count; all where absent.
+        weight: How often each of them counts; once where absent.
 
     Shape:
         - z: `[N, D]`
-        - mask: `[N]`
+        - weight: `[N]`
     """
     statistics = GaussianStatistics.zeros_for(components)
-    weights = None if mask is None else mask.to(z.dtype)
+    sums = e_step_in_chunks(statistics, components, lambda code: (components.log_joint(code), None), None, z, weight)
+    statistics.add_moments(*components.read_moments(sums))
+    return statistics
+
+
+def e_step_in_chunks(
+    statistics: GaussianStatistics,
+    components: GaussianComponents,
+    log_joint: Callable[[Tensor], tuple[Tensor, Tensor | None]],
+    scale: Callable[[Tensor, Tensor | None], Tensor] | None,
+    z: Tensor,
+    weight: Tensor | None = None,
+    labels: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Add likelihood, entropy and count of some samples to `statistics`, and return their moments.
+
+    Args:
+        statistics: What is added to, in place.
+        components: Encodes samples and sums their moments.
+        log_joint: Log joint densities of an encoded chunk `[S, K, N]`, and further numbers of each.
+        scale: From responsibilities and those numbers to the shares in the moments; the former where absent.
+        z: Standardized samples.
+        weight: How often each of them counts; once where absent.
+        labels: Components that take the place of the posterior.
+
+    Shape:
+        - z: `[N, D]`
+        - weight: `[N]`
+        - labels: `[S, N]`
+        - output: as `GaussianComponents.new_moments` gives them
+    """
+    weights = None if weight is None else weight.to(z.dtype)
+    names = torch.arange(components.means.shape[1], device=z.device)[None, :, None]
     sums, step = components.new_moments(), components.samples_per_chunk
+    statistics.count += z.shape[0] if weights is None else weights.sum()
     for first in range(0, z.shape[0], step):
         code = components.encode(z[first : first + step])
-        joint = components.log_joint(code)
+        if labels is not None:
+            responsibilities = (labels[:, None, first : first + step] == names).to(z.dtype)
+            if weights is not None:
+                responsibilities *= weights[first : first + step]
+            components.add_moments(sums, responsibilities if scale is None else scale(responsibilities, None), code)
+            continue
+        joint, numbers = log_joint(code)
         peak = joint.amax(dim=1, keepdim=True)
         # exp in place of the shifted joint keeps one [S, K, N] array of the two that are needed in cache
         responsibilities = torch.sub(joint, peak).exp_()
@@ -189,17 +251,15 @@ def e_step(components: GaussianComponents, z: Tensor, mask: Tensor | None = None
             chunk = weights[first : first + step]
             responsibilities *= chunk
             log_norm = log_norm * chunk
-        components.add_moments(sums, responsibilities, code)
         log_likelihood = log_norm.sum(dim=1)
         statistics.log_likelihood += log_likelihood
         statistics.entropy += log_likelihood - (responsibilities.flatten(1) * joint.flatten(1)).sum(dim=1)
-    statistics.add_moments(*components.read_moments(sums))
-    statistics.count += z.shape[0] if weights is None else weights.sum()
-    return statistics
+        components.add_moments(sums, responsibilities if scale is None else scale(responsibilities, numbers), code)
+    return sums
 
 
 def hard_statistics(
-    covariance_type: CovarianceType, centers: Tensor, labels: Tensor, z: Tensor, mask: Tensor | None = None
+    covariance_type: CovarianceType, centers: Tensor, labels: Tensor, z: Tensor, weight: Tensor | None = None
 ) -> GaussianStatistics:
     """Statistics under a hard assignment: how a clustering becomes the start of a mixture.
 
@@ -207,22 +267,14 @@ def hard_statistics(
         - centers: `[S, K, D]`
         - labels: `[S, N]`
         - z: `[N, D]`
-        - mask: `[N]`
+        - weight: `[N]`
     """
-    num_components = centers.shape[1]
-    components = GaussianComponents(
-        covariance_type, centers, centers.new_empty(0), centers.new_empty(0), centered=True, coefficients=None
-    )
+    components = GaussianComponents.at(covariance_type, centers)
     statistics = GaussianStatistics.zeros_for(components)
-    sums, step = components.new_moments(), components.samples_per_chunk
-    names = torch.arange(num_components, device=z.device)[None, :, None]
-    for first in range(0, z.shape[0], step):
-        one_hot = (labels[:, None, first : first + step] == names).to(z.dtype)
-        if mask is not None:
-            one_hot *= mask[first : first + step]
-        components.add_moments(sums, one_hot, components.encode(z[first : first + step]))
+    sums = e_step_in_chunks(
+        statistics, components, lambda code: (components.log_joint(code), None), None, z, weight, labels
+    )
     statistics.add_moments(*components.read_moments(sums))
-    statistics.count += z.shape[0] if mask is None else mask.sum()
     return statistics
 
 
@@ -232,9 +284,12 @@ def m_step(
     r"""M-step: :math:`\pi_k = N_k / N`, :math:`\mu_k = c_k + F_k / N_k`,
     :math:`\Sigma_k = S_k / N_k - \delta_k \delta_k^\top + \varepsilon I`.
 
-    The regularised covariance is not the maximum of the bound, so by itself it could lower the likelihood. Where it
-    would lower the bound against the `previous` covariance, that one stays (a generalised M-step), and the
-    likelihood never falls. Components without points keep their mean and covariance.
+    This is the maximum of the bound less :math:`\tfrac12 \varepsilon \sum_k N_k \operatorname{tr} \Sigma_k^{-1}`
+    (of the bound for data smeared by :math:`N(0, \varepsilon I)`), which therefore never falls in an M-step. So the
+    mean log-likelihood of a sample falls in an iteration by no more than
+    :math:`\tfrac12 \varepsilon \sum_k \pi_k (\operatorname{tr} \Sigma_k^{-1} - \operatorname{tr} \Sigma_k'^{-1})`,
+    with the new weights :math:`\pi` and the covariances before and after; and not at all without regularisation.
+    Components without points keep their mean and covariance.
 
     Args:
         statistics: Sums over all samples and all processes.
@@ -244,8 +299,10 @@ def m_step(
     Shape:
         - reg_covar: `[D]`
     """
-    count = statistics.weight + EMPTY_COUNT
-    empty = statistics.weight <= EMPTY_COUNT
+    # a share of the samples, so that the scale of their weights does not matter
+    floor = EMPTY_COUNT * statistics.weight.sum(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    empty = statistics.weight <= floor
+    count = torch.maximum(statistics.weight, floor)
     delta = torch.where(empty[..., None], 0.0, statistics.first / count[..., None])
     means = statistics.center + delta
     if previous is not None:
@@ -254,10 +311,8 @@ def m_step(
     if not statistics.centered:
         reg_covar = reg_covar.clamp(min=UNCENTERED_VARIANCE_FLOOR)
     covariances = _regularised(statistics.covariance_type, scatter, reg_covar)
-    if previous is not None:
-        keep = _bound_would_fall(statistics.covariance_type, scatter, covariances, previous.covariances)
-        keep = keep if statistics.covariance_type == "tied" else keep | empty
-        covariances = torch.where(_expand(keep, covariances), previous.covariances, covariances)
+    if previous is not None and statistics.covariance_type != "tied":
+        covariances = torch.where(_expand(empty, covariances), previous.covariances, covariances)
     elif statistics.covariance_type != "tied":
         pooled = (scatter * count.view(*count.shape, *[1] * (scatter.ndim - 2))).sum(dim=1, keepdim=True)
         pooled = pooled / count.sum(dim=1).view(-1, *[1] * (scatter.ndim - 1))
@@ -285,25 +340,6 @@ def _regularised(covariance_type: CovarianceType, scatter: Tensor, reg_covar: Te
     if covariance_type == "spherical":
         return scatter.mean(dim=-1) + reg_covar.mean()
     return scatter + (reg_covar if covariance_type == "diag" else torch.diag(reg_covar))
-
-
-def _bound_would_fall(covariance_type: CovarianceType, scatter: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    r"""Where :math:`\log\det\Sigma + \operatorname{tr}(\Sigma^{-1} S)` of the new covariance exceeds that of the old
-    one.
-    """
-    if covariance_type == "spherical":
-        trace, num_features = scatter.sum(dim=-1), scatter.shape[-1]
-        return num_features * new.log() + trace / new > num_features * old.log() + trace / old
-    if covariance_type == "diag":
-        return (new.log() + scatter / new).sum(dim=-1) > (old.log() + scatter / old).sum(dim=-1)
-    values = []
-    for covariances in (new, old):
-        factors, info = torch.linalg.cholesky_ex(covariances)
-        trace = torch.cholesky_solve(scatter, factors).diagonal(dim1=-2, dim2=-1).sum(dim=-1)
-        value = 2 * factors.diagonal(dim1=-2, dim2=-1).log().sum(dim=-1) + trace
-        # a failed factorisation must reach the user as an error, not vanish as a kept covariance
-        values.append(torch.where(info > 0, -torch.inf, value))
-    return values[0] > values[1]
 
 
 def check_positive_definite(parameters: MixtureParameters, reg_covar: float) -> None:

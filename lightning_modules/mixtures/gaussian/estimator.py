@@ -1,5 +1,6 @@
 """Gaussian mixture for data in memory, with scikit-learn's interface."""
 
+import warnings
 from numbers import Real
 from typing import Any, Literal
 
@@ -24,8 +25,7 @@ class GaussianMixtureEstimator(MixtureEstimator):
         weights_init: Weights to start from, `[n_components]`.
         means_init: Means to start from, `[n_components, n_features]`.
         precisions_init: Precisions to start from, shaped as the covariance type has it.
-        **options: `tol`, `max_iter`, `n_init`, `init_params`, `standardize`, `random_state` and `device`, as
-            `MixtureEstimator` describes them.
+        **options: Those of `MixtureEstimator`, which describes them.
 
     Example:
         >>> X = np.array([[0.0, 0], [0, 1], [1, 0], [10, 10], [10, 11], [11, 10]])
@@ -63,9 +63,22 @@ class GaussianMixtureEstimator(MixtureEstimator):
         self.means_init = means_init
         self.precisions_init = precisions_init
 
-    def _publish(self, results: list[EpochResult]) -> None:
-        self.precisions_ = self._model.best_parameters().precisions.cpu().numpy()
-        super()._publish(results)
+    def _options(self) -> dict[str, Any]:
+        options = super()._options()
+        if self.means_init is not None and self.n_init > 1:
+            warnings.warn(
+                f"All of n_init={self.n_init} restarts would begin at the given means_init: performing only one.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+            options["n_init"] = 1
+        return options
+
+    def _publish(self, results: list[EpochResult], warn: bool = True) -> None:
+        theta = self._model.best_parameters()
+        self.precisions_ = self._array(theta.precisions)
+        self.precisions_cholesky_ = self._array(theta.precisions_cholesky)
+        super()._publish(results, warn)
 
     def sample(self, n_samples: int = 1) -> tuple[Array, Array]:
         """Draws samples from the mixture, and the components they came from."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_modules.mixtures.batches import as_tensor
 from lightning_modules.mixtures.gaussian.density import CovarianceType, GaussianComponents
 from lightning_modules.mixtures.gaussian.em import (
     GaussianStatistics,
@@ -85,18 +86,18 @@ class GaussianMixtureModel(MixtureModel[MixtureParameters]):
         return theta.components()
 
     def e_step(
-        self, prepared: GaussianComponents, z: Tensor, mask: Tensor | None = None, labels: Tensor | None = None
+        self, prepared: GaussianComponents, z: Tensor, weight: Tensor | None = None, labels: Tensor | None = None
     ) -> GaussianStatistics:
         """Moments under the posterior, or under given labels.
 
         Shape:
             - z: `[N, D]`
-            - mask: `[N]`
+            - weight: `[N]`
             - labels: `[S, N]`
         """
         if labels is not None:
-            return hard_statistics(self.covariance_type, prepared.means, labels, z, mask)
-        return e_step(prepared, z, mask)
+            return hard_statistics(self.covariance_type, prepared.means, labels, z, weight)
+        return e_step(prepared, z, weight)
 
     def m_step(self, statistics: GaussianStatistics, previous: MixtureParameters | None = None) -> MixtureParameters:
         """Weights, means and covariances in closed form."""
@@ -122,7 +123,7 @@ class GaussianMixtureModel(MixtureModel[MixtureParameters]):
         """
         if self.covariance_type == "spherical" and self.standardize:
             wide = theta.covariances[:, None].expand_as(theta.means)
-            theta = MixtureParameters("diag", theta.weights, theta.means, wide)
+            theta = replace(theta, covariance_type="diag", covariances=wide)
         return theta.inverse_transform(self.standardizer)
 
     def check_parameters(self, theta: MixtureParameters) -> None:
@@ -148,7 +149,7 @@ class GaussianMixtureModel(MixtureModel[MixtureParameters]):
         initial = {}
         for name, value in (("weights", weights), ("means", means), ("precisions", precisions)):
             if value is not None:
-                initial[name] = torch.as_tensor(value, dtype=torch.float64)
+                initial[name] = as_tensor(value, dtype=torch.float64)
                 if not bool(torch.isfinite(initial[name]).all()):
                     raise ValueError(f"{name}_init must be finite")
         width = num_features or next((initial[n].shape[-1] for n in ("means", "precisions") if n in initial), 0)
@@ -251,4 +252,9 @@ class GaussianMixtureModel(MixtureModel[MixtureParameters]):
         else:
             deviations = covariances.sqrt()
             samples = noise * (deviations[labels] if self.covariance_type == "diag" else deviations[labels, None])
+        samples = self._spread(samples, labels, generator)
         return self.standardizer.inverse_transform(samples + theta.means[labels]), labels
+
+    def _spread(self, samples: Tensor, labels: Tensor, generator: torch.Generator | None) -> Tensor:
+        """What makes samples of another family of those of a Gaussian about 0."""
+        return samples

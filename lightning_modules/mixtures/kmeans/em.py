@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_modules.mixtures.chunks import chunk_size
 from lightning_modules.mixtures.collectives import Collectives, SufficientStatistics
 from lightning_modules.mixtures.lloyd import assign
+from lightning_modules.mixtures.rows import distinct
 
 # How many of the farthest samples an epoch remembers, to restart centers that have lost all their samples.
 FARTHEST_SAMPLES = 16
@@ -21,10 +22,10 @@ class KMeansStatistics(SufficientStatistics):
     """What the E-step hands to the M-step; the sums are about the centers, so that no digits are lost.
 
     Attributes:
-        weight: Samples of each center, `[S, K]`.
+        weight: Weight of the samples of each center, `[S, K]`.
         first: Sum of their differences from it, `[S, K, D]`.
         inertia: Sum of squared distances, `[S]`.
-        count: Samples, `[]`.
+        count: Weight of the samples, `[]`.
         farthest: The farthest samples of each restart, farthest first, which are kept and not summed, `[S, M, D]`.
         farthest_squares: Their squared distances, `[S, M]`.
     """
@@ -107,17 +108,15 @@ class KMeansStatistics(SufficientStatistics):
         return total
 
 
-def e_step(centers: Tensor, z: Tensor, mask: Tensor | None = None) -> KMeansStatistics:
+def e_step(centers: Tensor, z: Tensor, weight: Tensor | None = None) -> KMeansStatistics:
     """E-step: assign each sample to its nearest center, kept as sums.
 
     Shape:
         - centers: `[S, K, D]`
         - z: `[N, D]`
-        - mask: `[N]`, samples that count
+        - weight: `[N]`, how often each sample counts; once where absent
     """
     statistics = KMeansStatistics.zeros_for(centers)
-    if mask is not None:
-        z = z[mask]
     names = torch.arange(centers.shape[1], device=z.device)[:, None]
     labels, squares = assign(centers, z)
     step = chunk_size(centers.shape[1] + z.shape[1], z.device)
@@ -126,15 +125,20 @@ def e_step(centers: Tensor, z: Tensor, mask: Tensor | None = None) -> KMeansStat
         for first in range(0, z.shape[0], step):
             chunk, label = z[first : first + step], labels[restart, first : first + step]
             one_hot = (label == names).to(z.dtype)
+            if weight is not None:
+                one_hot *= weight[first : first + step]
             statistics.weight[restart] += one_hot.sum(dim=1)
             statistics.first[restart] += one_hot @ (chunk - centers[restart, label])
-        statistics.inertia[restart] += squares[restart].sum()
+        far = squares[restart]
+        statistics.inertia[restart] += far.sum() if weight is None else far @ weight.to(far)
+        if weight is not None:
+            far = torch.where(weight > 0, far, -1.0)
         if z.shape[0]:
             # every sample that ties with the last place is a candidate, or the choice would depend on the order
-            floor = squares[restart].topk(min(size, z.shape[0])).values[-1]
-            index = (squares[restart] >= floor).nonzero()[: 64 * size, 0]
-            statistics.keep_farthest(restart, z[index], squares[restart, index])
-    statistics.count += z.shape[0]
+            floor = far.topk(min(size, z.shape[0])).values[-1]
+            index = (far >= floor).nonzero()[: 64 * size, 0]
+            statistics.keep_farthest(restart, z[index], far[index])
+    statistics.count += z.shape[0] if weight is None else weight.sum()
     return statistics
 
 
@@ -146,16 +150,32 @@ def m_step(statistics: KMeansStatistics, centers: Tensor) -> Tensor:
         - centers: `[S, K, D]`
         - output: `[S, K, D]`
     """
-    weight, first = statistics.weight, statistics.first
-    moved = torch.where(weight[..., None] > 0, centers + first / weight.clamp(min=1.0)[..., None], centers)
-    for restart in range(centers.shape[0]):
-        empty = (weight[restart] == 0).nonzero()[:, 0]
-        useful = statistics.farthest[restart][statistics.farthest_squares[restart] > 0]
-        if len(empty) and len(useful):
-            # farthest first, distinct
-            useful = torch.unique(useful, dim=0)
-            distance = torch.cdist(useful, centers[restart]).amin(dim=1)
-            useful = useful[distance.argsort(descending=True, stable=True)]
-            count = min(len(empty), len(useful))
-            moved[restart, empty[:count]] = useful[:count]
+    return restart(centers + mean_of(statistics.first, statistics.weight), statistics.weight == 0, statistics)
+
+
+def restart(centers: Tensor, lost: Tensor, statistics: KMeansStatistics) -> Tensor:
+    """Put lost centers to the samples that are farthest from all centers.
+
+    Shape:
+        - centers: `[S, K, D]`
+        - lost: `[S, K]`
+        - output: `[S, K, D]`
+    """
+    moved = centers.clone()
+    for number in range(centers.shape[0]):
+        where = lost[number].nonzero()[:, 0]
+        samples = statistics.farthest[number][statistics.farthest_squares[number] > 0]
+        samples = samples[distinct(samples)][: len(where)]
+        moved[number, where[: len(samples)]] = samples
     return moved
+
+
+def mean_of(first: Tensor, weight: Tensor) -> Tensor:
+    """Sums over weights; 0 where there are none.
+
+    Shape:
+        - first: `[S, K, D]`
+        - weight: `[S, K]`
+        - output: `[S, K, D]`
+    """
+    return torch.where(weight[..., None] > 0, first / weight[..., None], 0.0)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_modules.mixtures.kmeans.em import KMeansStatistics, e_step, m_step
+from lightning_modules.mixtures.batches import as_tensor
+from lightning_modules.mixtures.kmeans.em import KMeansStatistics, e_step, m_step, mean_of, restart
 from lightning_modules.mixtures.lloyd import assign
 from lightning_modules.mixtures.model import ClusteringModel
 from lightning_modules.mixtures.standardizer import Scaling
@@ -36,8 +37,10 @@ class KMeansModel(ClusteringModel[KMeansParameters]):
     make_parameters = KMeansParameters
     #: standardized, [S, K, D]
     centers: Tensor
-    #: samples that each center has seen (stepwise), [S, K]
+    #: weight of the samples that each center has seen (stepwise), [S, K]
     counts: Tensor
+    #: weight of the samples since centers were last reassigned (stepwise), [S]
+    since_reassignment: Tensor
 
     def __init__(
         self,
@@ -46,13 +49,18 @@ class KMeansModel(ClusteringModel[KMeansParameters]):
         *,
         centers_init: Sequence[Any] | Tensor | None = None,
         tol: float = 1e-4,
+        reassignment_ratio: float = 0.01,
         **options: Any,
     ) -> None:
+        if not 0 <= reassignment_ratio <= 1:
+            raise ValueError(f"reassignment_ratio must be from 0 to 1, got {reassignment_ratio!r}")
         super().__init__(num_components, num_features, tol=tol, **options)
+        self.reassignment_ratio = reassignment_ratio
         self.register_buffer("counts", torch.zeros(self.n_init, num_components, dtype=torch.float64))
+        self.register_buffer("since_reassignment", torch.zeros(self.n_init, dtype=torch.float64))
         self._initial: Tensor | None = None
         if centers_init is not None:
-            initial = torch.as_tensor(centers_init, dtype=torch.float64)
+            initial = as_tensor(centers_init, dtype=torch.float64)
             width = num_features or initial.shape[-1]
             if initial.shape != (num_components, width):
                 raise ValueError(
@@ -64,6 +72,11 @@ class KMeansModel(ClusteringModel[KMeansParameters]):
             if self.n_init > 1:
                 raise ValueError(f"n_init={self.n_init} restarts would all be the given centers_init: use n_init=1")
             self._initial = initial
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # of a version that did not reassign
+        state_dict.setdefault(prefix + "since_reassignment", torch.zeros_like(self.since_reassignment))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     # --------------------------------------------------------------- EM
 
@@ -79,14 +92,14 @@ class KMeansModel(ClusteringModel[KMeansParameters]):
         """
         return KMeansParameters(centers)
 
-    def e_step(self, prepared: KMeansParameters, z: Tensor, mask: Tensor | None = None) -> KMeansStatistics:
+    def e_step(self, prepared: KMeansParameters, z: Tensor, weight: Tensor | None = None) -> KMeansStatistics:
         """Sums of the samples nearest to each center.
 
         Shape:
             - z: `[N, D]`
-            - mask: `[N]`
+            - weight: `[N]`
         """
-        return e_step(prepared.centers, z, mask)
+        return e_step(prepared.centers, z, weight)
 
     def m_step(self, statistics: KMeansStatistics, previous: KMeansParameters | None = None) -> KMeansParameters:
         """Centers to the means of their samples."""
@@ -94,9 +107,25 @@ class KMeansModel(ClusteringModel[KMeansParameters]):
         return KMeansParameters(m_step(statistics, previous.centers))
 
     def stepwise_m_step(self, statistics: KMeansStatistics) -> KMeansParameters:
-        """Mini-batch K-means (Sculley 2010): each center moves to the mean of all the samples it has been given."""
+        """Mini-batch K-means (Sculley 2010): each center moves to the mean of all the samples it has been given.
+
+        Centers that have seen less than `reassignment_ratio` of what the largest has are reassigned to the samples of
+        the batch that are farthest from all centers: scikit-learn's rule, which draws them.
+        """
         self.counts += statistics.weight
-        return KMeansParameters(self.centers + statistics.first / self.counts.clamp(min=1.0)[..., None])
+        self.since_reassignment += statistics.count
+        centers = self.centers + mean_of(statistics.first, self.counts)
+        smallest, largest = self.counts.aminmax(dim=1)
+        dead = self.counts < self.reassignment_ratio * largest[:, None]
+        # no more often than the smallest can be expected to have been seen ten times
+        due = (self.since_reassignment >= 10 * smallest) & dead.any(dim=1)
+        moved = restart(centers, dead & due[:, None], statistics)
+        reassigned = (moved != centers).any(dim=2)
+        # from here on they count as much as the smallest of the others
+        others = torch.where(dead, torch.inf, self.counts).amin(dim=1, keepdim=True)
+        self.counts.copy_(torch.where(reassigned, others, self.counts))
+        self.since_reassignment.copy_(torch.where(due, 0.0, self.since_reassignment))
+        return KMeansParameters(moved)
 
     def objective_of(self, statistics: KMeansStatistics) -> Tensor:
         """Inertia, in squared units of the data.

@@ -1,8 +1,8 @@
 """K-means as a LightningModule."""
 
-import torch
 from torch import Tensor
 
+from lightning_modules.mixtures.batches import as_tensor
 from lightning_modules.mixtures.initialization import Initialization
 from lightning_modules.mixtures.kmeans.model import KMeansModel
 from lightning_modules.mixtures.model import Algorithm
@@ -28,6 +28,8 @@ class KMeans(ClusteringModule):
         centers_init: Centers to start from, `[K, D]`.
         algorithm: `exact` moves the centers once an epoch; `stepwise` once an optimiser step (mini-batch K-means,
             Sculley 2010).
+        reassignment_ratio: Centers that have seen less than this part of the samples of the largest one start again far
+            from all centers, where `stepwise`.
         standardize: Scale the features to variance 1 inside. Reported centers are in the units of the data.
         seed: Seed of the restarts.
 
@@ -58,12 +60,13 @@ class KMeans(ClusteringModule):
         init_size: int | None = None,
         centers_init: list[list[float]] | None = None,
         algorithm: Algorithm = "exact",
+        reassignment_ratio: float = 0.01,
         standardize: bool = False,
         seed: int = 0,
     ) -> None:
         if centers_init is not None and not isinstance(centers_init, list):
             # plain lists: checkpoints are loaded with weights_only
-            centers_init = torch.as_tensor(centers_init).tolist()
+            centers_init = as_tensor(centers_init).tolist()
         model = KMeansModel(
             num_components,
             num_features,
@@ -74,6 +77,7 @@ class KMeans(ClusteringModule):
             init_size=init_size,
             centers_init=centers_init,
             algorithm=algorithm,
+            reassignment_ratio=reassignment_ratio,
             standardize=standardize,
             seed=seed,
         )

@@ -1,0 +1,1 @@
+"""Mixtures of multivariate t distributions, which outliers do not pull along."""
