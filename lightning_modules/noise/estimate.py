@@ -25,6 +25,8 @@ _MAX_EQUAL_GRAY, _MAX_EQUAL = 0.7, 0.22
 _MAX_WHITE_RATIO = 1.25
 # In texture the energy of the high frequencies grows with that of the low ones, hardly faster than this.
 _MAX_SLOPE = 0.12
+# What texture alone makes the channels show, at most, where the opponent colors show nothing.
+_MAX_TEXTURE = 3 / 255
 # Orthonormal: gray, red against blue, green against both.
 _COLORS = ((3**-0.5, 3**-0.5, 3**-0.5), (0.5**0.5, 0.0, -(0.5**0.5)), (6**-0.5, -2 * 6**-0.5, 6**-0.5))
 
@@ -43,7 +45,8 @@ def estimate_noise_std(images: Tensor) -> Tensor:
 
     Of color images the two opponent colors are looked at, in which there is hardly any texture. Noise that the channels
     have in common, as in gray images stored as color, or color that a JPEG file or a camera has smoothed, leaves little
-    there: where that is less than a third of what the channels show, and what they show is white, the channels decide.
+    there: where that is less than a third of what the channels show, and what they show is white, or more than texture
+    makes them show, the channels decide. Three equal channels are one.
 
     Left out by rule: rows and columns of one value (frames), those that repeat the one before (enlarged pixels), and
     patches that are largely flat or clipped. What clipping at 0 and 1 takes from the noise of the other patches is
@@ -67,7 +70,8 @@ def estimate_noise_std(images: Tensor) -> Tensor:
     size = min(_PATCH_SIZE, height, width)
     patches, kept, overlap = _distinct_patches(pixels, size)
     clipped = ((patches == 0) | (patches == 1)).to(pixels.dtype).mean(-1)
-    kept = kept & (clipped.mean(1) <= _MAX_CLIPPED_BUT_FEW) & ~_flat(patches, size)
+    gray = (pixels == pixels[:, :1]).flatten(1).all(1)
+    kept = kept & (clipped.mean(1) <= _MAX_CLIPPED_BUT_FEW) & ~_flat(patches, size, gray)
     mildly = kept & (clipped.mean(1) <= _MAX_CLIPPED)
     kept = torch.where(mildly.sum(1, keepdim=True) >= _ENOUGH * kept.sum(1, keepdim=True), mildly, kept)
     scaled = patches * 255
@@ -113,7 +117,8 @@ def estimate_noise_std(images: Tensor) -> Tensor:
         # noise that the channels have in common counts once
         in_channels, white = agreed(means(by_channels), num_frequencies)
         opponent, _ = agreed(means(energies[:, 1:].mean(1)), 2 * num_frequencies)
-        variance = torch.where(white & (9 * opponent < in_channels), in_channels, opponent)
+        common = (white | (in_channels > _MAX_TEXTURE**2)) & (9 * opponent < in_channels)
+        variance = torch.where(gray | common, in_channels, opponent)
     else:
         variance, _ = agreed(means(by_channels), num_channels * num_frequencies)
     variance = variance - rounded / (12 * 255**2)
@@ -157,13 +162,13 @@ def _distinct_lines(images: Tensor) -> tuple[Tensor, Tensor]:
     return (~distinct).to(torch.uint8).argsort(dim=1, stable=True), distinct.sum(1, keepdim=True)
 
 
-def _flat(patches: Tensor, size: int) -> Tensor:
-    """Which patches have too many neighbors of exactly equal color."""
+def _flat(patches: Tensor, size: int, gray: Tensor) -> Tensor:
+    """Which patches have too many neighbors of exactly equal color, in images that are gray or not."""
     grid = patches.unflatten(-1, (size, size))
     down = (grid[..., 1:, :] == grid[..., :-1, :]).all(1).flatten(2)
     right = (grid[..., 1:] == grid[..., :-1]).all(1).flatten(2)
     equal = torch.maximum(down.to(patches.dtype).mean(-1), right.to(patches.dtype).mean(-1))
-    return equal > (_MAX_EQUAL_GRAY if patches.shape[1] == 1 else _MAX_EQUAL)
+    return equal > torch.where(gray, _MAX_EQUAL_GRAY, _MAX_EQUAL)[:, None]
 
 
 def _clipped_variance(share: Tensor) -> Tensor:

@@ -212,3 +212,23 @@ def test_estimate_keeps_the_type_and_has_no_gradient() -> None:
     assert estimate.dtype == torch.float64
     assert not estimate.requires_grad
     assert estimate_noise_std(images.detach().bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("level", [0, 5, 15, 25, 40])
+@pytest.mark.parametrize("name", ["chelsea", "astronaut"])
+def test_gray_stored_as_color_reads_what_gray_reads(name: str, level: int) -> None:
+    gray = through_8_bits(add_noise(photograph(name)[..., :200, :200].mean(1, keepdim=True), level))
+    color = estimate_noise_std(gray.expand(1, 3, -1, -1))
+    assert color.item() == pytest.approx(estimate_noise_std(gray).item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("quality", [92, 95])
+@pytest.mark.parametrize("level", [20, 40])
+@pytest.mark.parametrize("name", ["chelsea", "astronaut"])
+def test_noise_in_a_jpeg_file_that_halves_its_colors_is_seen(name: str, level: int, quality: int) -> None:
+    clean, buffer = photograph(name)[..., :256, :256], BytesIO()
+    noisy = (through_8_bits(add_noise(clean, level)) * 255).round().byte()[0].permute(1, 2, 0).numpy()
+    Image.fromarray(noisy).save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
+    stored = torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1)[None].float() / 255
+    luma = (stored - clean).mean(1).std().item()
+    assert 0.55 * luma < estimate_noise_std(stored).item() < 1.3 * luma
