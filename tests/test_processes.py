@@ -63,7 +63,7 @@ def test_sigterm_to_one_rank_ends_all(tmp_path: Path, rank: int) -> None:
     files = [tmp_path / f"rank{index}" for index in (0, 1)]
     ended = False
     try:
-        assert wait_for(lambda: all(file.exists() and file.read_text() for file in files), 60), "they train"
+        assert wait_for(lambda: all(file.exists() and file.read_text() for file in files), 240), "they train"
         ranks = [int(file.read_text()) for file in files]
         ended = wait_for(lambda: os.waitpid(child, os.WNOHANG)[0] == child, 30)
         assert ended, "the others hang"

@@ -34,6 +34,7 @@ class KMeans(ClusteringModule):
         seed: Seed of the restarts.
 
     Example:
+        >>> import torch
         >>> from lightning.pytorch import Trainer
         >>> from torch.utils.data import DataLoader
         >>> samples = torch.cat([torch.randn(100, 2) - 5, torch.randn(100, 2) + 5])

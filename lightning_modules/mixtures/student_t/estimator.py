@@ -23,8 +23,8 @@ class StudentTMixtureEstimator(GaussianMixtureEstimator):
         >>> import numpy as np
         >>> X = np.concatenate([np.linspace(-1, 1, 50), np.linspace(9, 11, 50), [1e4]])[:, None]
         >>> mixture = StudentTMixtureEstimator(n_components=2, degrees_of_freedom=3, means_init=[[0], [10]]).fit(X)
-        >>> mixture.means_[:, 0].round().tolist()
-        [0.0, 10.0]
+        >>> mixture.means_[:, 0].round().astype(int).tolist()
+        [0, 10]
     """
 
     model_class = StudentTMixtureModel
