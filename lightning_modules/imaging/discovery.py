@@ -13,7 +13,7 @@ _OTHERS = (".png", ".apng", ".webp", ".avif", ".gif", ".tif", ".tiff", ".bmp", "
 SUFFIXES = (*_JPEG, *_OTHERS, *_JPEG_2000, *_NETPBM)
 
 # Images by their names, which are not read: other encodings, drawings and documents of programs, raw photographs.
-_NOT_READ = frozenset(
+NOT_READ = frozenset(
     (
         *(".heic", ".heif", ".hif", ".jxl", ".jxr", ".avifs", ".exr", ".hdr", ".pfm", ".dds", ".pcx"),
         *(".svg", ".svgz", ".eps", ".ico", ".icns", ".psd", ".xcf"),
@@ -35,7 +35,7 @@ def find_images(root: Path) -> list[Path]:
         suffix = path.suffix.lower()
         if suffix in SUFFIXES:
             paths.append(path)
-        elif suffix in _NOT_READ:
+        elif suffix in NOT_READ:
             left_out[suffix] += 1
     counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(left_out.items()))
     if not paths:

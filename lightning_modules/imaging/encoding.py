@@ -41,6 +41,7 @@ _METADATA = {
     "AVIF": ("exif", "xmp", "icc_profile"),
     "BMP": ("dpi",),
 }
+_OPTIONS = {"JPEG": ("qtables", "progressive", "subsampling"), "WEBP": ("lossless",)}  # of a source of the same kind
 _OPAQUE = ("JPEG", "BMP", "PPM")
 _QUALITY = {"JPEG": 95, "WEBP": 95, "AVIF": 90}  # where the source does not say
 _TIFF_COMPRESSION = {1: None, 5: "lzw", 50000: "zstd"}  # others become deflate: lossless, and every reader knows it
@@ -172,13 +173,14 @@ def _encode(picture: Picture, quality: int | None) -> bytes:
     array = array[..., 0] if array.shape[-1] == 1 else array
     if kind == "PNG":
         return _encode_png(picture, array)
-    if kind == "JPEG2000" and array.dtype == np.uint16:
-        return bytes(imagecodecs.jpeg2k_encode(array, level=0, codecformat="jp2"))
+    if kind == "JPEG2000" and (array.dtype == np.uint16 or picture.white != 255):
+        bits = int(picture.white).bit_length()
+        return bytes(imagecodecs.jpeg2k_encode(array, level=0, codecformat="jp2", bitspersample=bits))
     if kind == "PPM":
-        header = f"P{6 if array.ndim == 3 else 5}\n{array.shape[1]} {array.shape[0]}\n{np.iinfo(array.dtype).max}\n"
+        header = f"P{6 if array.ndim == 3 else 5}\n{array.shape[1]} {array.shape[0]}\n{picture.white:.0f}\n"
         return header.encode() + array.astype(array.dtype.newbyteorder(">")).tobytes()
-    encoding = dict(picture.encoding) if picture.kind == kind else {}
-    if kind in _QUALITY and (quality is not None or not ({"qtables", "lossless"} & encoding.keys())):
+    encoding = {name: value for name, value in picture.encoding.items() if name in _OPTIONS.get(kind, ())}
+    if kind in _QUALITY and (quality is not None or not (encoding.get("qtables") or encoding.get("lossless"))):
         encoding.pop("qtables", None)
         encoding |= {"quality": quality or _QUALITY[kind], "lossless": False}
     return _save(array, kind, **_metadata_of(picture, kind), **encoding)
@@ -189,6 +191,7 @@ def _as_held_by(picture: Picture, kind: str) -> Picture:
     if picture.alpha is not None and kind in _OPAQUE:
         raise ValueError("it holds no transparency; choose PNG, for instance")
     deep = kind in ("PNG", "TIFF", "JPEG2000", "PPM")
+    picture = _on_full_scale(picture, kind)
     if picture.dtype == np.uint8 or (kind == "TIFF" and picture.dtype != np.bool_):
         return picture
     if picture.dtype == np.uint16 and deep:
@@ -199,6 +202,18 @@ def _as_held_by(picture: Picture, kind: str) -> Picture:
         share = alpha.astype(np.float64) / opaque(picture.dtype)
         alpha = np.rint(share.clip(0, 1) * white).astype(dtype)
     return replace(picture, dtype=dtype, white=white, alpha=alpha)
+
+
+def _on_full_scale(picture: Picture, kind: str) -> Picture:
+    """The picture with the white of its type, where its file names another one and files of this kind name none."""
+    told, full = picture.encoding.get("white"), opaque(picture.dtype)
+    names_it = kind == "PPM" or (kind == "JPEG2000" and (picture.white + 1) == 2 ** int(picture.white).bit_length())
+    if names_it or told in (None, full):
+        return picture
+    alpha = picture.alpha
+    if alpha is not None:
+        alpha = np.rint(alpha.astype(np.float64) * (full / picture.white)).astype(picture.dtype)
+    return replace(picture, white=full, alpha=alpha)
 
 
 def _metadata_of(picture: Picture, kind: str) -> dict[str, Any]:

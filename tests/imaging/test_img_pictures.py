@@ -511,3 +511,86 @@ def test_pillow_reads_what_is_written_by_others(tmp_path: Path) -> None:
     with Image.open(io.BytesIO((tmp_path / "a.png").read_bytes())) as image:
         image.verify()
         assert (image.format, image.size) == ("PNG", (30, 20))
+
+
+@pytest.mark.parametrize("white", [100, 255, 1000, 4095, 65535])
+@pytest.mark.parametrize("magic", ["P2", "P3", "P5", "P6"])
+def test_the_header_of_netpbm_names_white(tmp_path: Path, magic: str, white: int) -> None:
+    array = numbers((20, 30, 3 if magic in ("P3", "P6") else 1), np.uint8 if white < 256 else np.uint16, most=white)
+    array //= 2  # nothing is as bright as white
+    plain = b"# a comment\n" + " ".join(map(str, array.ravel())).encode()
+    content = plain if magic in ("P2", "P3") else array.astype(array.dtype.newbyteorder(">")).tobytes()
+    path = tmp_path / ("a.ppm" if magic in ("P3", "P6") else "a.pgm")
+    path.write_bytes(f"{magic}\n30 20\n{white}\n".encode() + content)
+    picture, copy = round_trip(path)
+    assert (picture.white, picture.notes) == (white, ())
+    assert np.array_equal(picture.array(), array)
+    assert copy.read_bytes().split(b"\n")[2] == str(white).encode()
+    assert np.array_equal(read_picture(copy).array(), array)
+    assert np.abs(read_image(path).permute(1, 2, 0).numpy() - array * (255 / white)).max() <= 0.51
+    for name in ("b.png", "b.tif"):  # which name no white: as bright as it was
+        write_picture(replace(picture, kind={"b.png": "PNG", "b.tif": "TIFF"}[name]), tmp_path / name)
+        full = np.iinfo(array.dtype).max
+        again = imagecodecs.imread(tmp_path / name).reshape(array.shape)
+        assert np.abs(again - array * (full / white)).max() <= 0.51
+    write_picture(replace(picture, kind="JPEG2000"), tmp_path / "b.jp2")
+    assert torch.allclose(read_picture(tmp_path / "b.jp2").pixels, picture.pixels, atol=0.6 / white)
+
+
+@pytest.mark.parametrize("bits", [4, 8, 10, 12, 16])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_jpeg_2000_has_the_precision_of_its_source(tmp_path: Path, bits: int, channels: int) -> None:
+    array = numbers((20, 30, channels), np.uint8 if bits <= 8 else np.uint16, most=2**bits - 1) // 2
+    content = imagecodecs.jpeg2k_encode(array.squeeze(), level=0, codecformat="jp2", bitspersample=bits)
+    (tmp_path / "a.jp2").write_bytes(content)
+    picture, copy = round_trip(tmp_path / "a.jp2")
+    assert (picture.white, picture.notes) == (2**bits - 1, ())
+    written = copy.read_bytes()
+    assert written[written.find(b"\xff\x4f\xff\x51") + 42] == bits - 1
+    assert np.array_equal(imagecodecs.jpeg2k_decode(written), array.squeeze())
+
+
+@pytest.mark.parametrize("name", ["a.dng", "a.HEIC", "a.svg", "a.ico"])
+def test_files_of_kinds_that_are_not_read_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    Image.fromarray(numbers((20, 30, 3), np.uint8)).save(tmp_path / name, "TIFF")
+    with pytest.raises(ValueError, match=rf"{name} cannot be read .*\.{name[2:].lower()} is not read; convert it"):
+        read_picture(tmp_path / name)
+
+
+def test_a_raw_photograph_and_heic_under_other_names_and_an_empty_file(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", numbers((20, 30), np.uint8), extratags=[(50706, 1, 4, (1, 4, 0, 0), True)])
+    (tmp_path / "b.jpg").write_bytes(b"\0\0\0\x18ftypheic" + b"\0" * 99)
+    (tmp_path / "c.png").touch()
+    (tmp_path / "d.tif").touch()
+    for name, message in (
+        ("a.tif", "DNG.* is not read"),
+        ("b.jpg", "HEIC is not read; convert it"),
+        ("c.png", "it is empty"),
+        ("d.tif", "it is empty"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_picture(tmp_path / name)
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+def test_lossless_webp_with_a_profile_stays_lossless(tmp_path: Path, frames: int) -> None:
+    images = [Image.fromarray(numbers((20, 30, 3), np.uint8)) for _ in range(frames)]
+    others: dict[str, Any] = {"save_all": True, "append_images": images[1:]} if frames > 1 else {}
+    images[0].save(tmp_path / "a.webp", lossless=True, icc_profile=PROFILE, **others)
+    picture, copy = round_trip(tmp_path / "a.webp")
+    assert picture.icc_profile == PROFILE
+    assert np.array_equal(np.asarray(Image.open(copy).convert("RGB")), np.asarray(images[0]))
+
+
+def test_other_than_lossless_webp_and_jpeg_get_their_quality(tmp_path: Path) -> None:
+    image = Image.effect_noise((64, 64), 40).convert("RGB")
+    sizes = {}
+    for quality in (80, 95):
+        image.save(tmp_path / "a.webp", quality=quality)
+        sizes[quality] = (tmp_path / "a.webp").stat().st_size
+    _, copy = round_trip(tmp_path / "a.webp")
+    assert copy.stat().st_size > (sizes[80] + sizes[95]) / 2
+    image.save(tmp_path / "a.jpg", quality=95, subsampling=0)
+    for kind in ("WEBP", "AVIF"):
+        write_picture(replace(read_picture(tmp_path / "a.jpg"), kind=kind), tmp_path / f"b.{kind.lower()}")
+    assert (tmp_path / "b.webp").stat().st_size > (sizes[80] + sizes[95]) / 2
