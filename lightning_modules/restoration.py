@@ -99,9 +99,13 @@ def restore(
         target = path.with_name(restored_name(path.name, _TAG)) if output is None else Path(output).expanduser()
         if not path.is_file():
             raise FileNotFoundError(f"{source} is not a file: give the path of an image")
+        if target.is_dir():
+            raise FileExistsError(f"{target} is a folder: give the path of a file as output")
+        if target.resolve() == path.resolve():
+            raise FileExistsError(f"the result would replace the photograph {target}: give another output")
         if target.exists() and not overwrite:
             raise FileExistsError(f"{target} exists: give another output, or overwrite=True")
-        write_picture(_restore(_reading(path, target), noise, operator, progress), target, quality)
+        write_picture(_restore(_reading(path, target, output is not None), noise, operator, progress), target, quality)
         return target
     if output is not None:
         raise ValueError("output is for files; an image in memory is returned")
@@ -132,6 +136,7 @@ def restore_file(
     quality: int | None = None,
     progress: Progress | None = None,
     write: bool = True,
+    is_named: bool = False,
 ) -> dict[str, Any]:
     """Restores one file into another, and returns what there is to say of it.
 
@@ -143,9 +148,10 @@ def restore_file(
         quality: As in `restore`.
         progress: As in `restore`.
         write: Restore and write; without, only look at the source.
+        is_named: Whether the suffix of the target is a wish for its format, whatever the source holds.
     """
     start = time.perf_counter()
-    picture = _reading(source, target)
+    picture = _reading(source, target, is_named)
     height, width = picture.pixels.shape[-2:]
     if write:
         picture, noise_std = restore_picture(picture, operator, noise, progress)
@@ -196,13 +202,13 @@ def load_operator(model: Model, channels: int) -> RestorationOperator:
     return denoiser
 
 
-def _reading(source: Path, target: Path) -> Picture:
-    """The picture in a file, of the kind that the target's name asks for where that is another."""
+def _reading(source: Path, target: Path, is_named: bool) -> Picture:
+    """The picture in a file, of the kind that the target's name asks for where it is a wish, or another suffix."""
     kind = kind_of(target)
     if kind is None:
         raise ValueError(f"{target}: files of this kind are not written; choose .png, .jpg or .tif")
     picture = read_picture(source)
-    return picture if target.suffix == source.suffix else replace(picture, kind=kind)
+    return picture if not is_named and kind_of(source) == kind else replace(picture, kind=kind)
 
 
 def _restore(picture: Picture, noise: float | str, operator: OperatorFor, progress: Progress | None) -> Picture:

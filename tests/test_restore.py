@@ -294,7 +294,7 @@ def test_a_folder_is_mirrored_and_described(folder: Path, tmp_path: Path) -> Non
     assert files(tmp_path / "out") == sorted([*RESULTS, "restored.csv"])
     table = rows(tmp_path / "out")
     assert [row["output"] for row in table] == RESULTS
-    assert list(table[0]) == ["name", "output", "noise_std", "seconds", "size", "note"]
+    assert list(table[0]) == ["name", "output", "noise_std", "seconds", "size", "note", "source"]
     assert table[0]["name"] == "a.jpg"
     assert table[0]["size"] == "47x61"
     assert float(table[1]["noise_std"]) == pytest.approx(LEVEL, rel=0.25)
@@ -494,3 +494,95 @@ def test_stopping_leaves_whole_files_and_a_table(
     assert "stopped: the same command goes on" in capsys.readouterr().err
     main(["restore", str(folder), "-o", str(tmp_path / "out")])
     assert [row["output"] for row in rows(tmp_path / "out")] == RESULTS
+
+
+def test_results_may_go_above_the_photographs(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["restore", str(folder), "-o", str(tmp_path)])
+    assert [row["output"] for row in rows(tmp_path)] == RESULTS
+    capsys.readouterr()
+    main(["restore", str(folder), "-o", str(tmp_path)])
+    assert "restored 0 of 7, 7 there already" in capsys.readouterr().err
+
+
+def test_results_never_replace_photographs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    save(folder / "in/a.jpg")
+    before = {name: (folder / name).read_bytes() for name in files(folder)}
+    for words in (
+        ["a.jpg", "-o", "."],
+        ["a.jpg", "-o", "a.jpg"],
+        ["a.jpg", "-o", "../in/a.jpg", "--overwrite"],
+        ["a.jpg", "e.png", "-o", ".", "--overwrite"],
+        ["in", "a.jpg", "-o", "."],
+    ):
+        assert failing(*words) == 1
+        printed = capsys.readouterr().err
+        assert "would replace the photograph" in printed
+        assert "--overwrite" not in printed
+    with pytest.raises(FileExistsError, match="would replace the photograph"):
+        restore("a.jpg", output="a.jpg", model=TotalVariation(), overwrite=True)
+    assert {name: (folder / name).read_bytes() for name in files(folder)} == before
+
+
+@pytest.mark.parametrize("folders", [False, True])
+def test_another_photograph_of_the_same_name_is_not_done(
+    folders: bool, tmp_path: Path, total_variation: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = (save(tmp_path / day / "p.png") for day in ("day1", "day2"))
+    out = tmp_path / "out"
+    sources = [path.parent if folders else path for path in (first, second)]
+    main(["restore", str(sources[0]), "-o", str(out)])
+    content = (out / "p.png").read_bytes()
+    capsys.readouterr()
+    assert failing(sources[1], "-o", out) == 1
+    assert "p.png is made of" in capsys.readouterr().err
+    assert (out / "p.png").read_bytes() == content
+    main(["restore", str(sources[1]), "-o", str(out), "--overwrite"])
+    assert [row["source"] for row in rows(out)] == ["../day2/p.png"]
+    assert failing(sources[0], "-o", out) == 1
+    os.rename(tmp_path / "day2", tmp_path / "day3")
+    save(tmp_path / "day1" / "mine.png")
+    save(out / "mine.png")
+    os.utime(out / "mine.png", (0, 0))
+    capsys.readouterr()
+    assert failing(tmp_path / "day1" / "mine.png", "-o", out) == 1
+    assert "mine.png exists and is not in" in capsys.readouterr().err
+
+
+def test_what_is_at_the_target_is_no_result(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out/a.jpg").mkdir(parents=True)
+    (folder / "a.restored.png").mkdir()
+    save(tmp_path / "there.png")
+    for words in (
+        [folder, "-o", tmp_path / "out"],
+        [folder / "a.png"],
+        [folder, "-o", tmp_path / "out", "--overwrite"],
+    ):
+        assert failing(*words) == 1
+        assert "is a folder: " in capsys.readouterr().err
+    assert [row["output"] for row in rows(tmp_path / "out")] == RESULTS[1:]
+    assert failing(folder / "a.png", "-o", tmp_path / "there.png") == 1
+    assert "there.png exists: name another file with -o" in capsys.readouterr().err
+
+
+def test_a_link_to_itself_ends_no_folder(folder: Path, tmp_path: Path) -> None:
+    (folder / "loop.png").symlink_to("loop.png")
+    (folder / "deep/circle").symlink_to("circle")
+    main(["restore", str(folder), "-o", str(tmp_path / "out")])
+    assert [row["output"] for row in rows(tmp_path / "out")] == RESULTS
+
+
+def test_a_suffix_that_is_asked_for_is_the_format(folder: Path, tmp_path: Path) -> None:
+    (folder / "a.jpg").rename(folder / "b.png")  # still a JPEG file
+    main(["restore", str(folder / "b.png"), "-o", str(tmp_path / "c.png")])
+    assert Image.open(tmp_path / "c.png").format == "PNG"
+    assert Image.open(restore(folder / "b.png", output=tmp_path / "d.PNG", model=TotalVariation())).format == "PNG"
+    assert Image.open(restore(folder / "b.png", model=TotalVariation())).format == "JPEG"
+    save(folder / "e.JPG", quality=30)
+    with (
+        Image.open(folder / "e.JPG") as source,
+        Image.open(restore(folder / "e.JPG", output=tmp_path / "e.jpg", model=TotalVariation())) as image,
+    ):
+        assert image.quantization == source.quantization

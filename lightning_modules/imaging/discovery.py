@@ -53,15 +53,15 @@ def _files(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
     above = (*above, folder.resolve())
     try:
         entries = list(os.scandir(folder))
-    except PermissionError:
-        warnings.warn(f"{folder} is left out: no permission to read it", stacklevel=3)
+    except OSError as error:
+        reason = "no permission to read it" if isinstance(error, PermissionError) else error.strerror
+        warnings.warn(f"{folder} is left out: {reason}", stacklevel=3)
         return
     for entry in entries:
         path = folder / entry.name
         if entry.name.startswith("."):
             continue
-        if not entry.is_dir():
-            if entry.is_file():  # not a link to nowhere
-                yield path
-        elif path.resolve() not in above:
+        if path.is_file():  # not a link to nowhere, nor to itself
+            yield path
+        elif path.is_dir() and path.resolve() not in above:
             yield from _files(path, above)
