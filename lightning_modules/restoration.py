@@ -18,6 +18,7 @@ from torch import Tensor
 from lightning_modules.imaging import (
     Picture,
     check_noise_std,
+    check_quality,
     find_white,
     fixed_crops,
     kind_of,
@@ -93,6 +94,8 @@ def restore(
         >>> restore(image, noise=5 / 255, model=TotalVariation()).shape
         (20, 30, 3)
     """
+    check_quality(quality)
+    _check_noise(noise)
     operator = cache(partial(load_operator, model))  # read once for all images of a batch
     if isinstance(source, str | Path):
         path = Path(source).expanduser()
@@ -195,6 +198,8 @@ def load_operator(model: Model, channels: int) -> RestorationOperator:
     """
     if isinstance(model, RestorationOperator):
         return model
+    if not isinstance(model, str | Path):
+        raise ValueError(f"model must be 'auto', the path of a GraphDenoiser or an operator, got {model!r}")
     home = import_module("lightning_modules.graph_denoiser")  # when it is needed: it loads the graph, and weights
     if model == "auto":  # without weights for gray, those for color restore the three equal channels
         model = "gray" if channels == 1 and (home.WEIGHTS / "gray").is_dir() else "color"
@@ -222,6 +227,8 @@ def _restore_array(
     array: np.ndarray, noise: float | str, operator: OperatorFor, progress: Progress | None, white: float | None = None
 ) -> np.ndarray:
     """Restores [H, W] or [H, W, C]."""
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"an image must hold whole numbers or floating point, got {array.dtype}")
     if array.ndim not in (2, 3) or 0 in array.shape or (array.ndim == 3 and array.shape[2] > 4):
         raise ValueError(f"an image must be [H, W], or [H, W, C] of one to four channels, got {list(array.shape)}")
     picture = to_picture(array if array.ndim == 3 else array[..., None], white)
@@ -230,8 +237,10 @@ def _restore_array(
 
 
 def _restore_tensor(images: Tensor, noise: float | str, operator: OperatorFor, progress: Progress | None) -> Tensor:
-    if images.ndim not in (2, 3, 4):
-        raise ValueError(f"a tensor must be [H, W], [C, H, W] or [B, C, H, W], got {list(images.shape)}")
+    if images.ndim not in (2, 3, 4) or 0 in images.shape:
+        raise ValueError(f"a tensor must be [H, W], [C, H, W] or [B, C, H, W], with pixels, got {list(images.shape)}")
+    if images.is_complex():
+        raise ValueError(f"an image must hold whole numbers or floating point, got {images.dtype}")
     numbers = images.detach().cpu()
     numbers = numbers.float() if numbers.dtype == torch.bfloat16 else numbers  # which NumPy does not know
     arrays = (numbers if numbers.ndim == 2 else numbers.movedim(-3, -1)).numpy()
@@ -248,13 +257,23 @@ def _without_channel(array: np.ndarray) -> np.ndarray:
     return array[..., 0] if array.shape[-1] == 1 else array
 
 
+def _check_noise(noise: Any) -> None:
+    if isinstance(noise, str) and noise == "auto":
+        return
+    try:
+        if isinstance(noise, str | bool | np.bool_):
+            raise TypeError
+        level = float(noise)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"the noise level must be a number or 'auto', got {noise!r}") from None
+    check_noise_std(level)
+
+
 def _level(picture: Picture, noise: float | str) -> Restored:
     """The noise level that was told or is estimated; 0, with a note, where there is nothing to estimate it from."""
+    _check_noise(noise)
     if not isinstance(noise, str):
-        check_noise_std(float(noise))
         return Restored(picture, float(noise))
-    if noise != "auto":
-        raise ValueError(f"the noise level must be a number or 'auto', got {noise!r}")
     pixels = picture.pixels[None]
     if pixels[0, 0].numel() > _SAMPLE_ABOVE and min(pixels.shape[-2:]) >= _SAMPLE_SIZE:
         crops = fixed_crops(picture.pixels, _SAMPLE_SIZE, _SAMPLE_SIDE**2)

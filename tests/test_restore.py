@@ -175,11 +175,22 @@ def test_the_smallest_and_the_longest_images(shape: tuple[int, ...]) -> None:
         (np.zeros((9, 9), np.uint8), {"noise": float("nan")}, "must lie between 0 and 1"),
         (np.zeros((9, 9), np.uint8), {"noise": "much"}, "must be a number or 'auto', got 'much'"),
         (np.zeros((9, 9), np.uint8), {"output": "a.png"}, "output is for files"),
+        *((np.zeros((9, 9), np.uint8), {"noise": level}, "must be a number or 'auto'") for level in (True, None, [])),
+        *((np.zeros((9, 9), np.uint8), {"quality": each}, "from 1 to 100") for each in (500, 0, -1, True, "9", 2.5)),
+        (np.full((9, 9), "a"), {}, "whole numbers or floating point, got <U1"),
+        (np.zeros((9, 9), complex), {}, "whole numbers or floating point, got complex"),
+        (torch.zeros(0, 3, 9, 9), {}, r"got \[0, 3, 9, 9\]"),
     ],
 )
 def test_bad_input_is_named(source: Any, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         restore(source, model=TotalVariation(), **arguments)
+
+
+@pytest.mark.parametrize("model", [3, None, ["auto"]])
+def test_a_model_of_another_type_is_named(model: Any) -> None:
+    with pytest.raises(ValueError, match="model must be 'auto', the path of a GraphDenoiser or an operator, got"):
+        restore(noisy(), noise=LEVEL, model=model)
 
 
 def save(path: Path, array: np.ndarray | None = None, **options: Any) -> Path:

@@ -42,7 +42,7 @@ _METADATA = {
     "BMP": ("dpi",),
 }
 _OPTIONS = {"JPEG": ("qtables", "progressive", "subsampling"), "WEBP": ("lossless",)}  # of a source of the same kind
-_OPAQUE = ("JPEG", "BMP", "PPM")
+_OPAQUE = ("JPEG", "PPM")
 _QUALITY = {"JPEG": 95, "WEBP": 95, "AVIF": 90}  # where the source does not say
 _TIFF_COMPRESSION = {1: None, 5: "lzw", 50000: "zstd"}  # others become deflate: lossless, and every reader knows it
 _LONGEST_NAME = 255  # bytes, on every file system in use
@@ -51,6 +51,12 @@ _LONGEST_NAME = 255  # bytes, on every file system in use
 def kind_of(path: Path | PurePosixPath) -> str | None:
     """Format that a file of this name is written in; None where it is not one that can be written."""
     return next((kind for kind, suffixes in _SUFFIXES.items() if path.suffix.lower() in suffixes), None)
+
+
+def check_quality(quality: int | None) -> None:
+    """Refuses a quality that is not a whole number from 1 to 100, or None."""
+    if quality is not None and (isinstance(quality, bool) or not isinstance(quality, int) or not 1 <= quality <= 100):
+        raise ValueError(f"quality must be a whole number from 1 to 100, got {quality!r}")
 
 
 def write_picture(picture: Picture, path: Path, quality: int | None = None) -> None:
@@ -68,6 +74,7 @@ def write_picture(picture: Picture, path: Path, quality: int | None = None) -> N
         ValueError: If the format cannot hold the picture.
         OSError: If the file cannot be written; a full disk with the space that is needed and left.
     """
+    check_quality(quality)
     try:
         content = _encode(picture, quality)
     except Exception as error:
@@ -104,6 +111,8 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
             free = shutil.disk_usage(path.parent).free
             message = f"the disk is full: {path} needs {len(content) / 1e6:.1f} MB, and {free / 1e6:.1f} MB are left"
             raise OSError(error.errno, message) from error
+        if isinstance(error, OSError) and error.strerror:  # by its name rather than by the part's
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 
@@ -176,6 +185,8 @@ def _encode(picture: Picture, quality: int | None) -> bytes:
     if kind == "JPEG2000" and (array.dtype == np.uint16 or picture.white != 255):
         bits = int(picture.white).bit_length()
         return bytes(imagecodecs.jpeg2k_encode(array, level=0, codecformat="jp2", bitspersample=bits))
+    if kind == "BMP" and picture.alpha is not None:
+        return _encode_transparent_bmp(picture)
     if kind == "PPM":
         header = f"P{6 if array.ndim == 3 else 5}\n{array.shape[1]} {array.shape[0]}\n{picture.white:.0f}\n"
         return header.encode() + array.astype(array.dtype.newbyteorder(">")).tobytes()
@@ -224,6 +235,20 @@ def _save(array: np.ndarray, kind: str, **options: Any) -> bytes:
     buffer = BytesIO()
     Image.fromarray(array).save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def _encode_transparent_bmp(picture: Picture) -> bytes:
+    """Four bytes a pixel under a header of version 4, which says that one of them is opacity; Pillow's does not."""
+    array = picture.array()
+    color, alpha = array[..., :-1], array[..., -1:]
+    height, width = array.shape[:2]
+    blue_first = np.broadcast_to(color[..., ::-1], (height, width, 3))
+    pixels = np.concatenate([blue_first, alpha], axis=-1)[::-1].tobytes()  # the lowest row first
+    density = [round(value / 0.0254) for value in picture.dpi or (0, 0)]
+    header = struct.pack("<IiiHHIIiiII", 108, width, height, 1, 32, 3, len(pixels), *density, 0, 0)
+    header += struct.pack("<IIII4s48x", 0xFF0000, 0xFF00, 0xFF, 0xFF000000, b"BGRs")
+    start = 14 + len(header)
+    return struct.pack("<2sIII", b"BM", start + len(pixels), 0, start) + header + pixels
 
 
 def _encode_png(picture: Picture, array: np.ndarray) -> bytes:

@@ -594,3 +594,27 @@ def test_other_than_lossless_webp_and_jpeg_get_their_quality(tmp_path: Path) -> 
     for kind in ("WEBP", "AVIF"):
         write_picture(replace(read_picture(tmp_path / "a.jpg"), kind=kind), tmp_path / f"b.{kind.lower()}")
     assert (tmp_path / "b.webp").stat().st_size > (sizes[80] + sizes[95]) / 2
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_bmp_keeps_its_opacity(tmp_path: Path, channels: int) -> None:
+    array = numbers((5, 7, channels), np.uint8)
+    write_picture(replace(to_picture(array), kind="BMP", dpi=(300, 240)), tmp_path / "a.bmp")
+    picture, copy = round_trip(tmp_path / "a.bmp")
+    for path in (tmp_path / "a.bmp", copy):
+        with Image.open(path) as image:
+            assert (image.mode, image.info["dpi"]) == ("RGBA", pytest.approx((300, 240), abs=0.1))
+            assert np.array_equal(np.asarray(image)[..., 3], array[..., -1])
+            assert np.array_equal(np.asarray(image)[..., :3], np.broadcast_to(array[..., :-1], (5, 7, 3)))
+    assert np.array_equal(picture.alpha, array[..., -1])
+
+
+def test_what_cannot_be_written_is_named_by_its_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*arguments: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", ".hidden.part")
+
+    monkeypatch.setattr(encoding.os, "replace", refused)
+    with pytest.raises(PermissionError, match=r"Permission denied: .*a\.bin") as caught:
+        write_whole(tmp_path / "a.bin", b"1")
+    assert caught.value.filename == str(tmp_path / "a.bin")
+    assert not list(tmp_path.iterdir())
