@@ -116,10 +116,9 @@ def restore(
         source.load()
         restored = _restore(to_picture(source), noise, operator, progress)
         result = Image.fromarray(_without_channel(restored.array()))
-        upright = {name: getattr(restored, name) for name in ("exif", "xmp")}
-        result.info = {
-            name: upright.get(str(name), value) for name, value in source.info.items() if name != "transparency"
-        }
+        changed = {name: getattr(restored, name) for name in ("exif", "xmp", "icc_profile")}
+        info = {name: changed.get(str(name), value) for name, value in source.info.items() if name != "transparency"}
+        result.info = {name: value for name, value in info.items() if value or name not in changed}
         return result.convert("1") if source.mode == "1" else result
     if isinstance(source, Tensor):
         return _restore_tensor(source, noise, operator, progress)

@@ -112,6 +112,14 @@ def test_pil_images_come_back_as_they_are(mode: str) -> None:
         assert roughness(restored.convert("F")) < roughness(image.convert("F"))
 
 
+def test_a_profile_of_other_colors_does_not_come_back() -> None:
+    image = Image.fromarray(noisy()).convert("CMYK")
+    image.info |= {"icc_profile": b"\0" * 16 + b"CMYK" + b"\0" * 108, "kept": 0}
+    with pytest.warns(UserWarning, match="converted from CMYK to RGB"):
+        restored = restore(image, noise=LEVEL, model=TotalVariation())
+    assert (restored.mode, restored.info) == ("RGB", {"kept": 0})
+
+
 def test_a_told_level_of_zero_is_the_identity() -> None:
     assert np.array_equal(restore(noisy(), noise=0, model=TotalVariation()), noisy())
 

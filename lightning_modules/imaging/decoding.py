@@ -240,17 +240,26 @@ def _from_pillow(image: Image.Image) -> Found:
         array = np.asarray(_from_cmyk(image))
         notes.append("converted from CMYK to RGB")
     elif array is None:
+        if image.mode in ("LAB", "HSV"):
+            notes.append(f"converted from {image.mode} to RGB")
         array = np.asarray(image if image.mode[0] in "IF" else image.convert(_plain_mode(image)))
     array = array[..., None] if array.ndim == 2 else array
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     # Asked for once more: Pillow turns TIFF files as it decodes them.
     array = _upright(array, image.getexif().get(ORIENTATION, 1))
     fields = _metadata(image, content, turned, array.shape[1::-1])
+    fields["icc_profile"] = _fitting_profile(fields["icc_profile"], array)
     if image.mode == "CMYK":
-        fields |= {"icc_profile": b"", "encoding": {}}
+        fields["encoding"] = {}
     if white is not None:
         fields |= {"white": white, "encoding": {"white": white}}
     return array, fields | {"notes": tuple(notes)}
+
+
+def _fitting_profile(profile: bytes, array: np.ndarray) -> bytes:
+    """A color profile, unless it is one of other colors than the numbers are: of CMYK that has become RGB."""
+    space = profile[16:20]
+    return profile if space == b"RGB " or (space == b"GRAY" and color_channels(array) == 1) else b""
 
 
 def _plain_mode(image: Image.Image) -> str:
@@ -341,6 +350,10 @@ def _metadata(image: Image.Image, content: bytes, turned: bool, size: tuple[int,
         encoding = {"qtables": image.quantization, "progressive": bool(info.get("progressive"))}
         if (sampling := JpegImagePlugin.get_sampling(image)) >= 0:
             encoding["subsampling"] = sampling
+        if comment := info.get("comment"):
+            encoding["comment"] = comment
+        if iptc := [data for name, data in image.applist if name == "APP13"]:
+            encoding["extra"] = b"".join(struct.pack(">HH", 0xFFED, len(data) + 2) + data for data in iptc)
     elif image.format == "PNG":
         encoding = {"chunks": _kept_chunks(content)}
     elif image.format == "TIFF":
@@ -386,11 +399,21 @@ def _kept_chunks(content: bytes) -> tuple[tuple[bytes, bytes], ...]:
     return tuple((kind, data) for kind, data in png_chunks(content) if kind in _PNG_CHUNKS and _XMP_KEYWORD not in data)
 
 
+def tiff_text(value: Any) -> bytes:
+    """The bytes of a text in a TIFF file or EXIF data, which Pillow reads as Latin-1 whatever they are."""
+    if isinstance(value, bytes):
+        return value
+    try:
+        return str(value).encode("latin-1")
+    except UnicodeEncodeError:
+        return str(value).encode()
+
+
 def _tiff_exif(exif: Image.Exif) -> bytes:
     """EXIF data of a TIFF file, which holds them among the tags that describe its numbers."""
     kept = Image.Exif()
     for tag in (tag for tag in (*TEXT_TAGS, ORIENTATION) if tag in exif):
-        kept[tag] = exif[tag]
+        kept[tag] = exif[tag] if tag == ORIENTATION else tiff_text(exif[tag])
     for tag in (EXIF_IFD, GPS_IFD):
         kept.get_ifd(tag).update(exif.get_ifd(tag))
     return kept.tobytes() if len(kept) or kept.get_ifd(EXIF_IFD) or kept.get_ifd(GPS_IFD) else b""
@@ -450,10 +473,20 @@ def _from_tiff(file: Any) -> Found:
         raise ValueError(f"an image has 1, 3 or 4 channels, not {array.shape[-1]}")
     if photometric == 0 and array.dtype.kind == "u":  # white is 0
         array = 2**bits - 1 - array
+    elif photometric == 0:
+        white, _ = find_white(array)
+        array = (white - array.astype(np.float64)).astype(array.dtype)
+    notes = (f"the first of its {count} pages",) * (count > 1)
+    if array.shape[-1] in (2, 4) and tifffile.EXTRASAMPLE.ASSOCALPHA in page.extrasamples:
+        array, notes = _unassociated(array), (*notes, "its colors are no longer multiplied by its opacity")
     exif = Image.Exif()
     if tiff.is_bigtiff:  # which Pillow's EXIF does not read
         for tag in (tag for tag in (*TEXT_TAGS, ORIENTATION, 700, 34675) if tag in page.tags):
-            exif[tag] = page.tags[tag].value
+            entry = page.tags[tag]
+            exif[tag] = entry.value
+            if isinstance(entry.value, str):  # as it is, whatever its characters are
+                file.seek(entry.valueoffset)
+                exif[tag] = file.read(entry.count).rstrip(b"\0")
     else:
         file.seek(0)
         exif.load_from_fp(file)
@@ -463,8 +496,18 @@ def _from_tiff(file: Any) -> Found:
     dpi = tuple(float(exif.get(tag, 0)) * unit for tag in (282, 283))
     return array, {
         "kind": "TIFF",
-        "icc_profile": bytes(exif.get(34675, b"")),
+        "icc_profile": _fitting_profile(bytes(exif.get(34675, b"")), array),
         "encoding": {"compression": int(page.compression)},
-        "notes": (f"the first of its {count} pages",) * (count > 1),
+        "notes": notes,
         **_upright_metadata(_tiff_exif(exif), exif.get(700), dpi, orientation >= 5, array.shape[1::-1]),
     }
+
+
+def _unassociated(array: np.ndarray) -> np.ndarray:
+    """Numbers of which the colors were multiplied by the opacity, without that."""
+    most = opaque(array.dtype)
+    share = array[..., -1:].astype(np.float64) / most
+    colors = np.divide(array[..., :-1], share, out=array[..., :-1].astype(np.float64), where=share > 0)
+    if array.dtype.kind in "iu":
+        colors = np.rint(colors).clip(0, most)
+    return np.concatenate([colors.astype(array.dtype), array[..., -1:]], axis=-1)

@@ -18,7 +18,7 @@ import tifffile
 from PIL import Image, PngImagePlugin, TiffImagePlugin
 from torch import Tensor
 
-from lightning_modules.imaging.decoding import EXIF_IFD, GPS_IFD, TEXT_TAGS, png_chunks
+from lightning_modules.imaging.decoding import EXIF_IFD, GPS_IFD, TEXT_TAGS, png_chunks, tiff_text
 from lightning_modules.imaging.picture import Picture, opaque
 
 # Formats that are written as they were read, with their suffixes, and what each takes beside the pixels. The others,
@@ -41,7 +41,10 @@ _METADATA = {
     "AVIF": ("exif", "xmp", "icc_profile"),
     "BMP": ("dpi",),
 }
-_OPTIONS = {"JPEG": ("qtables", "progressive", "subsampling"), "WEBP": ("lossless",)}  # of a source of the same kind
+_OPTIONS = {
+    "JPEG": ("qtables", "progressive", "subsampling", "comment", "extra"),
+    "WEBP": ("lossless",),
+}  # of a source of the same kind
 _OPAQUE = ("JPEG", "PPM")
 _QUALITY = {"JPEG": 95, "WEBP": 95, "AVIF": 90}  # where the source does not say
 _TIFF_COMPRESSION = {1: None, 5: "lzw", 50000: "zstd"}  # others become deflate: lossless, and every reader knows it
@@ -194,6 +197,8 @@ def _encode(picture: Picture, quality: int | None) -> bytes:
     if kind in _QUALITY and (quality is not None or not (encoding.get("qtables") or encoding.get("lossless"))):
         encoding.pop("qtables", None)
         encoding |= {"quality": quality or _QUALITY[kind], "lossless": False}
+    if kind == "AVIF" and picture.alpha is not None:
+        encoding["advanced"] = {"a:lossless": "1"}  # opacity comes back number for number, as from the others
     return _save(array, kind, **_metadata_of(picture, kind), **encoding)
 
 
@@ -272,7 +277,7 @@ def _encode_tiff(picture: Picture, array: np.ndarray) -> bytes:
     exif = Image.Exif()
     exif.load(picture.exif)
     tags: list[tuple[int, int, int, Any, bool]] = [
-        (tag, 2, 0, str(exif[tag]), True) for tag in TEXT_TAGS if tag in exif
+        (tag, 2, 0, tiff_text(exif[tag]), True) for tag in TEXT_TAGS if tag in exif
     ]
     if picture.xmp:
         tags.append((700, 1, len(picture.xmp), picture.xmp, True))

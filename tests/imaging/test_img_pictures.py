@@ -470,6 +470,16 @@ def test_a_format_without_transparency_refuses_it(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("quality", [None, 30])
+@pytest.mark.parametrize("name", ["a.avif", "a.webp", "a.jp2", "a.tga"])
+def test_opacity_is_kept_by_all_formats(tmp_path: Path, name: str, quality: int | None) -> None:
+    array = numbers((20, 30, 4), np.uint8)
+    Image.fromarray(array).save(tmp_path / name, **({"quality": 100} if name == "a.avif" else {}))
+    picture = read_picture(tmp_path / name)
+    write_picture(picture, tmp_path / f"b-{name}", quality)
+    assert np.array_equal(read_picture(tmp_path / f"b-{name}").alpha, picture.alpha)
+
+
 def test_depth_follows_the_format(tmp_path: Path) -> None:
     deep = to_picture(numbers((5, 7, 4), np.uint16))
     write_picture(replace(deep, kind="WEBP"), tmp_path / "a.webp")
@@ -618,3 +628,95 @@ def test_what_cannot_be_written_is_named_by_its_target(tmp_path: Path, monkeypat
         write_whole(tmp_path / "a.bin", b"1")
     assert caught.value.filename == str(tmp_path / "a.bin")
     assert not list(tmp_path.iterdir())
+
+
+def profile_of(space: bytes) -> bytes:
+    return PROFILE[:16] + space + PROFILE[20:]
+
+
+@pytest.mark.parametrize(
+    ("mode", "space", "is_kept"),
+    [
+        ("RGB", b"RGB ", True),
+        ("RGB", b"CMYK", False),
+        ("RGB", b"Lab ", False),
+        ("RGB", b"GRAY", False),
+        ("L", b"GRAY", True),
+        ("L", b"RGB ", True),
+        ("LAB", b"Lab ", False),
+        ("CMYK", b"CMYK", False),
+    ],
+)
+def test_a_profile_of_other_colors_than_the_pixels_is_dropped(
+    tmp_path: Path, mode: str, space: bytes, is_kept: bool
+) -> None:
+    Image.new(mode, (7, 5)).save(tmp_path / "a.tif", icc_profile=profile_of(space))
+    picture, copy = round_trip(tmp_path / "a.tif")
+    expected = profile_of(space) if is_kept else b""
+    assert picture.icc_profile == expected
+    assert Image.open(copy).info.get("icc_profile", b"") == expected
+    assert any("converted from" in note for note in picture.notes) == (mode in ("LAB", "CMYK"))
+
+
+@pytest.mark.parametrize(("dtype", "white"), [(np.float32, 1), (np.float32, 255), (np.uint16, 65535), (np.float64, 1)])
+def test_white_may_be_zero_in_any_type(tmp_path: Path, dtype: type, white: float) -> None:
+    array = numbers((20, 30), np.float64) * white
+    array.flat[:2] = 0, white
+    tifffile.imwrite(tmp_path / "a.tif", (white - array).astype(dtype), photometric="miniswhite")
+    picture, copy = round_trip(tmp_path / "a.tif")
+    assert picture.white == white
+    assert np.abs(picture.pixels[0].numpy() - array / white).max() < 2e-5
+    assert np.abs(tifffile.imread(copy) - array).max() < 2e-5 * white
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_colors_multiplied_by_opacity_come_back_as_colors(tmp_path: Path, dtype: type, channels: int) -> None:
+    most = 1.0 if dtype == np.float32 else np.iinfo(dtype).max
+    colors, share = GENERATOR.random((20, 30, channels)), 0.5 + 0.5 * GENERATOR.random((20, 30, 1))
+    colors.flat[0] = 1
+    share[0, 0] = 1
+    stored = np.concatenate([colors * share, share], axis=-1) * most
+    if dtype == np.uint8 and channels == 1:
+        pytest.skip("Pillow's own reading")
+    tifffile.imwrite(
+        tmp_path / "a.tif",
+        stored.astype(dtype),
+        photometric="rgb" if channels == 3 else "minisblack",
+        planarconfig="contig",
+        extrasamples=["assocalpha"],
+    )
+    picture, copy = round_trip(tmp_path / "a.tif")
+    tolerance = 5 / 255 if dtype == np.uint8 else 1e-4
+    assert np.abs(picture.pixels.permute(1, 2, 0).numpy() - colors).max() < tolerance
+    assert np.abs(picture.alpha / most - share[..., 0]).max() < tolerance
+    again = read_picture(copy)
+    assert np.array_equal(again.array(), picture.array())
+    with tifffile.TiffFile(copy) as file:
+        assert file.pages.first.extrasamples == (tifffile.EXTRASAMPLE.UNASSALPHA,)
+
+
+@pytest.mark.parametrize("bigtiff", [False, True])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("text", ["Jörg Müller".encode(), "Jörg".encode("latin-1"), "日本 © 2024".encode(), b"plain"])
+def test_text_of_tiff_files_is_kept_byte_for_byte(tmp_path: Path, text: bytes, dtype: type, bigtiff: bool) -> None:
+    tags = [(tag, 2, 0, text, True) for tag in (315, 33432)]
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, numbers((5, 7, 3), dtype), photometric="rgb", bigtiff=bigtiff, extratags=tags)
+    _, copy = round_trip(path)
+    assert copy.read_bytes().count(text) >= 2
+
+
+def test_comment_and_iptc_of_jpeg_files_are_kept(tmp_path: Path) -> None:
+    iptc = b"Photoshop 3.0\0" + b"8BIM\x04\x04\0\0\0\0\0\x0d\x1c\x02\x78\0\x08captions\0"
+    marker = b"\xff\xed" + struct.pack(">H", len(iptc) + 2) + iptc
+    image = Image.fromarray(numbers((20, 30, 3), np.uint8))
+    image.save(tmp_path / "a.jpg", comment=b"a comment", extra=marker, icc_profile=PROFILE, exif=exif(6), xmp=XMP)
+    picture, copy = round_trip(tmp_path / "a.jpg")
+    for each in (copy, tmp_path / "b.jpg"):
+        write_picture(picture, each, quality=None if each == copy else 50)
+        with Image.open(each) as again:
+            assert again.info["comment"] == b"a comment"
+            assert ("APP13", iptc) in again.applist
+            assert again.info["icc_profile"] == PROFILE
+            assert again.getexif()[271] == "Maker"
