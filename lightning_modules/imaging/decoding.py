@@ -200,7 +200,7 @@ def find_white(array: np.ndarray, name: Path | str = "the image") -> tuple[float
 def _decode(path: Path) -> Found:
     try:
         if path.suffix.lower() in NOT_READ:
-            raise ValueError(_unread(path.suffix.lower()))
+            raise _OtherKindError(path.suffix.lower())
         with path.open("rb") as file:
             try:
                 image = Image.open(file)
@@ -209,21 +209,25 @@ def _decode(path: Path) -> Found:
                 if not (start := file.read(12)):
                     raise ValueError("it is empty") from None
                 if start[4:8] == b"ftyp" and start[8:] in _HEIF_BRANDS:
-                    raise ValueError(_unread("HEIC")) from None
+                    raise _OtherKindError("HEIC") from None
                 if path.suffix.lower() not in (".tif", ".tiff"):
                     raise
                 return _from_tiff(file)  # color with 16 bits or floating point, which Pillow does not know
             if image.format == "TIFF" and _DNG_VERSION in image.getexif():
-                raise ValueError(_unread("a raw photograph (DNG)"))
+                raise _OtherKindError("a raw photograph (DNG)")
             if image.format == "TIFF" and np.max(image.getexif().get(258, 8)) > 8:
                 return _from_tiff(file)  # of color with 16 bits Pillow gives the upper eight
             return _from_pillow(image)
     except Exception as error:  # a decoder raises what it likes at a damaged file: RuntimeError, KeyError, struct.error
-        raise ValueError(f"{path} cannot be read as an image: {error}. Repair the file or move it elsewhere") from error
+        remedy = "" if isinstance(error, _OtherKindError) else ". Repair the file or move it elsewhere"
+        raise ValueError(f"{path} cannot be read as an image: {error}{remedy}") from error
 
 
-def _unread(kind: str) -> str:
-    return f"{kind} is not read; convert it, for instance to PNG"
+class _OtherKindError(ValueError):
+    """A file of a kind that is not read, and not a damaged one."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(f"{kind} is not read; convert it, for instance to PNG")
 
 
 def _from_pillow(image: Image.Image) -> Found:
@@ -280,6 +284,8 @@ def _deep(image: Image.Image, content: bytes, tiles: list[Any]) -> tuple[np.ndar
         return array, 2.0**bits - 1 if array.dtype.kind == "u" and bits <= 16 else None
     if content and image.format == "PPM" and tiles[0][0] in ("ppm", "ppm_plain") and image.mode != "1":
         return _netpbm(image, content, *tiles[0])
+    if content and image.format == "PPM" and image.mode[0] == "I":
+        return np.asarray(image).astype(np.uint16), 65535
     return None, None
 
 
