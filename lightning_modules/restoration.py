@@ -1,5 +1,6 @@
 """`restore`: any photograph, in memory or in a file, by the denoiser that comes with the package or by any operator."""
 
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -104,7 +105,7 @@ def restore(
             raise FileNotFoundError(f"{source} is not a file: give the path of an image")
         if target.is_dir():
             raise FileExistsError(f"{target} is a folder: give the path of a file as output")
-        if target.resolve() == path.resolve():
+        if os.path.realpath(target) == os.path.realpath(path):
             raise FileExistsError(f"the result would replace the photograph {target}: give another output")
         if target.exists() and not overwrite:
             raise FileExistsError(f"{target} exists: give another output, or overwrite=True")

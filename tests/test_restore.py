@@ -589,7 +589,10 @@ def test_what_is_at_the_target_is_no_result(folder: Path, tmp_path: Path, capsys
 def test_a_link_to_itself_ends_no_folder(folder: Path, tmp_path: Path) -> None:
     (folder / "loop.png").symlink_to("loop.png")
     (folder / "deep/circle").symlink_to("circle")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/a.jpg").symlink_to("a.jpg")
     main(["restore", str(folder), "-o", str(tmp_path / "out")])
+    assert not (tmp_path / "out/a.jpg").is_symlink()
     assert [row["output"] for row in rows(tmp_path / "out")] == RESULTS
 
 

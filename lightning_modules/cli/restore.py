@@ -81,7 +81,7 @@ class Table:
         """What it calls a source."""
         if self.path is None:
             return str(source)
-        return Path(os.path.relpath(source.resolve(), self.path.parent.resolve())).as_posix()
+        return Path(os.path.relpath(_real(source), _real(self.path.parent))).as_posix()
 
     def holds(self, job: Job) -> bool:
         """Whether a job is done, of which the target is there.
@@ -213,7 +213,7 @@ class Outcome:
 
 
 def _restore(job: Job, table: Table, outcome: Outcome, overwrite: bool, restore_one: Callable[..., Row]) -> None:
-    is_there = os.path.lexists(job.target) and (job.target.is_dir() or not overwrite)
+    is_there = job.target.exists() and (job.target.is_dir() or not overwrite)
     try:
         if is_there and table.holds(job):
             outcome.there += 1
@@ -280,7 +280,7 @@ def _jobs(paths: list[str], output: Path | None, outcome: Outcome) -> tuple[list
     inputs = [path for path in inputs if path.exists()]
     is_file = len(paths) == 1 and not any(path.is_dir() for path in inputs)
     if is_file and output is not None and output.suffix and not output.is_dir():
-        if any(output.resolve() == path.resolve() for path in inputs):
+        if any(_real(output) == _real(path) for path in inputs):
             raise ValueError(f"the result would replace the photograph {output}: name another file with -o")
         return [Job(path.name, path, output, is_named=True) for path in inputs], None
     jobs: list[Job] = []
@@ -289,12 +289,12 @@ def _jobs(paths: list[str], output: Path | None, outcome: Outcome) -> tuple[list
         if path.is_dir():
             if output is None:
                 raise ValueError(f"{path} is a folder: name one for the results with -o")
-            if output.resolve() == path.resolve():
+            if _real(output) == _real(path):
                 raise ValueError(f"the results would replace the photographs in {path}: name another folder with -o")
-            is_below = path.resolve().is_relative_to(output.resolve())
+            is_below = _real(path).is_relative_to(_real(output))
             for source in find_images(path):
                 # Left out are the results of the run before.
-                if is_below or not source.resolve().is_relative_to(output.resolve()):
+                if is_below or not _real(source).is_relative_to(_real(output)):
                     name = source.relative_to(path).as_posix()
                     target = output / _untaken(restored_name(name), taken)
                     jobs.append(Job(name if len(inputs) == 1 else str(source), source, target))
@@ -302,13 +302,18 @@ def _jobs(paths: list[str], output: Path | None, outcome: Outcome) -> tuple[list
             jobs.append(Job(str(path), path, path.with_name(restored_name(path.name, ".restored"))))
         else:
             jobs.append(Job(str(path), path, output / _untaken(restored_name(path.name), taken)))
-    sources = {job.source.resolve() for job in jobs}
-    targets = {job.target.resolve() for job in jobs}
+    sources = {_real(job.source) for job in jobs}
+    targets = {_real(job.target) for job in jobs}
     if output is None:  # `*.jpg` names results, the second time
-        return [job for job in jobs if job.source.resolve() not in targets], None
+        return [job for job in jobs if _real(job.source) not in targets], None
     if replaced := sorted(sources & targets):
         raise ValueError(f"the results would replace the photograph {replaced[0]}: name another folder with -o")
     return jobs, output
+
+
+def _real(path: Path) -> Path:
+    """The path without links; `Path.resolve` raises at a link to itself."""
+    return Path(os.path.realpath(path))
 
 
 @contextmanager
