@@ -34,6 +34,7 @@ Parameters = dict[str, Tensor | int]
 _LEVEL_STREAM = 0x5DEE_CE66
 # The same for the probe of the risk estimate.
 _PROBE_STREAM = 0x2545_F491
+_SMALL = 16  # pixels; below, an operator or the estimate of the noise may have no patch to work on
 
 
 class Reconstruction(CheckpointedModule):
@@ -249,7 +250,10 @@ class Reconstruction(CheckpointedModule):
         return self._evaluate(self._checked_batch(batch, batch_idx, "test"), self.test_metrics)
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        """Restore images as they are; those of a batch that says `clean` are made noisy first."""
+        """Restore images as they are; those of a batch that says `clean` are made noisy first.
+
+        Images too small to restore are returned as they are, with no parameters and a warning.
+        """
         batch = self._checked_batch(batch, batch_idx, "predict")
         image = batch["image"]
         if not image.isfinite().all():
@@ -257,9 +261,17 @@ class Reconstruction(CheckpointedModule):
                 f"{', '.join(batch['name'])}: the image has NaN or infinite pixels; replace them or leave the file out"
             )
         clean = bool(batch.get("clean", False)) and self.add_noise
-        noisy, level = self._observe(batch, clean)
-        _, parameters = self._assign(noisy, level, batch["label"])
-        restored = self._restore(noisy, level, parameters)
+        try:
+            noisy, level = self._observe(batch, clean)
+            _, parameters = self._assign(noisy, level, batch["label"])
+            restored = self._restore(noisy, level, parameters)
+        except ValueError as error:
+            names = ", ".join(batch["name"])
+            if clean or min(image.shape[-2:]) >= _SMALL:
+                raise ValueError(f"{names}: {error}") from error
+            warnings.warn(f"{names}: left as it is: {error}", stacklevel=2)
+            noisy, level, parameters = image, image.new_zeros(len(image)), {}
+            restored = noisy
         used = {name: torch.as_tensor(value, device=level.device) for name, value in parameters.items()}
         used = {name: value.expand(len(level)) if value.ndim == 0 else value for name, value in used.items()}
         output = {

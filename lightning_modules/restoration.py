@@ -1,5 +1,6 @@
 """`restore`: any photograph, in memory or in a file, by the denoiser that comes with the package or by any operator."""
 
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from torch import Tensor
 from lightning_modules.imaging import (
     Picture,
     check_noise_std,
+    check_quality,
     find_white,
     fixed_crops,
     kind_of,
@@ -93,15 +95,21 @@ def restore(
         >>> restore(image, noise=5 / 255, model=TotalVariation()).shape
         (20, 30, 3)
     """
+    check_quality(quality)
+    _check_noise(noise)
     operator = cache(partial(load_operator, model))  # read once for all images of a batch
     if isinstance(source, str | Path):
         path = Path(source).expanduser()
         target = path.with_name(restored_name(path.name, _TAG)) if output is None else Path(output).expanduser()
         if not path.is_file():
             raise FileNotFoundError(f"{source} is not a file: give the path of an image")
+        if target.is_dir():
+            raise FileExistsError(f"{target} is a folder: give the path of a file as output")
+        if os.path.realpath(target) == os.path.realpath(path):
+            raise FileExistsError(f"the result would replace the photograph {target}: give another output")
         if target.exists() and not overwrite:
             raise FileExistsError(f"{target} exists: give another output, or overwrite=True")
-        write_picture(_restore(_reading(path, target), noise, operator, progress), target, quality)
+        write_picture(_restore(_reading(path, target, output is not None), noise, operator, progress), target, quality)
         return target
     if output is not None:
         raise ValueError("output is for files; an image in memory is returned")
@@ -109,10 +117,9 @@ def restore(
         source.load()
         restored = _restore(to_picture(source), noise, operator, progress)
         result = Image.fromarray(_without_channel(restored.array()))
-        upright = {name: getattr(restored, name) for name in ("exif", "xmp")}
-        result.info = {
-            name: upright.get(str(name), value) for name, value in source.info.items() if name != "transparency"
-        }
+        changed = {name: getattr(restored, name) for name in ("exif", "xmp", "icc_profile")}
+        info = {name: changed.get(str(name), value) for name, value in source.info.items() if name != "transparency"}
+        result.info = {name: value for name, value in info.items() if value or name not in changed}
         return result.convert("1") if source.mode == "1" else result
     if isinstance(source, Tensor):
         return _restore_tensor(source, noise, operator, progress)
@@ -132,6 +139,7 @@ def restore_file(
     quality: int | None = None,
     progress: Progress | None = None,
     write: bool = True,
+    is_named: bool = False,
 ) -> dict[str, Any]:
     """Restores one file into another, and returns what there is to say of it.
 
@@ -143,9 +151,10 @@ def restore_file(
         quality: As in `restore`.
         progress: As in `restore`.
         write: Restore and write; without, only look at the source.
+        is_named: Whether the suffix of the target is a wish for its format, whatever the source holds.
     """
     start = time.perf_counter()
-    picture = _reading(source, target)
+    picture = _reading(source, target, is_named)
     height, width = picture.pixels.shape[-2:]
     if write:
         picture, noise_std = restore_picture(picture, operator, noise, progress)
@@ -189,6 +198,8 @@ def load_operator(model: Model, channels: int) -> RestorationOperator:
     """
     if isinstance(model, RestorationOperator):
         return model
+    if not isinstance(model, str | Path):
+        raise ValueError(f"model must be 'auto', the path of a GraphDenoiser or an operator, got {model!r}")
     home = import_module("lightning_modules.graph_denoiser")  # when it is needed: it loads the graph, and weights
     if model == "auto":  # without weights for gray, those for color restore the three equal channels
         model = "gray" if channels == 1 and (home.WEIGHTS / "gray").is_dir() else "color"
@@ -196,13 +207,13 @@ def load_operator(model: Model, channels: int) -> RestorationOperator:
     return denoiser
 
 
-def _reading(source: Path, target: Path) -> Picture:
-    """The picture in a file, of the kind that the target's name asks for where that is another."""
+def _reading(source: Path, target: Path, is_named: bool) -> Picture:
+    """The picture in a file, of the kind that the target's name asks for where it is a wish, or another suffix."""
     kind = kind_of(target)
     if kind is None:
         raise ValueError(f"{target}: files of this kind are not written; choose .png, .jpg or .tif")
     picture = read_picture(source)
-    return picture if target.suffix == source.suffix else replace(picture, kind=kind)
+    return picture if not is_named and kind_of(source) == kind else replace(picture, kind=kind)
 
 
 def _restore(picture: Picture, noise: float | str, operator: OperatorFor, progress: Progress | None) -> Picture:
@@ -216,6 +227,8 @@ def _restore_array(
     array: np.ndarray, noise: float | str, operator: OperatorFor, progress: Progress | None, white: float | None = None
 ) -> np.ndarray:
     """Restores [H, W] or [H, W, C]."""
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"an image must hold whole numbers or floating point, got {array.dtype}")
     if array.ndim not in (2, 3) or 0 in array.shape or (array.ndim == 3 and array.shape[2] > 4):
         raise ValueError(f"an image must be [H, W], or [H, W, C] of one to four channels, got {list(array.shape)}")
     picture = to_picture(array if array.ndim == 3 else array[..., None], white)
@@ -224,8 +237,10 @@ def _restore_array(
 
 
 def _restore_tensor(images: Tensor, noise: float | str, operator: OperatorFor, progress: Progress | None) -> Tensor:
-    if images.ndim not in (2, 3, 4):
-        raise ValueError(f"a tensor must be [H, W], [C, H, W] or [B, C, H, W], got {list(images.shape)}")
+    if images.ndim not in (2, 3, 4) or 0 in images.shape:
+        raise ValueError(f"a tensor must be [H, W], [C, H, W] or [B, C, H, W], with pixels, got {list(images.shape)}")
+    if images.is_complex():
+        raise ValueError(f"an image must hold whole numbers or floating point, got {images.dtype}")
     numbers = images.detach().cpu()
     numbers = numbers.float() if numbers.dtype == torch.bfloat16 else numbers  # which NumPy does not know
     arrays = (numbers if numbers.ndim == 2 else numbers.movedim(-3, -1)).numpy()
@@ -242,13 +257,23 @@ def _without_channel(array: np.ndarray) -> np.ndarray:
     return array[..., 0] if array.shape[-1] == 1 else array
 
 
+def _check_noise(noise: Any) -> None:
+    if isinstance(noise, str) and noise == "auto":
+        return
+    try:
+        if isinstance(noise, str | bool | np.bool_):
+            raise TypeError
+        level = float(noise)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"the noise level must be a number or 'auto', got {noise!r}") from None
+    check_noise_std(level)
+
+
 def _level(picture: Picture, noise: float | str) -> Restored:
     """The noise level that was told or is estimated; 0, with a note, where there is nothing to estimate it from."""
+    _check_noise(noise)
     if not isinstance(noise, str):
-        check_noise_std(float(noise))
         return Restored(picture, float(noise))
-    if noise != "auto":
-        raise ValueError(f"the noise level must be a number or 'auto', got {noise!r}")
     pixels = picture.pixels[None]
     if pixels[0, 0].numel() > _SAMPLE_ABOVE and min(pixels.shape[-2:]) >= _SAMPLE_SIZE:
         crops = fixed_crops(picture.pixels, _SAMPLE_SIZE, _SAMPLE_SIDE**2)

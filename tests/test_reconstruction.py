@@ -177,6 +177,16 @@ def test_predict_restores_images_as_they_are_unless_the_batch_says_that_they_are
         module.predict_step(bad, 0)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 30), (30, 1), (2, 2)])
+def test_predict_leaves_images_that_are_too_small_as_they_are(size: tuple[int, int]) -> None:
+    module = make().eval()
+    image = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), pytest.warns(UserWarning, match=r"a\.png: left as it is: .*pixels"):
+        restored = module.predict_step({"image": image, "name": ["a.png"], "label": torch.tensor([-1])}, 0)
+    assert torch.equal(restored["restored"], image)
+    assert (restored["noise_std"].tolist(), restored["parameters"]) == ([0], {})
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -112,6 +112,14 @@ def test_pil_images_come_back_as_they_are(mode: str) -> None:
         assert roughness(restored.convert("F")) < roughness(image.convert("F"))
 
 
+def test_a_profile_of_other_colors_does_not_come_back() -> None:
+    image = Image.fromarray(noisy()).convert("CMYK")
+    image.info |= {"icc_profile": b"\0" * 16 + b"CMYK" + b"\0" * 108, "kept": 0}
+    with pytest.warns(UserWarning, match="converted from CMYK to RGB"):
+        restored = restore(image, noise=LEVEL, model=TotalVariation())
+    assert (restored.mode, restored.info) == ("RGB", {"kept": 0})
+
+
 def test_a_told_level_of_zero_is_the_identity() -> None:
     assert np.array_equal(restore(noisy(), noise=0, model=TotalVariation()), noisy())
 
@@ -175,11 +183,22 @@ def test_the_smallest_and_the_longest_images(shape: tuple[int, ...]) -> None:
         (np.zeros((9, 9), np.uint8), {"noise": float("nan")}, "must lie between 0 and 1"),
         (np.zeros((9, 9), np.uint8), {"noise": "much"}, "must be a number or 'auto', got 'much'"),
         (np.zeros((9, 9), np.uint8), {"output": "a.png"}, "output is for files"),
+        *((np.zeros((9, 9), np.uint8), {"noise": level}, "must be a number or 'auto'") for level in (True, None, [])),
+        *((np.zeros((9, 9), np.uint8), {"quality": each}, "from 1 to 100") for each in (500, 0, -1, True, "9", 2.5)),
+        (np.full((9, 9), "a"), {}, "whole numbers or floating point, got <U1"),
+        (np.zeros((9, 9), complex), {}, "whole numbers or floating point, got complex"),
+        (torch.zeros(0, 3, 9, 9), {}, r"got \[0, 3, 9, 9\]"),
     ],
 )
 def test_bad_input_is_named(source: Any, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         restore(source, model=TotalVariation(), **arguments)
+
+
+@pytest.mark.parametrize("model", [3, None, ["auto"]])
+def test_a_model_of_another_type_is_named(model: Any) -> None:
+    with pytest.raises(ValueError, match="model must be 'auto', the path of a GraphDenoiser or an operator, got"):
+        restore(noisy(), noise=LEVEL, model=model)
 
 
 def save(path: Path, array: np.ndarray | None = None, **options: Any) -> Path:
@@ -294,7 +313,7 @@ def test_a_folder_is_mirrored_and_described(folder: Path, tmp_path: Path) -> Non
     assert files(tmp_path / "out") == sorted([*RESULTS, "restored.csv"])
     table = rows(tmp_path / "out")
     assert [row["output"] for row in table] == RESULTS
-    assert list(table[0]) == ["name", "output", "noise_std", "seconds", "size", "note"]
+    assert list(table[0]) == ["name", "output", "noise_std", "seconds", "size", "note", "source"]
     assert table[0]["name"] == "a.jpg"
     assert table[0]["size"] == "47x61"
     assert float(table[1]["noise_std"]) == pytest.approx(LEVEL, rel=0.25)
@@ -494,3 +513,98 @@ def test_stopping_leaves_whole_files_and_a_table(
     assert "stopped: the same command goes on" in capsys.readouterr().err
     main(["restore", str(folder), "-o", str(tmp_path / "out")])
     assert [row["output"] for row in rows(tmp_path / "out")] == RESULTS
+
+
+def test_results_may_go_above_the_photographs(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["restore", str(folder), "-o", str(tmp_path)])
+    assert [row["output"] for row in rows(tmp_path)] == RESULTS
+    capsys.readouterr()
+    main(["restore", str(folder), "-o", str(tmp_path)])
+    assert "restored 0 of 7, 7 there already" in capsys.readouterr().err
+
+
+def test_results_never_replace_photographs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    save(folder / "in/a.jpg")
+    before = {name: (folder / name).read_bytes() for name in files(folder)}
+    for words in (
+        ["a.jpg", "-o", "."],
+        ["a.jpg", "-o", "a.jpg"],
+        ["a.jpg", "-o", "../in/a.jpg", "--overwrite"],
+        ["a.jpg", "e.png", "-o", ".", "--overwrite"],
+        ["in", "a.jpg", "-o", "."],
+    ):
+        assert failing(*words) == 1
+        printed = capsys.readouterr().err
+        assert "would replace the photograph" in printed
+        assert "--overwrite" not in printed
+    with pytest.raises(FileExistsError, match="would replace the photograph"):
+        restore("a.jpg", output="a.jpg", model=TotalVariation(), overwrite=True)
+    assert {name: (folder / name).read_bytes() for name in files(folder)} == before
+
+
+@pytest.mark.parametrize("folders", [False, True])
+def test_another_photograph_of_the_same_name_is_not_done(
+    folders: bool, tmp_path: Path, total_variation: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = (save(tmp_path / day / "p.png") for day in ("day1", "day2"))
+    out = tmp_path / "out"
+    sources = [path.parent if folders else path for path in (first, second)]
+    main(["restore", str(sources[0]), "-o", str(out)])
+    content = (out / "p.png").read_bytes()
+    capsys.readouterr()
+    assert failing(sources[1], "-o", out) == 1
+    assert "p.png is made of" in capsys.readouterr().err
+    assert (out / "p.png").read_bytes() == content
+    main(["restore", str(sources[1]), "-o", str(out), "--overwrite"])
+    assert [row["source"] for row in rows(out)] == ["../day2/p.png"]
+    assert failing(sources[0], "-o", out) == 1
+    os.rename(tmp_path / "day2", tmp_path / "day3")
+    save(tmp_path / "day1" / "mine.png")
+    save(out / "mine.png")
+    os.utime(out / "mine.png", (0, 0))
+    capsys.readouterr()
+    assert failing(tmp_path / "day1" / "mine.png", "-o", out) == 1
+    assert "mine.png exists and is not in" in capsys.readouterr().err
+
+
+def test_what_is_at_the_target_is_no_result(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out/a.jpg").mkdir(parents=True)
+    (folder / "a.restored.png").mkdir()
+    save(tmp_path / "there.png")
+    for words in (
+        [folder, "-o", tmp_path / "out"],
+        [folder / "a.png"],
+        [folder, "-o", tmp_path / "out", "--overwrite"],
+    ):
+        assert failing(*words) == 1
+        assert "is a folder: " in capsys.readouterr().err
+    assert [row["output"] for row in rows(tmp_path / "out")] == RESULTS[1:]
+    assert failing(folder / "a.png", "-o", tmp_path / "there.png") == 1
+    assert "there.png exists: name another file with -o" in capsys.readouterr().err
+
+
+def test_a_link_to_itself_ends_no_folder(folder: Path, tmp_path: Path) -> None:
+    (folder / "loop.png").symlink_to("loop.png")
+    (folder / "deep/circle").symlink_to("circle")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/a.jpg").symlink_to("a.jpg")
+    main(["restore", str(folder), "-o", str(tmp_path / "out")])
+    assert not (tmp_path / "out/a.jpg").is_symlink()
+    assert [row["output"] for row in rows(tmp_path / "out")] == RESULTS
+
+
+def test_a_suffix_that_is_asked_for_is_the_format(folder: Path, tmp_path: Path) -> None:
+    (folder / "a.jpg").rename(folder / "b.png")  # still a JPEG file
+    main(["restore", str(folder / "b.png"), "-o", str(tmp_path / "c.png")])
+    assert Image.open(tmp_path / "c.png").format == "PNG"
+    assert Image.open(restore(folder / "b.png", output=tmp_path / "d.PNG", model=TotalVariation())).format == "PNG"
+    assert Image.open(restore(folder / "b.png", model=TotalVariation())).format == "JPEG"
+    save(folder / "e.JPG", quality=30)
+    with (
+        Image.open(folder / "e.JPG") as source,
+        Image.open(restore(folder / "e.JPG", output=tmp_path / "e.jpg", model=TotalVariation())) as image,
+    ):
+        assert image.quantization == source.quantization

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from io import StringIO
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from lightning_modules.imaging import check_noise_std, find_images, restored_nam
 from lightning_modules.restoration import load_operator, restore_file
 
 TABLE_NAME = "restored.csv"
-_COLUMNS = ("name", "output", "noise_std", "seconds", "size", "note")
+_COLUMNS = ("name", "output", "noise_std", "seconds", "size", "note", "source")
 _CHARACTERS: dict[str, Any] = {
     "encoding": "utf-8",
     "errors": "surrogateescape",
@@ -36,15 +37,19 @@ class Job(NamedTuple):
         name: What the table calls it.
         source: Where it is.
         target: Where the restored one goes.
+        is_named: Whether the user has named the target, whose suffix is then the format.
     """
 
     name: str
     source: Path
     target: Path
+    is_named: bool = False
 
 
 class Table:
     """`restored.csv`: a line for each file that is done, appended at once, and put in order at the end.
+
+    Its sources are paths from where it is, so that it can move together with the photographs.
 
     Args:
         folder: Where it is; None for no table.
@@ -55,22 +60,62 @@ class Table:
 
     def __init__(self, folder: Path | None) -> None:
         self.path = None if folder is None else folder / TABLE_NAME
-        self.rows: dict[str, Row] = {}
+        self.rows: dict[str, Row] = {}  # by their outputs
+        self._is_cut, self._time = False, 0.0
         if self.path is None or not self.path.is_file():
             return
+        self._time = self.path.stat().st_mtime
         with self.path.open(newline="", **_CHARACTERS) as file:
             reader = csv.DictReader(file)
             if tuple(reader.fieldnames or ()) != _COLUMNS:
                 raise ValueError(f"{self.path} is not a table of this command: name another folder with -o")
             for row in reader:
                 # The last line of a run that was killed may be half there; what it names is looked at again.
-                if row["note"] is not None and (self.path.parent / row["output"]).is_file():
-                    self.rows[row["name"]] = {column: row[column] for column in _COLUMNS}
+                is_whole = row["source"] is not None
+                self._is_cut |= not is_whole
+                if is_whole and (self.path.parent / row["output"]).is_file():
+                    self.rows[row["output"]] = {column: row[column] for column in _COLUMNS}
         self.write()
+
+    def source(self, source: Path) -> str:
+        """What it calls a source."""
+        if self.path is None:
+            return str(source)
+        return Path(os.path.relpath(_real(source), _real(self.path.parent))).as_posix()
+
+    def holds(self, job: Job) -> bool:
+        """Whether a job is done, of which the target is there.
+
+        Raises:
+            FileExistsError: If the target is something else.
+        """
+        if job.target.is_dir():
+            raise FileExistsError(f"{job.target} is a folder: name another file or folder with -o")
+        if self.path is None:
+            if not job.is_named:
+                return True  # beside its source, and named after it
+            raise FileExistsError(f"{job.target} exists: name another file with -o, or restore with --overwrite")
+        if row := self.rows.get(self.output(job)):
+            if row["source"] == self.source(job.source):
+                return True
+            made_of = os.path.normpath(self.path.parent / row["source"])
+            raise FileExistsError(
+                f"{job.target} is made of {made_of}: name another folder with -o, or restore with --overwrite"
+            )
+        # The last result of a run that was killed; anything else is somebody's own file.
+        if self._time and (self._is_cut or job.target.stat().st_mtime >= self._time):
+            return False
+        raise FileExistsError(
+            f"{job.target} exists and is not in {self.path}: name another folder with -o, or restore with --overwrite"
+        )
+
+    def output(self, job: Job) -> str:
+        """What it calls a target."""
+        return str(job.target) if self.path is None else job.target.relative_to(self.path.parent).as_posix()
 
     def append(self, row: Row) -> None:
         """Adds a line, in the file too."""
-        self.rows[row["name"]] = row
+        self.rows[row["output"]] = row
         if self.path is not None and self.path.exists():
             with self.path.open("a", newline="", **_CHARACTERS) as file:
                 csv.DictWriter(file, _COLUMNS).writerow(row)
@@ -84,7 +129,7 @@ class Table:
         buffer = StringIO(newline="")
         writer = csv.DictWriter(buffer, _COLUMNS)
         writer.writeheader()
-        writer.writerows(self.rows[name] for name in sorted(self.rows))
+        writer.writerows(sorted(self.rows.values(), key=itemgetter("name", "output")))
         write_whole(self.path, buffer.getvalue().encode(**_CHARACTERS))
 
 
@@ -132,7 +177,7 @@ def run(words: list[str]) -> int:
     except OSError as error:
         outcome.fail(str(table.path), error)
     if len(jobs) == 1 and outcome.done:
-        row = table.rows[jobs[0].name]
+        row = table.rows[table.output(jobs[0])]
         level = f"noise {255 * float(row['noise_std']):.1f}/255"
         console.print(", ".join(filter(None, (f"{jobs[0].target}: {level}", f"{row['seconds']} s", row["note"]))))
     outcome.report(console, len(jobs))
@@ -168,17 +213,15 @@ class Outcome:
 
 
 def _restore(job: Job, table: Table, outcome: Outcome, overwrite: bool, restore_one: Callable[..., Row]) -> None:
-    is_there = job.target.exists() and not overwrite
-    if is_there and (table.path is None or job.name in table.rows):
-        outcome.there += 1
-        return
+    is_there = job.target.exists() and (job.target.is_dir() or not overwrite)
     try:
-        # What is there and not in the table is the last result of a run that was killed, or somebody's own file.
-        row = restore_one(job.source, job.target, write=not is_there)
+        if is_there and table.holds(job):
+            outcome.there += 1
+            return
+        row = restore_one(job.source, job.target, write=not is_there, is_named=job.is_named)
         if is_there:
             row["note"] = "; ".join(filter(None, (row["note"], "was there before")))
-        where = job.target if table.path is None else job.target.relative_to(table.path.parent)
-        table.append({"name": job.name, "output": where.as_posix(), **row})
+        table.append({"name": job.name, "output": table.output(job), **row, "source": table.source(job.source)})
     except Exception as error:  # one bad file ends no folder, whatever its decoder raises
         outcome.fail(str(job.source), error)
         return
@@ -237,17 +280,21 @@ def _jobs(paths: list[str], output: Path | None, outcome: Outcome) -> tuple[list
     inputs = [path for path in inputs if path.exists()]
     is_file = len(paths) == 1 and not any(path.is_dir() for path in inputs)
     if is_file and output is not None and output.suffix and not output.is_dir():
-        return [Job(path.name, path, output) for path in inputs], None
+        if any(_real(output) == _real(path) for path in inputs):
+            raise ValueError(f"the result would replace the photograph {output}: name another file with -o")
+        return [Job(path.name, path, output, is_named=True) for path in inputs], None
     jobs: list[Job] = []
     taken: set[str] = set()
     for path in inputs:
         if path.is_dir():
             if output is None:
                 raise ValueError(f"{path} is a folder: name one for the results with -o")
-            if output.resolve() == path.resolve():
+            if _real(output) == _real(path):
                 raise ValueError(f"the results would replace the photographs in {path}: name another folder with -o")
+            is_below = _real(path).is_relative_to(_real(output))
             for source in find_images(path):
-                if not source.resolve().is_relative_to(output.resolve()):  # the results of the run before
+                # Left out are the results of the run before.
+                if is_below or not _real(source).is_relative_to(_real(output)):
                     name = source.relative_to(path).as_posix()
                     target = output / _untaken(restored_name(name), taken)
                     jobs.append(Job(name if len(inputs) == 1 else str(source), source, target))
@@ -255,10 +302,18 @@ def _jobs(paths: list[str], output: Path | None, outcome: Outcome) -> tuple[list
             jobs.append(Job(str(path), path, path.with_name(restored_name(path.name, ".restored"))))
         else:
             jobs.append(Job(str(path), path, output / _untaken(restored_name(path.name), taken)))
-    targets = {job.target.resolve() for job in jobs}
-    return [
-        job for job in jobs if job.source.resolve() not in targets
-    ], output  # `*.jpg` names results, the second time
+    sources = {_real(job.source) for job in jobs}
+    targets = {_real(job.target) for job in jobs}
+    if output is None:  # `*.jpg` names results, the second time
+        return [job for job in jobs if _real(job.source) not in targets], None
+    if replaced := sorted(sources & targets):
+        raise ValueError(f"the results would replace the photograph {replaced[0]}: name another folder with -o")
+    return jobs, output
+
+
+def _real(path: Path) -> Path:
+    """The path without links; `Path.resolve` raises at a link to itself."""
+    return Path(os.path.realpath(path))
 
 
 @contextmanager

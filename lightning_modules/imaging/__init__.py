@@ -20,6 +20,7 @@ from lightning_modules.imaging.decoding import (
 )
 from lightning_modules.imaging.discovery import find_images
 from lightning_modules.imaging.encoding import (
+    check_quality,
     kind_of,
     output_names,
     png_name,
@@ -37,6 +38,7 @@ __all__ = [
     "as_batch",
     "check_batch",
     "check_noise_std",
+    "check_quality",
     "color_channels",
     "corner",
     "cut_crop",

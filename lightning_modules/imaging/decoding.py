@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageCms, JpegImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
+from lightning_modules.imaging.discovery import NOT_READ
 from lightning_modules.imaging.picture import Picture, color_channels, from_array, opaque
 
 ORIENTATION, EXIF_IFD, GPS_IFD = 0x0112, 0x8769, 0x8825
@@ -28,7 +29,11 @@ _XMP_KEYWORD = b"XML:com.adobe.xmp\0"
 # Values for white that whole numbers in a wider type can have, where no pixel is above an eighth of the type's own.
 _WHITES = (255, 1023, 4095, 8191)
 
-Found = tuple[np.ndarray, dict[str, Any]]  # numbers [H, W, C], upright, and the attributes of `Picture` beside them
+_DNG_VERSION = 50706  # a TIFF tag
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+
+# Numbers [H, W, C], upright, and the attributes of `Picture` beside them; `white` only where the file names it.
+Found = tuple[np.ndarray, dict[str, Any]]
 
 
 def read_picture(path: Path, white: float | None = None) -> Picture:
@@ -68,7 +73,7 @@ def read_image(path: Path) -> Tensor:
     Shape:
         - output: `[3, H, W]`, uint8
     """
-    return _to_bytes(_decode(path)[0], path)
+    return _to_bytes(*_decode(path), path)
 
 
 def decode_image(image: Image.Image) -> Tensor:
@@ -77,7 +82,7 @@ def decode_image(image: Image.Image) -> Tensor:
     Shape:
         - output: `[3, H, W]`, uint8
     """
-    return _to_bytes(_from_pillow(image)[0], "the image")
+    return _to_bytes(*_from_pillow(image), "the image")
 
 
 def to_pixels(image: Any) -> Tensor:
@@ -116,22 +121,28 @@ def to_pixels(image: Any) -> Tensor:
 
 
 def _picture(array: np.ndarray, fields: dict[str, Any], name: Path | str, white: float | None) -> Picture:
-    white, notes = find_white(array, name) if white is None else (white, ())
+    told = fields.pop("white", None)
+    white, notes = _white(array, told, name) if white is None else (white, ())
     picture = from_array(array, white, **fields)
     return replace(picture, notes=(*picture.notes, *notes))
 
 
-def _to_bytes(array: np.ndarray, name: Path | str) -> Tensor:
+def _white(array: np.ndarray, told: float | None, name: Path | str) -> tuple[float, tuple[str, ...]]:
+    return find_white(array, name) if told is None else (told, ())
+
+
+def _to_bytes(array: np.ndarray, fields: dict[str, Any], name: Path | str) -> Tensor:
     """Turns numbers [H, W, C] of any type into eight-bit RGB, laid over white."""
-    white, notes = find_white(array, name)
+    told = fields.get("white")
+    white, notes = _white(array, told, name)
     for note in notes:
         warnings.warn(f"{name}: {note}", stacklevel=3)
     count = color_channels(array)
     pixels = array[..., :count]
-    if array.dtype != np.uint8:
+    if array.dtype != np.uint8 or white != 255:
         pixels = (pixels.astype(np.float64) * (255 / white)).clip(0, 255)
     if array.shape[-1] > count:
-        opacity = array[..., count:].astype(np.float64) / opaque(array.dtype)
+        opacity = array[..., count:].astype(np.float64) / (told or opaque(array.dtype))
         pixels = pixels * opacity + 255 * (1 - opacity)
     if pixels.dtype != np.uint8:
         pixels = np.rint(pixels).astype(np.uint8)
@@ -188,18 +199,35 @@ def find_white(array: np.ndarray, name: Path | str = "the image") -> tuple[float
 
 def _decode(path: Path) -> Found:
     try:
+        if path.suffix.lower() in NOT_READ:
+            raise _OtherKindError(path.suffix.lower())
         with path.open("rb") as file:
             try:
                 image = Image.open(file)
             except UnidentifiedImageError:
+                file.seek(0)
+                if not (start := file.read(12)):
+                    raise ValueError("it is empty") from None
+                if start[4:8] == b"ftyp" and start[8:] in _HEIF_BRANDS:
+                    raise _OtherKindError("HEIC") from None
                 if path.suffix.lower() not in (".tif", ".tiff"):
                     raise
                 return _from_tiff(file)  # color with 16 bits or floating point, which Pillow does not know
+            if image.format == "TIFF" and _DNG_VERSION in image.getexif():
+                raise _OtherKindError("a raw photograph (DNG)")
             if image.format == "TIFF" and np.max(image.getexif().get(258, 8)) > 8:
                 return _from_tiff(file)  # of color with 16 bits Pillow gives the upper eight
             return _from_pillow(image)
     except Exception as error:  # a decoder raises what it likes at a damaged file: RuntimeError, KeyError, struct.error
-        raise ValueError(f"{path} cannot be read as an image: {error}. Repair the file or move it elsewhere") from error
+        remedy = "" if isinstance(error, _OtherKindError) else ". Repair the file or move it elsewhere"
+        raise ValueError(f"{path} cannot be read as an image: {error}{remedy}") from error
+
+
+class _OtherKindError(ValueError):
+    """A file of a kind that is not read, and not a damaged one."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(f"{kind} is not read; convert it, for instance to PNG")
 
 
 def _from_pillow(image: Image.Image) -> Found:
@@ -211,20 +239,31 @@ def _from_pillow(image: Image.Image) -> Found:
         notes.append(f"the first of its {frames} frames")
     if image.format == "AVIF" and _is_deep_avif(content):
         notes.append("of its 10 or 12 bits 8 are read")
-    array = _deep(image, content, tiles)
+    array, white = _deep(image, content, tiles)
     if array is None and image.mode == "CMYK":
         array = np.asarray(_from_cmyk(image))
         notes.append("converted from CMYK to RGB")
     elif array is None:
+        if image.mode in ("LAB", "HSV"):
+            notes.append(f"converted from {image.mode} to RGB")
         array = np.asarray(image if image.mode[0] in "IF" else image.convert(_plain_mode(image)))
     array = array[..., None] if array.ndim == 2 else array
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     # Asked for once more: Pillow turns TIFF files as it decodes them.
     array = _upright(array, image.getexif().get(ORIENTATION, 1))
     fields = _metadata(image, content, turned, array.shape[1::-1])
+    fields["icc_profile"] = _fitting_profile(fields["icc_profile"], array)
     if image.mode == "CMYK":
-        fields |= {"icc_profile": b"", "encoding": {}}
+        fields["encoding"] = {}
+    if white is not None:
+        fields |= {"white": white, "encoding": {"white": white}}
     return array, fields | {"notes": tuple(notes)}
+
+
+def _fitting_profile(profile: bytes, array: np.ndarray) -> bytes:
+    """A color profile, unless it is one of other colors than the numbers are: of CMYK that has become RGB."""
+    space = profile[16:20]
+    return profile if space == b"RGB " or (space == b"GRAY" and color_channels(array) == 1) else b""
 
 
 def _plain_mode(image: Image.Image) -> str:
@@ -234,23 +273,54 @@ def _plain_mode(image: Image.Image) -> str:
     return ("L" if gray else "RGB") + "A" * transparent
 
 
-def _deep(image: Image.Image, content: bytes, tiles: list[Any]) -> np.ndarray | None:
-    """The numbers of a file of more than eight bits, of which Pillow would give the upper eight without a word."""
-    if not content:
-        return None
-    if image.format == "PNG" and str(tiles[0][3]).endswith(";16B"):
-        return imagecodecs.png_decode(content)
-    if image.format == "JPEG2000":
-        return imagecodecs.jpeg2k_decode(content)
-    if image.format == "PPM" and tiles[0][0] == "ppm" and image.mode == "RGB" and tiles[0][3][1] > 255:
-        numbers = np.frombuffer(content, ">u2", offset=tiles[0][2], count=3 * image.width * image.height)
-        return numbers.reshape(image.height, image.width, 3)
-    return None
+def _deep(image: Image.Image, content: bytes, tiles: list[Any]) -> tuple[np.ndarray | None, float | None]:
+    """The numbers that Pillow would round to eight bits, or stretch, without a word; their white where it is told."""
+    if content and image.format == "PNG" and str(tiles[0][3]).endswith(";16B"):
+        return imagecodecs.png_decode(content), None
+    if content and image.format == "JPEG2000":
+        array = imagecodecs.jpeg2k_decode(content)
+        place = content.find(b"\xff\x4f\xff\x51") + 42  # start of the code stream, and its size
+        bits = content[place] + 1  # above 128 they have a sign
+        return array, 2.0**bits - 1 if array.dtype.kind == "u" and bits <= 16 else None
+    if content and image.format == "PPM" and tiles[0][0] in ("ppm", "ppm_plain") and image.mode != "1":
+        return _netpbm(image, content, *tiles[0])
+    if content and image.format == "PPM" and image.mode[0] == "I":
+        return np.asarray(image).astype(np.uint16), 65535
+    return None, None
+
+
+def _netpbm(
+    image: Image.Image, content: bytes, coding: str, _: Any, start: int, arguments: Any
+) -> tuple[np.ndarray, float]:
+    """The numbers of a PGM or PPM file and its header's white, which Pillow stretches to that of their type."""
+    white, channels = int(arguments[-1]), 3 if image.mode == "RGB" else 1
+    dtype = np.dtype(">u1" if white < 256 else ">u2")
+    count = channels * image.width * image.height
+    if coding == "ppm":
+        numbers = np.frombuffer(content, dtype, offset=start, count=count)
+    else:
+        words = re.sub(rb"#[^\r\n]*", b"", content[start:]).split()
+        numbers = np.array(words[:count], np.int64)
+        if len(numbers) < count:
+            raise ValueError("it is cut off")
+        numbers = numbers.clip(0, white).astype(dtype)
+    return numbers.reshape(image.height, image.width, channels), white
 
 
 def _is_deep_avif(content: bytes) -> bool:
     place = content.find(b"av1C")
     return 0 <= place < len(content) - 6 and bool(content[place + 6] & 0x40)
+
+
+def _is_lossless_webp(content: bytes) -> bool:
+    """Whether the first frame is, which other chunks, such as a color profile, may precede."""
+    place = 12
+    while place + 8 <= len(content):
+        kind, length = struct.unpack_from("<4sI", content, place)
+        if kind in (b"VP8 ", b"VP8L"):
+            return bool(kind == b"VP8L")
+        place += 8 + (16 if kind == b"ANMF" else length + length % 2)  # a frame of an animation holds chunks
+    return False
 
 
 def _content(image: Any) -> bytes:
@@ -286,12 +356,16 @@ def _metadata(image: Image.Image, content: bytes, turned: bool, size: tuple[int,
         encoding = {"qtables": image.quantization, "progressive": bool(info.get("progressive"))}
         if (sampling := JpegImagePlugin.get_sampling(image)) >= 0:
             encoding["subsampling"] = sampling
+        if comment := info.get("comment"):
+            encoding["comment"] = comment
+        if iptc := [data for name, data in image.applist if name == "APP13"]:
+            encoding["extra"] = b"".join(struct.pack(">HH", 0xFFED, len(data) + 2) + data for data in iptc)
     elif image.format == "PNG":
         encoding = {"chunks": _kept_chunks(content)}
     elif image.format == "TIFF":
         encoding = {"compression": exif.get(259, 1)}
     elif image.format == "WEBP":
-        encoding = {"lossless": b"VP8L" in content[:64]}
+        encoding = {"lossless": _is_lossless_webp(content)}
     xmp = info.get("xmp") or info.get("XML:com.adobe.xmp") or exif.get(700)
     return {
         "kind": {"MPO": "JPEG", None: "PNG"}.get(image.format, image.format),
@@ -331,11 +405,21 @@ def _kept_chunks(content: bytes) -> tuple[tuple[bytes, bytes], ...]:
     return tuple((kind, data) for kind, data in png_chunks(content) if kind in _PNG_CHUNKS and _XMP_KEYWORD not in data)
 
 
+def tiff_text(value: Any) -> bytes:
+    """The bytes of a text in a TIFF file or EXIF data, which Pillow reads as Latin-1 whatever they are."""
+    if isinstance(value, bytes):
+        return value
+    try:
+        return str(value).encode("latin-1")
+    except UnicodeEncodeError:
+        return str(value).encode()
+
+
 def _tiff_exif(exif: Image.Exif) -> bytes:
     """EXIF data of a TIFF file, which holds them among the tags that describe its numbers."""
     kept = Image.Exif()
     for tag in (tag for tag in (*TEXT_TAGS, ORIENTATION) if tag in exif):
-        kept[tag] = exif[tag]
+        kept[tag] = exif[tag] if tag == ORIENTATION else tiff_text(exif[tag])
     for tag in (EXIF_IFD, GPS_IFD):
         kept.get_ifd(tag).update(exif.get_ifd(tag))
     return kept.tobytes() if len(kept) or kept.get_ifd(EXIF_IFD) or kept.get_ifd(GPS_IFD) else b""
@@ -395,10 +479,20 @@ def _from_tiff(file: Any) -> Found:
         raise ValueError(f"an image has 1, 3 or 4 channels, not {array.shape[-1]}")
     if photometric == 0 and array.dtype.kind == "u":  # white is 0
         array = 2**bits - 1 - array
+    elif photometric == 0:
+        white, _ = find_white(array)
+        array = (white - array.astype(np.float64)).astype(array.dtype)
+    notes = (f"the first of its {count} pages",) * (count > 1)
+    if array.shape[-1] in (2, 4) and tifffile.EXTRASAMPLE.ASSOCALPHA in page.extrasamples:
+        array, notes = _unassociated(array), (*notes, "its colors are no longer multiplied by its opacity")
     exif = Image.Exif()
     if tiff.is_bigtiff:  # which Pillow's EXIF does not read
         for tag in (tag for tag in (*TEXT_TAGS, ORIENTATION, 700, 34675) if tag in page.tags):
-            exif[tag] = page.tags[tag].value
+            entry = page.tags[tag]
+            exif[tag] = entry.value
+            if isinstance(entry.value, str):  # as it is, whatever its characters are
+                file.seek(entry.valueoffset)
+                exif[tag] = file.read(entry.count).rstrip(b"\0")
     else:
         file.seek(0)
         exif.load_from_fp(file)
@@ -408,8 +502,18 @@ def _from_tiff(file: Any) -> Found:
     dpi = tuple(float(exif.get(tag, 0)) * unit for tag in (282, 283))
     return array, {
         "kind": "TIFF",
-        "icc_profile": bytes(exif.get(34675, b"")),
+        "icc_profile": _fitting_profile(bytes(exif.get(34675, b"")), array),
         "encoding": {"compression": int(page.compression)},
-        "notes": (f"the first of its {count} pages",) * (count > 1),
+        "notes": notes,
         **_upright_metadata(_tiff_exif(exif), exif.get(700), dpi, orientation >= 5, array.shape[1::-1]),
     }
+
+
+def _unassociated(array: np.ndarray) -> np.ndarray:
+    """Numbers of which the colors were multiplied by the opacity, without that."""
+    most = opaque(array.dtype)
+    share = array[..., -1:].astype(np.float64) / most
+    colors = np.divide(array[..., :-1], share, out=array[..., :-1].astype(np.float64), where=share > 0)
+    if array.dtype.kind in "iu":
+        colors = np.rint(colors).clip(0, most)
+    return np.concatenate([colors.astype(array.dtype), array[..., -1:]], axis=-1)

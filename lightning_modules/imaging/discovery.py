@@ -13,7 +13,7 @@ _OTHERS = (".png", ".apng", ".webp", ".avif", ".gif", ".tif", ".tiff", ".bmp", "
 SUFFIXES = (*_JPEG, *_OTHERS, *_JPEG_2000, *_NETPBM)
 
 # Images by their names, which are not read: other encodings, drawings and documents of programs, raw photographs.
-_NOT_READ = frozenset(
+NOT_READ = frozenset(
     (
         *(".heic", ".heif", ".hif", ".jxl", ".jxr", ".avifs", ".exr", ".hdr", ".pfm", ".dds", ".pcx"),
         *(".svg", ".svgz", ".eps", ".ico", ".icns", ".psd", ".xcf"),
@@ -35,7 +35,7 @@ def find_images(root: Path) -> list[Path]:
         suffix = path.suffix.lower()
         if suffix in SUFFIXES:
             paths.append(path)
-        elif suffix in _NOT_READ:
+        elif suffix in NOT_READ:
             left_out[suffix] += 1
     counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(left_out.items()))
     if not paths:
@@ -53,15 +53,15 @@ def _files(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
     above = (*above, folder.resolve())
     try:
         entries = list(os.scandir(folder))
-    except PermissionError:
-        warnings.warn(f"{folder} is left out: no permission to read it", stacklevel=3)
+    except OSError as error:
+        reason = "no permission to read it" if isinstance(error, PermissionError) else error.strerror
+        warnings.warn(f"{folder} is left out: {reason}", stacklevel=3)
         return
     for entry in entries:
         path = folder / entry.name
         if entry.name.startswith("."):
             continue
-        if not entry.is_dir():
-            if entry.is_file():  # not a link to nowhere
-                yield path
-        elif path.resolve() not in above:
+        if path.is_file():  # not a link to nowhere, nor to itself
+            yield path
+        elif path.is_dir() and path.resolve() not in above:
             yield from _files(path, above)

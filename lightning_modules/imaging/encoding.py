@@ -18,7 +18,7 @@ import tifffile
 from PIL import Image, PngImagePlugin, TiffImagePlugin
 from torch import Tensor
 
-from lightning_modules.imaging.decoding import EXIF_IFD, GPS_IFD, TEXT_TAGS, png_chunks
+from lightning_modules.imaging.decoding import EXIF_IFD, GPS_IFD, TEXT_TAGS, png_chunks, tiff_text
 from lightning_modules.imaging.picture import Picture, opaque
 
 # Formats that are written as they were read, with their suffixes, and what each takes beside the pixels. The others,
@@ -41,7 +41,11 @@ _METADATA = {
     "AVIF": ("exif", "xmp", "icc_profile"),
     "BMP": ("dpi",),
 }
-_OPAQUE = ("JPEG", "BMP", "PPM")
+_OPTIONS = {
+    "JPEG": ("qtables", "progressive", "subsampling", "comment", "extra"),
+    "WEBP": ("lossless",),
+}  # of a source of the same kind
+_OPAQUE = ("JPEG", "PPM")
 _QUALITY = {"JPEG": 95, "WEBP": 95, "AVIF": 90}  # where the source does not say
 _TIFF_COMPRESSION = {1: None, 5: "lzw", 50000: "zstd"}  # others become deflate: lossless, and every reader knows it
 _LONGEST_NAME = 255  # bytes, on every file system in use
@@ -50,6 +54,12 @@ _LONGEST_NAME = 255  # bytes, on every file system in use
 def kind_of(path: Path | PurePosixPath) -> str | None:
     """Format that a file of this name is written in; None where it is not one that can be written."""
     return next((kind for kind, suffixes in _SUFFIXES.items() if path.suffix.lower() in suffixes), None)
+
+
+def check_quality(quality: int | None) -> None:
+    """Refuses a quality that is not a whole number from 1 to 100, or None."""
+    if quality is not None and (isinstance(quality, bool) or not isinstance(quality, int) or not 1 <= quality <= 100):
+        raise ValueError(f"quality must be a whole number from 1 to 100, got {quality!r}")
 
 
 def write_picture(picture: Picture, path: Path, quality: int | None = None) -> None:
@@ -67,6 +77,7 @@ def write_picture(picture: Picture, path: Path, quality: int | None = None) -> N
         ValueError: If the format cannot hold the picture.
         OSError: If the file cannot be written; a full disk with the space that is needed and left.
     """
+    check_quality(quality)
     try:
         content = _encode(picture, quality)
     except Exception as error:
@@ -103,6 +114,8 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
             free = shutil.disk_usage(path.parent).free
             message = f"the disk is full: {path} needs {len(content) / 1e6:.1f} MB, and {free / 1e6:.1f} MB are left"
             raise OSError(error.errno, message) from error
+        if isinstance(error, OSError) and error.strerror:  # by its name rather than by the part's
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 
@@ -172,15 +185,20 @@ def _encode(picture: Picture, quality: int | None) -> bytes:
     array = array[..., 0] if array.shape[-1] == 1 else array
     if kind == "PNG":
         return _encode_png(picture, array)
-    if kind == "JPEG2000" and array.dtype == np.uint16:
-        return bytes(imagecodecs.jpeg2k_encode(array, level=0, codecformat="jp2"))
+    if kind == "JPEG2000" and (array.dtype == np.uint16 or picture.white != 255):
+        bits = int(picture.white).bit_length()
+        return bytes(imagecodecs.jpeg2k_encode(array, level=0, codecformat="jp2", bitspersample=bits))
+    if kind == "BMP" and picture.alpha is not None:
+        return _encode_transparent_bmp(picture)
     if kind == "PPM":
-        header = f"P{6 if array.ndim == 3 else 5}\n{array.shape[1]} {array.shape[0]}\n{np.iinfo(array.dtype).max}\n"
+        header = f"P{6 if array.ndim == 3 else 5}\n{array.shape[1]} {array.shape[0]}\n{picture.white:.0f}\n"
         return header.encode() + array.astype(array.dtype.newbyteorder(">")).tobytes()
-    encoding = dict(picture.encoding) if picture.kind == kind else {}
-    if kind in _QUALITY and (quality is not None or not ({"qtables", "lossless"} & encoding.keys())):
+    encoding = {name: value for name, value in picture.encoding.items() if name in _OPTIONS.get(kind, ())}
+    if kind in _QUALITY and (quality is not None or not (encoding.get("qtables") or encoding.get("lossless"))):
         encoding.pop("qtables", None)
         encoding |= {"quality": quality or _QUALITY[kind], "lossless": False}
+    if kind == "AVIF" and picture.alpha is not None:
+        encoding["advanced"] = {"a:lossless": "1"}  # opacity comes back number for number, as from the others
     return _save(array, kind, **_metadata_of(picture, kind), **encoding)
 
 
@@ -189,6 +207,7 @@ def _as_held_by(picture: Picture, kind: str) -> Picture:
     if picture.alpha is not None and kind in _OPAQUE:
         raise ValueError("it holds no transparency; choose PNG, for instance")
     deep = kind in ("PNG", "TIFF", "JPEG2000", "PPM")
+    picture = _on_full_scale(picture, kind)
     if picture.dtype == np.uint8 or (kind == "TIFF" and picture.dtype != np.bool_):
         return picture
     if picture.dtype == np.uint16 and deep:
@@ -201,6 +220,18 @@ def _as_held_by(picture: Picture, kind: str) -> Picture:
     return replace(picture, dtype=dtype, white=white, alpha=alpha)
 
 
+def _on_full_scale(picture: Picture, kind: str) -> Picture:
+    """The picture with the white of its type, where its file names another one and files of this kind name none."""
+    told, full = picture.encoding.get("white"), opaque(picture.dtype)
+    names_it = kind == "PPM" or (kind == "JPEG2000" and (picture.white + 1) == 2 ** int(picture.white).bit_length())
+    if names_it or told in (None, full):
+        return picture
+    alpha = picture.alpha
+    if alpha is not None:
+        alpha = np.rint(alpha.astype(np.float64) * (full / picture.white)).astype(picture.dtype)
+    return replace(picture, white=full, alpha=alpha)
+
+
 def _metadata_of(picture: Picture, kind: str) -> dict[str, Any]:
     return {name: value for name in _METADATA.get(kind, ()) if (value := getattr(picture, name))}
 
@@ -209,6 +240,20 @@ def _save(array: np.ndarray, kind: str, **options: Any) -> bytes:
     buffer = BytesIO()
     Image.fromarray(array).save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def _encode_transparent_bmp(picture: Picture) -> bytes:
+    """Four bytes a pixel under a header of version 4, which says that one of them is opacity; Pillow's does not."""
+    array = picture.array()
+    color, alpha = array[..., :-1], array[..., -1:]
+    height, width = array.shape[:2]
+    blue_first = np.broadcast_to(color[..., ::-1], (height, width, 3))
+    pixels = np.concatenate([blue_first, alpha], axis=-1)[::-1].tobytes()  # the lowest row first
+    density = [round(value / 0.0254) for value in picture.dpi or (0, 0)]
+    header = struct.pack("<IiiHHIIiiII", 108, width, height, 1, 32, 3, len(pixels), *density, 0, 0)
+    header += struct.pack("<IIII4s48x", 0xFF0000, 0xFF00, 0xFF, 0xFF000000, b"BGRs")
+    start = 14 + len(header)
+    return struct.pack("<2sIII", b"BM", start + len(pixels), 0, start) + header + pixels
 
 
 def _encode_png(picture: Picture, array: np.ndarray) -> bytes:
@@ -232,7 +277,7 @@ def _encode_tiff(picture: Picture, array: np.ndarray) -> bytes:
     exif = Image.Exif()
     exif.load(picture.exif)
     tags: list[tuple[int, int, int, Any, bool]] = [
-        (tag, 2, 0, str(exif[tag]), True) for tag in TEXT_TAGS if tag in exif
+        (tag, 2, 0, tiff_text(exif[tag]), True) for tag in TEXT_TAGS if tag in exif
     ]
     if picture.xmp:
         tags.append((700, 1, len(picture.xmp), picture.xmp, True))

@@ -470,6 +470,16 @@ def test_a_format_without_transparency_refuses_it(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("quality", [None, 30])
+@pytest.mark.parametrize("name", ["a.avif", "a.webp", "a.jp2", "a.tga"])
+def test_opacity_is_kept_by_all_formats(tmp_path: Path, name: str, quality: int | None) -> None:
+    array = numbers((20, 30, 4), np.uint8)
+    Image.fromarray(array).save(tmp_path / name, **({"quality": 100} if name == "a.avif" else {}))
+    picture = read_picture(tmp_path / name)
+    write_picture(picture, tmp_path / f"b-{name}", quality)
+    assert np.array_equal(read_picture(tmp_path / f"b-{name}").alpha, picture.alpha)
+
+
 def test_depth_follows_the_format(tmp_path: Path) -> None:
     deep = to_picture(numbers((5, 7, 4), np.uint16))
     write_picture(replace(deep, kind="WEBP"), tmp_path / "a.webp")
@@ -511,3 +521,202 @@ def test_pillow_reads_what_is_written_by_others(tmp_path: Path) -> None:
     with Image.open(io.BytesIO((tmp_path / "a.png").read_bytes())) as image:
         image.verify()
         assert (image.format, image.size) == ("PNG", (30, 20))
+
+
+@pytest.mark.parametrize("white", [100, 255, 1000, 4095, 65535])
+@pytest.mark.parametrize("magic", ["P2", "P3", "P5", "P6"])
+def test_the_header_of_netpbm_names_white(tmp_path: Path, magic: str, white: int) -> None:
+    array = numbers((20, 30, 3 if magic in ("P3", "P6") else 1), np.uint8 if white < 256 else np.uint16, most=white)
+    array //= 12  # nothing is nearly as bright as white
+    plain = b"# a comment\n" + " ".join(map(str, array.ravel())).encode()
+    content = plain if magic in ("P2", "P3") else array.astype(array.dtype.newbyteorder(">")).tobytes()
+    path = tmp_path / ("a.ppm" if magic in ("P3", "P6") else "a.pgm")
+    path.write_bytes(f"{magic}\n30 20\n{white}\n".encode() + content)
+    picture, copy = round_trip(path)
+    assert (picture.white, picture.notes) == (white, ())
+    assert np.array_equal(picture.array(), array)
+    assert copy.read_bytes().split(b"\n")[2] == str(white).encode()
+    assert np.array_equal(read_picture(copy).array(), array)
+    assert np.abs(read_image(path).permute(1, 2, 0).numpy() - array * (255 / white)).max() <= 0.51
+    for name in ("b.png", "b.tif"):  # which name no white: as bright as it was
+        write_picture(replace(picture, kind={"b.png": "PNG", "b.tif": "TIFF"}[name]), tmp_path / name)
+        full = np.iinfo(array.dtype).max
+        again = imagecodecs.imread(tmp_path / name).reshape(array.shape)
+        assert np.abs(again - array * (full / white)).max() <= 0.51
+    write_picture(replace(picture, kind="JPEG2000"), tmp_path / "b.jp2")
+    assert torch.allclose(read_picture(tmp_path / "b.jp2").pixels, picture.pixels, atol=0.6 / white)
+
+
+@pytest.mark.parametrize("bits", [4, 8, 10, 12, 16])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_jpeg_2000_has_the_precision_of_its_source(tmp_path: Path, bits: int, channels: int) -> None:
+    array = numbers((20, 30, channels), np.uint8 if bits <= 8 else np.uint16, most=2**bits - 1) // 2
+    content = imagecodecs.jpeg2k_encode(array.squeeze(), level=0, codecformat="jp2", bitspersample=bits)
+    (tmp_path / "a.jp2").write_bytes(content)
+    picture, copy = round_trip(tmp_path / "a.jp2")
+    assert (picture.white, picture.notes) == (2**bits - 1, ())
+    written = copy.read_bytes()
+    assert written[written.find(b"\xff\x4f\xff\x51") + 42] == bits - 1
+    assert np.array_equal(imagecodecs.jpeg2k_decode(written), array.squeeze())
+
+
+@pytest.mark.parametrize("name", ["a.dng", "a.HEIC", "a.svg", "a.ico"])
+def test_files_of_kinds_that_are_not_read_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    Image.fromarray(numbers((20, 30, 3), np.uint8)).save(tmp_path / name, "TIFF")
+    with pytest.raises(
+        ValueError, match=rf"{name} cannot be read .*\.{name[2:].lower()} is not read; convert it, for instance to PNG$"
+    ):
+        read_picture(tmp_path / name)
+
+
+def test_a_raw_photograph_and_heic_under_other_names_and_an_empty_file(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", numbers((20, 30), np.uint8), extratags=[(50706, 1, 4, (1, 4, 0, 0), True)])
+    (tmp_path / "b.jpg").write_bytes(b"\0\0\0\x18ftypheic" + b"\0" * 99)
+    (tmp_path / "c.png").touch()
+    (tmp_path / "d.tif").touch()
+    for name, message in (
+        ("a.tif", "DNG.* is not read"),
+        ("b.jpg", "HEIC is not read; convert it"),
+        ("c.png", "it is empty"),
+        ("d.tif", "it is empty"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_picture(tmp_path / name)
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+def test_lossless_webp_with_a_profile_stays_lossless(tmp_path: Path, frames: int) -> None:
+    images = [Image.fromarray(numbers((20, 30, 3), np.uint8)) for _ in range(frames)]
+    others: dict[str, Any] = {"save_all": True, "append_images": images[1:]} if frames > 1 else {}
+    images[0].save(tmp_path / "a.webp", lossless=True, icc_profile=PROFILE, **others)
+    picture, copy = round_trip(tmp_path / "a.webp")
+    assert picture.icc_profile == PROFILE
+    assert np.array_equal(np.asarray(Image.open(copy).convert("RGB")), np.asarray(images[0]))
+
+
+def test_other_than_lossless_webp_and_jpeg_get_their_quality(tmp_path: Path) -> None:
+    image = Image.effect_noise((64, 64), 40).convert("RGB")
+    sizes = {}
+    for quality in (80, 95):
+        image.save(tmp_path / "a.webp", quality=quality)
+        sizes[quality] = (tmp_path / "a.webp").stat().st_size
+    _, copy = round_trip(tmp_path / "a.webp")
+    assert copy.stat().st_size > (sizes[80] + sizes[95]) / 2
+    image.save(tmp_path / "a.jpg", quality=95, subsampling=0)
+    for kind in ("WEBP", "AVIF"):
+        write_picture(replace(read_picture(tmp_path / "a.jpg"), kind=kind), tmp_path / f"b.{kind.lower()}")
+    assert (tmp_path / "b.webp").stat().st_size > (sizes[80] + sizes[95]) / 2
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_bmp_keeps_its_opacity(tmp_path: Path, channels: int) -> None:
+    array = numbers((5, 7, channels), np.uint8)
+    write_picture(replace(to_picture(array), kind="BMP", dpi=(300, 240)), tmp_path / "a.bmp")
+    picture, copy = round_trip(tmp_path / "a.bmp")
+    for path in (tmp_path / "a.bmp", copy):
+        with Image.open(path) as image:
+            assert (image.mode, image.info["dpi"]) == ("RGBA", pytest.approx((300, 240), abs=0.1))
+            assert np.array_equal(np.asarray(image)[..., 3], array[..., -1])
+            assert np.array_equal(np.asarray(image)[..., :3], np.broadcast_to(array[..., :-1], (5, 7, 3)))
+    assert np.array_equal(picture.alpha, array[..., -1])
+
+
+def test_what_cannot_be_written_is_named_by_its_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*arguments: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", ".hidden.part")
+
+    monkeypatch.setattr(encoding.os, "replace", refused)
+    with pytest.raises(PermissionError, match=r"Permission denied: .*a\.bin") as caught:
+        write_whole(tmp_path / "a.bin", b"1")
+    assert caught.value.filename == str(tmp_path / "a.bin")
+    assert not list(tmp_path.iterdir())
+
+
+def profile_of(space: bytes) -> bytes:
+    return PROFILE[:16] + space + PROFILE[20:]
+
+
+@pytest.mark.parametrize(
+    ("mode", "space", "is_kept"),
+    [
+        ("RGB", b"RGB ", True),
+        ("RGB", b"CMYK", False),
+        ("RGB", b"Lab ", False),
+        ("RGB", b"GRAY", False),
+        ("L", b"GRAY", True),
+        ("L", b"RGB ", True),
+        ("LAB", b"Lab ", False),
+        ("CMYK", b"CMYK", False),
+    ],
+)
+def test_a_profile_of_other_colors_than_the_pixels_is_dropped(
+    tmp_path: Path, mode: str, space: bytes, is_kept: bool
+) -> None:
+    Image.new(mode, (7, 5)).save(tmp_path / "a.tif", icc_profile=profile_of(space))
+    picture, copy = round_trip(tmp_path / "a.tif")
+    expected = profile_of(space) if is_kept else b""
+    assert picture.icc_profile == expected
+    assert Image.open(copy).info.get("icc_profile", b"") == expected
+    assert any("converted from" in note for note in picture.notes) == (mode in ("LAB", "CMYK"))
+
+
+@pytest.mark.parametrize(("dtype", "white"), [(np.float32, 1), (np.float32, 255), (np.uint16, 65535), (np.float64, 1)])
+def test_white_may_be_zero_in_any_type(tmp_path: Path, dtype: type, white: float) -> None:
+    array = numbers((20, 30), np.float64) * white
+    array.flat[:2] = 0, white
+    tifffile.imwrite(tmp_path / "a.tif", (white - array).astype(dtype), photometric="miniswhite")
+    picture, copy = round_trip(tmp_path / "a.tif")
+    assert picture.white == white
+    assert np.abs(picture.pixels[0].numpy() - array / white).max() < 2e-5
+    assert np.abs(tifffile.imread(copy) - array).max() < 2e-5 * white
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_colors_multiplied_by_opacity_come_back_as_colors(tmp_path: Path, dtype: type, channels: int) -> None:
+    most = 1.0 if dtype == np.float32 else np.iinfo(dtype).max
+    colors, share = GENERATOR.random((20, 30, channels)), 0.5 + 0.5 * GENERATOR.random((20, 30, 1))
+    colors.flat[0] = 1
+    share[0, 0] = 1
+    stored = np.concatenate([colors * share, share], axis=-1) * most
+    tifffile.imwrite(
+        tmp_path / "a.tif",
+        stored.astype(dtype),
+        photometric="rgb" if channels == 3 else "minisblack",
+        planarconfig="contig",
+        extrasamples=["assocalpha"],
+    )
+    picture, copy = round_trip(tmp_path / "a.tif")
+    tolerance = 5 / 255 if dtype == np.uint8 else 1e-4
+    assert np.abs(picture.pixels.permute(1, 2, 0).numpy() - colors).max() < tolerance
+    assert np.abs(picture.alpha / most - share[..., 0]).max() < tolerance
+    again = read_picture(copy)
+    assert np.array_equal(again.array(), picture.array())
+    with tifffile.TiffFile(copy) as file:
+        assert file.pages.first.extrasamples == (tifffile.EXTRASAMPLE.UNASSALPHA,)
+
+
+@pytest.mark.parametrize("bigtiff", [False, True])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("text", ["Jörg Müller".encode(), "Jörg".encode("latin-1"), "日本 © 2024".encode(), b"plain"])
+def test_text_of_tiff_files_is_kept_byte_for_byte(tmp_path: Path, text: bytes, dtype: type, bigtiff: bool) -> None:
+    tags = [(tag, 2, 0, text, True) for tag in (315, 33432)]
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, numbers((5, 7, 3), dtype), photometric="rgb", bigtiff=bigtiff, extratags=tags)
+    _, copy = round_trip(path)
+    assert copy.read_bytes().count(text) >= 2
+
+
+def test_comment_and_iptc_of_jpeg_files_are_kept(tmp_path: Path) -> None:
+    iptc = b"Photoshop 3.0\0" + b"8BIM\x04\x04\0\0\0\0\0\x0d\x1c\x02\x78\0\x08captions\0"
+    marker = b"\xff\xed" + struct.pack(">H", len(iptc) + 2) + iptc
+    image = Image.fromarray(numbers((20, 30, 3), np.uint8))
+    image.save(tmp_path / "a.jpg", comment=b"a comment", extra=marker, icc_profile=PROFILE, exif=exif(6), xmp=XMP)
+    picture, copy = round_trip(tmp_path / "a.jpg")
+    for each in (copy, tmp_path / "b.jpg"):
+        write_picture(picture, each, quality=None if each == copy else 50)
+        with Image.open(each) as again:
+            assert again.info["comment"] == b"a comment"
+            assert ("APP13", iptc) in again.applist
+            assert again.info["icc_profile"] == PROFILE
+            assert again.getexif()[271] == "Maker"
