@@ -20,6 +20,7 @@ from datamodules import PhotoCropsDataModule
 from datamodules.image_data_module import ImageDataModule, Split, TensorImages
 from lightning_modules import (
     BilateralFilter,
+    EStep,
     GaussianMixture,
     GeneratedImageDetector,
     GraphDiffusionReconstruction,
@@ -53,6 +54,26 @@ class Worsening(Reconstruction):
 
     def on_validation_epoch_end(self) -> None:
         self.log("score", float(-abs(self.current_epoch - 1)))
+
+
+class Plain(L.LightningModule):
+    """A user's own module, with a table; best in its second epoch too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.em_parameters = ParameterTable({"gain": 1.0}, {"gain": (0.1, 2.0)})
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        image = batch["image"]
+        gain = self.em_parameters(image.new_zeros(len(image), 0))["gain"]
+        error = (gain * image.mean((1, 2, 3)) - 1).square()
+        return {"loss": error.mean(), "em": EStep(image.new_zeros(len(image), 0), None, error.detach())}
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("score", float(-abs(self.current_epoch - 1)))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
 class Net(torch.nn.Module):
@@ -113,8 +134,18 @@ class TestTheNewestState:
         assert trainer.checkpoint_callback is leader
         assert leader.last_model_path == str(tmp_path / "last.ckpt")
 
+    def test_so_does_that_of_a_module_of_ones_own(self, tmp_path: Path) -> None:
+        leader = usual(tmp_path, filename="{epoch}")
+        trainer = fit(make_trainer(tmp_path, leader), Plain())
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch=1.ckpt", "last.ckpt"]
+        assert state(tmp_path / "last.ckpt")["global_step"] == 20
+        assert checkpoint_paths(trainer) == (str(tmp_path / "epoch=1.ckpt"), str(tmp_path / "last.ckpt"))
+        resumed = fit(make_trainer(tmp_path, usual(tmp_path), max_epochs=5), Plain(), tmp_path / "last.ckpt")
+        assert state(tmp_path / "last.ckpt")["global_step"] == resumed.global_step == 25
+
     def test_without_help_lightning_keeps_the_best(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Worsening, "configure_callbacks", lambda self: [])
+        monkeypatch.setattr("callbacks.em_parameter.keep_newest", lambda trainer: None)
         fit(make_trainer(tmp_path, usual(tmp_path)), make())
         assert state(tmp_path / "last.ckpt")["global_step"] == 10, "upstream is mended: LastCheckpoint can go"
 

@@ -78,19 +78,28 @@ class LastCheckpoint(ModelCheckpoint):
         self._leader.last_model_path = self.best_model_path = path
 
 
+def keep_newest(trainer: Trainer) -> None:
+    """Lets `last.ckpt` be the newest state of a `fit` where a `ModelCheckpoint` of the run would keep the best in it.
+
+    To be called before the callbacks' `setup`, or in it.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    asked = [c for c in callbacks if isinstance(c, ModelCheckpoint) and c.save_last]
+    leaders = [c for c in asked if c.monitor is not None or c.save_top_k == 0]
+    if not leaders or trainer.state.fn != "fit" or any(isinstance(c, LastCheckpoint) for c in callbacks):
+        return
+    # Appended, not returned by `configure_callbacks`: Lightning would let it replace others of its kind.
+    callbacks.append(LastCheckpoint(leaders[0]))
+    for callback in asked:
+        callback.save_last = None if callback.dirpath == leaders[0].dirpath else callback.save_last
+
+
 class CheckpointedModule(GuardedCheckpoint, L.LightningModule):
     """Module whose checkpoints name what wrote them, and are refused in one line where they do not fit."""
 
     def configure_callbacks(self) -> Sequence[Callback]:
         """Lets `last.ckpt` be the newest state where a `ModelCheckpoint` of the run would keep the best in it."""
-        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        asked = [c for c in callbacks if isinstance(c, ModelCheckpoint) and c.save_last]
-        leaders = [c for c in asked if c.monitor is not None or c.save_top_k == 0]
-        if leaders and self.trainer.state.fn == "fit":
-            # Appended, not returned: Lightning would let it replace others of its kind.
-            callbacks.append(LastCheckpoint(leaders[0]))
-            for callback in asked:
-                callback.save_last = None if callback.dirpath == leaders[0].dirpath else callback.save_last
+        keep_newest(self.trainer)
         return []
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

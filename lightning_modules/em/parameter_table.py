@@ -273,22 +273,29 @@ class ParameterTable(Float64Buffers):
                 f"responsibilities must be [B, {len(self.row_names)}], one column for each row of the table, got "
                 f"{list(responsibilities.shape)}"
             )
-        return self._hand_out(responsibilities)
+        if self.training and torch.is_grad_enabled():  # a forward in evaluation has no M-step that would collect it
+            return self._hand_out_leaves(responsibilities)
+        return self._by_name(self._coordinates_of(self.state, responsibilities))
 
     @torch.compiler.disable  # the list of leaves is a side effect that a compiled region must not specialise on
-    def _hand_out(self, responsibilities: Tensor) -> dict[str, Tensor | int]:
-        learns = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()  # an export
-        shared, offsets = self._sampled if learns and self._sampled is not None else self.state
-        coordinates = (shared + responsibilities.double() @ offsets).clamp(self.lower, self.upper)
-        if learns:  # a forward in evaluation has no M-step that would collect it
-            if any(leaf.grad is not None for leaf in self._leaves):
-                self._leaves.clear()  # an earlier step's, which nobody has collected
-            del self._leaves[:-_MOST_LEAVES]  # nor used: a backbone need not call the operator
-            coordinates = coordinates.detach()
-            moving = _constant(self._moving, torch.long, coordinates.device)
-            leaf = coordinates[:, moving].requires_grad_()
-            self._leaves.append(leaf)
-            coordinates = coordinates.index_copy(1, moving, leaf)
+    def _hand_out_leaves(self, responsibilities: Tensor) -> dict[str, Tensor | int]:
+        if torch.compiler.is_compiling():  # an export
+            return self._by_name(self._coordinates_of(self.state, responsibilities))
+        coordinates = self._coordinates_of(self._sampled or self.state, responsibilities)
+        if any(leaf.grad is not None for leaf in self._leaves):
+            self._leaves.clear()  # an earlier step's, which nobody has collected
+        del self._leaves[:-_MOST_LEAVES]  # nor used: a backbone need not call the operator
+        coordinates = coordinates.detach()
+        moving = _constant(self._moving, torch.long, coordinates.device)
+        leaf = coordinates[:, moving].requires_grad_()
+        self._leaves.append(leaf)
+        return self._by_name(coordinates.index_copy(1, moving, leaf))
+
+    def _coordinates_of(self, values: TableValues, responsibilities: Tensor) -> Tensor:
+        """Coordinates of each image, `[B, P]`."""
+        return (values.shared + responsibilities.double() @ values.offsets).clamp(self.lower, self.upper)
+
+    def _by_name(self, coordinates: Tensor) -> dict[str, Tensor | int]:
         theta: dict[str, Tensor | int] = {}
         for name in self.names:
             spec, column = self._specs[name], coordinates[:, self.columns(name)]
