@@ -14,6 +14,7 @@ from torch import Tensor
 from callbacks._em_metrics import em_metrics, values_by_name
 from callbacks._em_requirements import check_module, check_trainer
 from callbacks._rule_protocol import answer, next_values
+from lightning_modules.checkpoints.module import keep_newest
 from lightning_modules.em import Assignment, EStep, ParameterTable, SufficientStatistics, TableValues
 from lightning_modules.em.rules import GradientRule, Rule, RuleState
 
@@ -39,6 +40,8 @@ class EMParameterCallback(Callback):
     What it logs as `em/…` has the step of the module's own `train/…`, and can be monitored by name, as by
     `EarlyStopping(monitor="em/loss_proxy")`: the value is that of the last step that logged or ended an epoch. The
     progress bar shows the first three learned values of the global set after every step.
+
+    The `last.ckpt` of a `ModelCheckpoint` with a monitor is the newest state, not a copy of the best.
 
     Lightning's `WeightAveraging` averages the network and nothing that the M-step writes: module, checkpoint and
     validation have the table, and the assignment's own state, of the last M-step.
@@ -174,6 +177,7 @@ class EMParameterCallback(Callback):
         self._begin()
         check_module(pl_module)
         check_trainer(trainer, EMParameterCallback)
+        keep_newest(trainer)  # for a module of one's own; ours have asked before
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the state to the module's device, and continue after the step at which a checkpoint was taken."""
@@ -305,7 +309,10 @@ class EMParameterCallback(Callback):
         step.check(len(table.row_names))
         rows = step.responsibilities.double()
         if rows.numel():
-            self._excess = torch.stack([self._excess.double(), (rows.sum(1) - 1).amax(), -rows.amin()]).amax()
+            # What is not a number in an image that is none itself is a matter of skipped steps.
+            counted = step.proxy.isfinite() if step.weight is None else step.proxy.isfinite() & (step.weight > 0)
+            off = torch.maximum(rows.sum(1) - 1, -rows.amin(1))
+            self._excess = torch.maximum(self._excess.double(), torch.where(counted, off, 0.0).amax())
         gradient = table.pop_gradient()
         if gradient is not None:
             if len(gradient) != len(rows):
@@ -361,10 +368,11 @@ class EMParameterCallback(Callback):
         self._states.append(TableValues(table.shared.clone(), table.offsets.clone()))
 
     def _check_run(self, table: ParameterTable) -> None:
-        if (excess := float(self._excess)) > _ROUNDING:
+        if not (excess := float(self._excess)) <= _ROUNDING:
             raise ValueError(
-                "responsibilities must be in [0, 1] and sum to 1 at most over the rows for each image, and were off by "
-                f"{excess:.3g}: normalize what `assignment` returns"
+                "responsibilities must be in [0, 1] and sum to 1 at most over the rows for each image, and "
+                + ("were NaN" if excess != excess else f"were off by {excess:.3g}")
+                + ": normalize what `assignment` returns"
             )
         total, _, longest, fault = torch.cat([self._skipped, self._rule_fault[None]]).tolist()
         if fault:

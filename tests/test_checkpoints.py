@@ -16,9 +16,11 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch.nn import functional as F
 
 from callbacks import EMParameterCallback
+from datamodules import PhotoCropsDataModule
 from datamodules.image_data_module import ImageDataModule, Split, TensorImages
 from lightning_modules import (
     BilateralFilter,
+    EStep,
     GaussianMixture,
     GeneratedImageDetector,
     GraphDiffusionReconstruction,
@@ -52,6 +54,26 @@ class Worsening(Reconstruction):
 
     def on_validation_epoch_end(self) -> None:
         self.log("score", float(-abs(self.current_epoch - 1)))
+
+
+class Plain(L.LightningModule):
+    """A user's own module, with a table; best in its second epoch too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.em_parameters = ParameterTable({"gain": 1.0}, {"gain": (0.1, 2.0)})
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        image = batch["image"]
+        gain = self.em_parameters(image.new_zeros(len(image), 0))["gain"]
+        error = (gain * image.mean((1, 2, 3)) - 1).square()
+        return {"loss": error.mean(), "em": EStep(image.new_zeros(len(image), 0), None, error.detach())}
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("score", float(-abs(self.current_epoch - 1)))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
 class Net(torch.nn.Module):
@@ -112,8 +134,18 @@ class TestTheNewestState:
         assert trainer.checkpoint_callback is leader
         assert leader.last_model_path == str(tmp_path / "last.ckpt")
 
+    def test_so_does_that_of_a_module_of_ones_own(self, tmp_path: Path) -> None:
+        leader = usual(tmp_path, filename="{epoch}")
+        trainer = fit(make_trainer(tmp_path, leader), Plain())
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch=1.ckpt", "last.ckpt"]
+        assert state(tmp_path / "last.ckpt")["global_step"] == 20
+        assert checkpoint_paths(trainer) == (str(tmp_path / "epoch=1.ckpt"), str(tmp_path / "last.ckpt"))
+        resumed = fit(make_trainer(tmp_path, usual(tmp_path), max_epochs=5), Plain(), tmp_path / "last.ckpt")
+        assert state(tmp_path / "last.ckpt")["global_step"] == resumed.global_step == 25
+
     def test_without_help_lightning_keeps_the_best(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Worsening, "configure_callbacks", lambda self: [])
+        monkeypatch.setattr("callbacks.em_parameter.keep_newest", lambda trainer: None)
         fit(make_trainer(tmp_path, usual(tmp_path)), make())
         assert state(tmp_path / "last.ckpt")["global_step"] == 10, "upstream is mended: LastCheckpoint can go"
 
@@ -442,3 +474,114 @@ class TestOtherModels:
             f"lightning-em: {path} does not fit the configuration: the checkpoint is that of a "
             "GraphDiffusionReconstruction, expected GeneratedImageDetector"
         )
+
+
+def changed(written: Path, folder: Path, **entries: Any) -> Path:
+    """A checkpoint with other entries; None leaves one out."""
+    content = {**state(written), **entries}
+    path = folder / "other.ckpt"
+    torch.save({name: value for name, value in content.items() if value is not None}, path)
+    return path
+
+
+def load(path: Any) -> Worsening:
+    return Worsening.load_from_checkpoint(path, operator=TotalVariation(3))
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+@pytest.mark.parametrize("rows", [[], ["cat", "dog"]])
+@pytest.mark.parametrize("name", ["shared", "offsets"])
+def test_a_table_that_is_not_finite_is_refused_at_every_door(
+    written: Path, tmp_path: Path, name: str, rows: list[str], wrong: float
+) -> None:
+    if name == "offsets" and not rows:
+        return
+    table = {"em_parameters": ParameterTable(per_row=["weight"] if rows else [], row_names=rows)}
+    module, key = make(**table), f"em_parameters.{name}"
+    weights = module.state_dict()
+    path = changed(written, tmp_path, state_dict={**weights, key: weights[key] + wrong})
+    before = weights[key].clone()
+    with pytest.raises(CheckpointError, match=f"other.ckpt does not fit: {key} is not finite"):
+        Worsening.load_from_checkpoint(path, operator=TotalVariation(3), **table)
+    with pytest.raises(CheckpointError, match=f"other.ckpt does not fit: {key} is not finite"):
+        make_trainer(tmp_path, enable_checkpointing=False).fit(module, SmoothImages(), ckpt_path=path)
+    with pytest.raises(ValueError, match=f"{key} is not finite"):
+        module.load_state_dict({**weights, key: weights[key] + wrong})
+    assert torch.equal(module.state_dict()[key], before)
+
+
+def test_values_outside_the_bounds_warn_but_not_those_that_a_run_can_have() -> None:
+    def table() -> ParameterTable:
+        return ParameterTable({"gain": 1.0, "off": 0.5}, {"gain": (0.1, 2.0), "off": (0.1, 1.0)}, None, ["gain"], ["a"])
+
+    content = table().state_dict()
+    for name in ("shared", "offsets"):
+        moved = content[name].clone()
+        moved[..., 0] += 4.0
+        with pytest.warns(UserWarning, match="outside its bounds in the checkpoint, of gain: they are clamped"):
+            table().load_state_dict({**content, name: moved})
+    carried = {**content, "shared": content["shared"] + 0.5, "offsets": content["offsets"] + 1.0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        table().load_state_dict(carried)
+        table().load_state_dict({name: value.bfloat16().double() for name, value in carried.items()})
+
+
+def test_malformed_checkpoints_are_named(written: Path, tmp_path: Path) -> None:
+    weights = state(written)["state_dict"]
+    named = {name: value for name, value in weights.items() if name != "em_parameters.layout"}
+    for entries, says in (
+        ({"hyper_parameters": [1]}, "is malformed: its hyper_parameters is a list, expected a dict"),
+        ({"lightning-em": "x"}, "is malformed: its lightning-em is a str, expected a dict"),
+        ({"pytorch-lightning_version": None}, "no checkpoint of Lightning: its pytorch-lightning_version is missing"),
+        ({"pytorch-lightning_version": "abc"}, "its pytorch-lightning_version is 'abc'"),
+        ({"state_dict": dict.fromkeys(weights, "a")}, "is a str in it, expected a tensor"),
+        ({"state_dict": {**weights, "em_parameters.shared": None}}, "shared is a NoneType in it, expected a tensor"),
+        ({"state_dict": named}, "does not fit: it lacks em_parameters.layout"),
+    ):
+        path = changed(written, tmp_path, **entries)
+        with pytest.raises(CheckpointError, match="other.ckpt .*" + says) as error:
+            load(path)
+        assert "\n" not in str(error.value)
+    content = {**state(written), "hyper_parameters": None}
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match=r"other.ckpt is malformed: its hyper_parameters is a NoneType"):
+        load(path)
+    for nothing in (None, 3):
+        with pytest.raises(CheckpointError, match=f"must be the path of a file or an open file, got {nothing}"):
+            load(nothing)
+
+
+def test_open_files_are_read_and_named(written: Path, tmp_path: Path) -> None:
+    with written.open("rb") as file:
+        assert torch.equal(load(file).em_parameters.shared, state(written)["state_dict"]["em_parameters.shared"])
+    path = damaged(written, "truncated", tmp_path)
+    with path.open("rb") as file, pytest.raises(CheckpointError, match=r"truncated.ckpt is damaged"):
+        load(file)
+
+
+def test_a_resumed_run_names_what_its_checkpoint_lacks(written: Path, tmp_path: Path) -> None:
+    for missing, says in ((["callbacks"], "no callbacks:"), (["callbacks", "loops"], "no callbacks and no loops:")):
+        path = changed(written, tmp_path, **dict.fromkeys(missing))
+        trainer = make_trainer(tmp_path, max_epochs=3, enable_checkpointing=False)
+        with pytest.warns(UserWarning, match=f"other.ckpt has {says} the run goes on from its weights"):
+            trainer.fit(make(), SmoothImages(), ckpt_path=path, weights_only=True)
+
+
+def test_the_class_to_load_with_is_named(tmp_path: Path) -> None:
+    content = {"state_dict": {}, "pytorch-lightning_version": L.__version__, "hyper_parameters": {}}
+    origin = {"version": "0.1.0", "class": "lightning_modules.reconstruction.GraphDiffusionReconstruction"}
+    torch.save({**content, "lightning-em": origin}, tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match=r"a.ckpt .*load it with GraphDiffusionReconstruction.load_from_ch"):
+        Reconstruction.load_from_checkpoint(tmp_path / "a.ckpt")
+    for parameters, says in (
+        ([1], "is malformed: its datamodule_hyper_parameters is a list"),
+        ({"train_crops": {"class_path": "evilmod.Evil"}}, "does not fit: "),
+        (
+            {"_class_path": "datamodules.ImageFolderDataModule"},
+            "does not fit: .* a ImageFolderDataModule, expected Ph",
+        ),
+    ):
+        torch.save({**content, "datamodule_hyper_parameters": parameters}, tmp_path / "a.ckpt")
+        with pytest.raises(CheckpointError, match=f"a.ckpt {says}"):
+            PhotoCropsDataModule.load_from_checkpoint(tmp_path / "a.ckpt")

@@ -350,3 +350,13 @@ def test_a_validated_module_can_be_trained() -> None:
     trainer.fit(module, data, data)
     assert trainer.state.finished
     assert module.val_metrics["psnr"].weight.item() == 4  # all images, once
+
+
+@pytest.mark.parametrize(("operator", "no_grad"), [(TotalVariation, False), (lambda: GraphDiffusion(3), True)])
+def test_a_module_in_evaluation_compiles_as_one_graph(operator: Any, no_grad: bool) -> None:
+    torch.compiler.reset()
+    module = Reconstruction(operator(), noise_std=0.1).eval()
+    images = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    with torch.set_grad_enabled(not no_grad):
+        compiled = torch.compile(module, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(images, noise_std=0.1), module(images, noise_std=0.1))

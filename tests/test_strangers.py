@@ -115,10 +115,23 @@ NAMED: dict[str, Any] = {
     "timm": {"class_path": "timm.create_model", "init_args": {"model_name": "resnet18", "checkpoint_path": "x.pth"}},
     "the command": {"class_path": "lightning_modules.cli.training.EMCommand"},
     "a module through this package": {"class_path": "lightning_modules.restoration.import_module"},
+    "a name with a space": {"class_path": " evilmod.Evil"},
     "a relative name": {"class_path": "..evilmod.Evil"},
     "a path": {"class_path": "./evilmod.Evil"},
     "an odd name": {"class_path": "evilmod.Evil()"},
 }
+
+
+NOT_ADVISED = (
+    "a module through torch",
+    "torch.hub",
+    "torch.load",
+    "torch.jit",
+    "a name with a space",
+    "a relative name",
+    "a path",
+    "an odd name",
+)
 
 
 @pytest.mark.parametrize("what", NAMED)
@@ -128,7 +141,8 @@ def test_a_backbone_of_their_own(what: str, plain: dict[str, Any], tmp_path: Pat
         GraphDiffusionReconstruction.load_from_checkpoint(path)
     message = str(caught.value)
     assert str(path) in message
-    assert "allow=['" in message
+    # no one is advised to allow what is no class, or runs files
+    assert ("allow=['" in message) == (what not in NOT_ADVISED)
     assert "\n" not in message
     if isinstance(NAMED[what], dict):
         name = NAMED[what]["class_path"]

@@ -52,11 +52,11 @@ def check_file(path: str | Path) -> Path:
     return path
 
 
-def read_checkpoint(path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
+def read_checkpoint(path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
     """Reads a checkpoint, checksums first.
 
     Args:
-        path: The file.
+        path: The file, or an open one, which is left where it was.
         map_location: See `torch.load`.
         weights_only: See `torch.load`.
 
@@ -64,9 +64,14 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu", weights_only: b
         FileNotFoundError: If there is no such file.
         CheckpointError: If it is damaged or something else; see `check_file`.
     """
-    path = check_file(path)
+    source, path = path, file_name(path)
+    if isinstance(source, str | Path):
+        source = path = check_file(source)
+    elif not hasattr(source, "seek"):
+        raise CheckpointError(f"a checkpoint must be the path of a file or an open file, got {source!r:.80}")
+    start = 0 if source is path else source.tell()
     try:
-        content = torch.load(path, map_location=map_location, weights_only=weights_only)
+        content = torch.load(source, map_location=map_location, weights_only=weights_only)
     except pickle.UnpicklingError as error:
         if "weights_only" not in str(error):
             raise CheckpointError(f"{path} is damaged: it cannot be read{_beside(path)}") from error
@@ -77,13 +82,22 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu", weights_only: b
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, OSError) as error:
         reason = str(error).split("\n")[0].split(". ")[0]
         raise CheckpointError(f"{path} is damaged, or not a checkpoint of torch: {reason}{_beside(path)}") from error
+    if source is not path:
+        source.seek(start)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a checkpoint{_beside(path)}")
     return content
 
 
-def _beside(path: Path) -> str:
+def file_name(source: Any) -> Any:
+    """The path of a file, or the name of an open one, for messages."""
+    return getattr(source, "name", "the open file") if hasattr(source, "read") else source
+
+
+def _beside(path: Any) -> str:
     """The rest of a message: which file is to be given instead."""
+    if not isinstance(path, Path):
+        return ""
     try:
         others = sorted(path.parent.glob("*.ckpt"), key=lambda other: other.stat().st_mtime, reverse=True)
         sound = next((other for other in others if other != path and find_damage(other) is None), None)

@@ -1,28 +1,23 @@
 """Checkpoints of Lightning: written whole or not at all, the newest state kept, and refused by name."""
 
 import io
-import re
-import sys
-from argparse import ArgumentError
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_modules._version import package_version
 from lightning_modules.checkpoints.file import CheckpointError, read_checkpoint
-from lightning_modules.checkpoints.trust import GuardedCheckpoint, UntrustedCheckpointError
+from lightning_modules.checkpoints.trust import ORIGIN, GuardedCheckpoint, find_class, fitting, is_remote
 from lightning_modules.imaging import write_whole
 
-# Entry of a checkpoint with the version that wrote it, and the classes of module and operator.
-_ORIGIN = "lightning-em"
 _SHOWN = 3
 
 
@@ -39,7 +34,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Writes; what was there stays until the new file is whole."""
-        if _is_remote(path) or storage_options is not None:
+        if is_remote(path) or storage_options is not None:
             return super().save_checkpoint(checkpoint, path, storage_options)
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
@@ -48,7 +43,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         """Reads; see `read_checkpoint`."""
-        if _is_remote(path):
+        if is_remote(path):
             return super().load_checkpoint(path, map_location, weights_only)
         return check_content(read_checkpoint(path, map_location, weights_only), path)
 
@@ -83,24 +78,33 @@ class LastCheckpoint(ModelCheckpoint):
         self._leader.last_model_path = self.best_model_path = path
 
 
+def keep_newest(trainer: Trainer) -> None:
+    """Lets `last.ckpt` be the newest state of a `fit` where a `ModelCheckpoint` of the run would keep the best in it.
+
+    To be called before the callbacks' `setup`, or in it.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    asked = [c for c in callbacks if isinstance(c, ModelCheckpoint) and c.save_last]
+    leaders = [c for c in asked if c.monitor is not None or c.save_top_k == 0]
+    if not leaders or trainer.state.fn != "fit" or any(isinstance(c, LastCheckpoint) for c in callbacks):
+        return
+    # Appended, not returned by `configure_callbacks`: Lightning would let it replace others of its kind.
+    callbacks.append(LastCheckpoint(leaders[0]))
+    for callback in asked:
+        callback.save_last = None if callback.dirpath == leaders[0].dirpath else callback.save_last
+
+
 class CheckpointedModule(GuardedCheckpoint, L.LightningModule):
     """Module whose checkpoints name what wrote them, and are refused in one line where they do not fit."""
 
     def configure_callbacks(self) -> Sequence[Callback]:
         """Lets `last.ckpt` be the newest state where a `ModelCheckpoint` of the run would keep the best in it."""
-        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        asked = [c for c in callbacks if isinstance(c, ModelCheckpoint) and c.save_last]
-        leaders = [c for c in asked if c.monitor is not None or c.save_top_k == 0]
-        if leaders and self.trainer.state.fn == "fit":
-            # Appended, not returned: Lightning would let it replace others of its kind.
-            callbacks.append(LastCheckpoint(leaders[0]))
-            for callback in asked:
-                callback.save_last = None if callback.dirpath == leaders[0].dirpath else callback.save_last
+        keep_newest(self.trainer)
         return []
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Notes version and classes."""
-        checkpoint[_ORIGIN] = {"version": package_version(), **self._classes()}
+        checkpoint[ORIGIN] = {"version": package_version(), **self._classes()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint that does not fit, before anything has changed.
@@ -110,9 +114,11 @@ class CheckpointedModule(GuardedCheckpoint, L.LightningModule):
         """
         trainer = self._trainer
         if trainer is None:  # `load_from_checkpoint` knows the file, and whether it is to be strict
+            _check_tensors(checkpoint["state_dict"])
             _check_classes(self._classes(), checkpoint)
             return
-        with _named(trainer.ckpt_path, checkpoint):
+        with fitting(trainer.ckpt_path, checkpoint):
+            _check_tensors(checkpoint["state_dict"])
             _check_classes(self._classes(), checkpoint)
             former = {name: value.clone() for name, value in self.state_dict().items()}
             try:
@@ -120,7 +126,14 @@ class CheckpointedModule(GuardedCheckpoint, L.LightningModule):
             except (RuntimeError, ValueError):
                 self.load_state_dict(former, strict=False)
                 raise
-        if trainer.state.fn == "fit" and "loops" in checkpoint:
+        if trainer.state.fn != "fit":
+            return
+        if missing := [name for name in ("callbacks", "loops") if name not in checkpoint]:
+            rank_zero_warn(
+                f"{trainer.ckpt_path} has no {' and no '.join(missing)}: the run goes on from its weights, and what is "
+                "missing starts afresh"
+            )
+        if "loops" in checkpoint:
             self._resume(checkpoint)
 
     def _resume(self, checkpoint: dict[str, Any]) -> None:
@@ -134,21 +147,8 @@ class CheckpointedModule(GuardedCheckpoint, L.LightningModule):
             total.reset()
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **options: Any) -> Self:
-        """As `GuardedCheckpoint.load_from_checkpoint`; what cannot be loaded is named.
-
-        Raises:
-            UntrustedCheckpointError: If the file asks for what it may not build.
-            CheckpointError: If the file is damaged, or that of another module.
-        """
-        content: dict[str, Any] = {}
-        if isinstance(checkpoint_path, str | Path) and not _is_remote(checkpoint_path):
-            found = read_checkpoint(checkpoint_path, "meta", options.get("weights_only"))
-            content = check_content(found, checkpoint_path)
-        with _named(checkpoint_path, content):
-            check_class(cls, content)
-            module: Self = super().load_from_checkpoint(checkpoint_path, *args, **options)
-        return module
+    def _check_content(cls, content: dict[str, Any], path: Any) -> None:
+        super()._check_content(check_content(content, path), path)
 
     def _classes(self) -> dict[str, str]:
         parts = {"class": self, "operator": getattr(self, "operator", None)}
@@ -212,65 +212,17 @@ def check_class(cls: type, checkpoint: dict[str, Any]) -> None:
     _check_classes({"class": class_name(cls)}, checkpoint)
 
 
+def _check_tensors(state: Mapping[str, Any]) -> None:
+    for name, value in state.items():
+        if not name.endswith("_extra_state") and not isinstance(value, torch.Tensor | list):  # a list is a metric's
+            raise CheckpointError(f"{name} is a {type(value).__name__} in it, expected a tensor")
+
+
 def _check_classes(own: dict[str, str], checkpoint: dict[str, Any]) -> None:
     hyper_parameters = checkpoint.get("hyper_parameters", {})
-    stored = {"class": hyper_parameters.get("_class_path", ""), **checkpoint.get(_ORIGIN, {})}
+    stored = {"class": hyper_parameters.get("_class_path", ""), **checkpoint.get(ORIGIN, {})}
     for part, name in own.items():
-        theirs, ours = _find(stored.get(part, "")), _find(name)
+        theirs, ours = find_class(stored.get(part, "")), find_class(name)
         if theirs and ours and not issubclass(theirs, ours) and not issubclass(ours, theirs):
             what = "is that of a" if part == "class" else "was trained with the operator"
             raise CheckpointError(f"the checkpoint {what} {theirs.__name__}, expected {ours.__name__}")
-
-
-def _find(name: str) -> type | None:
-    """A class that is imported already: a checkpoint's word imports nothing."""
-    module, _, attribute = name.rpartition(".")
-    found = getattr(sys.modules.get(module), attribute, None)
-    return found if isinstance(found, type) else None
-
-
-@contextmanager
-def _named(path: Any, checkpoint: dict[str, Any]) -> Iterator[None]:
-    """Turns what a checkpoint that does not fit raises into one line with the file's name and version."""
-    try:
-        yield
-    except UntrustedCheckpointError:  # has said all there is
-        raise
-    except (RuntimeError, ValueError, TypeError, ArgumentError) as error:
-        written = checkpoint.get(_ORIGIN, {}).get("version", package_version())
-        version = (
-            "" if written == package_version() else f" (lightning-em {written} wrote it, {package_version()} reads it)"
-        )
-        raise CheckpointError(f"{path} does not fit{version}: {differences(str(error))}") from error
-
-
-def differences(text: str) -> str:
-    """Returns what a list of keys and sizes of torch, or of reasons of jsonargparse, comes to in one line."""
-    parts = []
-    for line in text.splitlines():
-        names = re.findall(r'"([^"]+)"', line)
-        sizes = re.search(r"size mismatch for (\S+): .*?\[([\d, ]*)\].*?\[([\d, ]*)\]", line)
-        if "Missing key" in line:
-            parts.append(f"it lacks {_few(names)}")
-        elif "Unexpected key" in line:
-            parts.append(f"it has {_few(names)} too many")
-        elif sizes:
-            parts.append(f"{sizes[1]} is [{sizes[2]}] in it and [{sizes[3]}] here")
-    if parts:
-        return "; ".join(parts[:_SHOWN]) + (f"; and {len(parts) - _SHOWN} more" if len(parts) > _SHOWN else "")
-    if "Does not validate" not in text:
-        return " ".join(text.split())
-    # jsonargparse nests what it tried; the cause has the deepest indent
-    noise = re.compile("NoneType|Given value|Subtypes:|Errors:|Does not validate")
-    lines = [line for line in text.splitlines() if line.strip() and not noise.search(line)] or [text]
-    keys = re.findall('Parser key "([^"]+)"', text)
-    where = f"hyperparameter {'.'.join(keys[1:])}: " if keys[1:] else ""
-    return where + max(lines, key=lambda line: len(line) - len(line.lstrip())).strip(" -")
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
-
-
-def _is_remote(path: Any) -> bool:
-    return "://" in str(path)

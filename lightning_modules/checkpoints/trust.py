@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
-from collections.abc import Iterable, Iterator
+from argparse import ArgumentError
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib.util import find_spec
@@ -15,11 +17,23 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_modules.checkpoints.file import CheckpointError
+from lightning_modules._version import package_version
+from lightning_modules.checkpoints.file import CheckpointError, file_name, read_checkpoint
 
 # Where a checkpoint may take classes from; functions, and the rest of torch, open files, download and run code.
 _NETWORKS = ("torch.nn", "torch.optim", "torchvision.models", "torchvision.ops")
 _COMMAND = "lightning_modules.cli"
+# What no one is advised to allow: parts of Python that reach files and programs, and functions named for doing so.
+_SYSTEM = (
+    *("builtins", "code", "codecs", "ctypes", "importlib", "io", "marshal", "multiprocessing", "nt", "os", "pathlib"),
+    *("pickle", "posix", "pty", "runpy", "shelve", "shutil", "socket", "subprocess", "sys", "tempfile", "urllib"),
+)
+_ACTION = re.compile(
+    "(load|save|open|exec|eval|run|system|popen|spawn|compile|download|remove|unlink|rmtree|urlopen)(_.*)?"
+)
+# Entry of a checkpoint with the version that wrote it, and the classes of module and operator.
+ORIGIN = "lightning-em"
+_SHOWN = 3
 
 
 class UntrustedCheckpointError(CheckpointError):
@@ -81,7 +95,13 @@ class _Trust:
 
     def message(self, name: str) -> str:
         """What came, and what to do."""
-        return f"{self.file} asks for {name!r}, which it may not build: {self.remedy.format(name=name)}"
+        if not all(part.isidentifier() for part in name.split(".")):
+            remedy = "it is not the name of a class"
+        elif name.partition(".")[0] in _SYSTEM or _ACTION.fullmatch(name.rpartition(".")[2]):
+            remedy = "it reads, writes or runs files"
+        else:
+            remedy = self.remedy.format(name=name)
+        return f"{self.file} asks for {name!r}, which it may not build: {remedy}"
 
 
 _TRUST: ContextVar[_Trust | None] = ContextVar("trust", default=None)
@@ -141,17 +161,72 @@ class GuardedCheckpoint:
 
         Raises:
             UntrustedCheckpointError: If the file names anything else.
+            CheckpointError: If the file is damaged, or that of something else.
         """
         options.setdefault("weights_only", True)
-        with building_from(checkpoint_path, allow, names_in(options), cls.__module__):
+        content: dict[str, Any] = {}
+        if not is_remote(checkpoint_path):
+            content = read_checkpoint(checkpoint_path, "meta", options["weights_only"])
+            cls._check_content(content, file_name(checkpoint_path))
+        name = file_name(checkpoint_path)
+        trust = building_from(name, allow, names_in(options), cls.__module__)
+        theirs = stored_class(content, getattr(cls, "CHECKPOINT_HYPER_PARAMS_KEY", ""))
+        kind = theirs.__name__ if theirs and theirs is not cls and issubclass(theirs, cls) else ""
+        hint = kind and f"; it is the checkpoint of a {kind}: load it with {kind}.load_from_checkpoint"
+        with trust, fitting(name, content, hint):
+            if theirs and not issubclass(theirs, cls) and not issubclass(cls, theirs):
+                raise CheckpointError(f"the checkpoint is that of a {theirs.__name__}, expected {cls.__name__}")
             try:
                 loaded: Self = super().load_from_checkpoint(checkpoint_path, *args, **options)  # type: ignore[misc]
                 return loaded
             except ValueError as error:
                 # Lightning's own refusals, of the outermost class
                 if "was blocked to prevent arbitrary code execution" in str(error):
-                    raise UntrustedCheckpointError(f"{checkpoint_path}: {error}") from None
+                    raise UntrustedCheckpointError(f"{name}: {error}") from None
                 raise
+
+    @classmethod
+    def _check_content(cls, content: dict[str, Any], path: Any) -> None:
+        """Refuses a file that holds something else; names it."""
+        check_entries(content, path, getattr(cls, "CHECKPOINT_HYPER_PARAMS_KEY", ""))
+
+
+def check_entries(content: Mapping[str, Any], path: Any, hyper_parameters: str) -> None:
+    """Refuses a checkpoint whose version or hyperparameters Lightning could not read.
+
+    Args:
+        content: What the file holds.
+        path: The file.
+        hyper_parameters: Entry of the hyperparameters, which may be absent.
+
+    Raises:
+        CheckpointError: With the name of the file.
+    """
+    version = content.get("pytorch-lightning_version")
+    if not isinstance(version, str) or not re.match(r"\d+\.\d+", version):
+        raise CheckpointError(
+            f"{path} is no checkpoint of Lightning: its pytorch-lightning_version is "
+            + ("missing" if version is None else repr(version)[:40])
+        )
+    for entry in (hyper_parameters, ORIGIN):
+        own = content.get(entry, {})
+        if not isinstance(own, Mapping):
+            raise CheckpointError(f"{path} is malformed: its {entry} is a {type(own).__name__}, expected a dict")
+
+
+def stored_class(content: Mapping[str, Any], hyper_parameters: str) -> type | None:
+    """The class that wrote a checkpoint, of a module or, by the entry of its hyperparameters, a DataModule."""
+    name = content.get(hyper_parameters, {}).get("_class_path", "")
+    if hyper_parameters == "hyper_parameters":
+        name = content.get(ORIGIN, {}).get("class", name)
+    return find_class(name) if isinstance(name, str) else None
+
+
+def find_class(name: str) -> type | None:
+    """A class that is imported already: a checkpoint's word imports nothing."""
+    module, _, attribute = name.rpartition(".")
+    found = getattr(sys.modules.get(module), attribute, None)
+    return found if isinstance(found, type) else None
 
 
 def names_in(value: Any) -> set[str]:
@@ -202,3 +277,51 @@ def _ask_first() -> None:
     for module in [module for name, module in sys.modules.items() if _within(name, ["jsonargparse"])]:
         if vars(module).get("import_object") is look_up:
             setattr(module, "import_object", import_object)  # noqa: B010
+
+
+@contextmanager
+def fitting(path: Any, checkpoint: dict[str, Any], hint: str = "") -> Iterator[None]:
+    """Turns what a checkpoint that does not fit raises into one line with the file's name and version."""
+    try:
+        yield
+    except UntrustedCheckpointError:  # has said all there is
+        raise
+    except (RuntimeError, ValueError, TypeError, ArgumentError) as error:
+        written = checkpoint.get(ORIGIN, {}).get("version", package_version())
+        version = (
+            "" if written == package_version() else f" (lightning-em {written} wrote it, {package_version()} reads it)"
+        )
+        raise CheckpointError(f"{path} does not fit{version}: {differences(str(error))}{hint}") from error
+
+
+def differences(text: str) -> str:
+    """Returns what a list of keys and sizes of torch, or of reasons of jsonargparse, comes to in one line."""
+    parts = []
+    for line in text.splitlines():
+        names = re.findall(r'"([^"]+)"', line)
+        sizes = re.search(r"size mismatch for (\S+): .*?\[([\d, ]*)\].*?\[([\d, ]*)\]", line)
+        if "Missing key" in line:
+            parts.append(f"it lacks {_few(names)}")
+        elif "Unexpected key" in line:
+            parts.append(f"it has {_few(names)} too many")
+        elif sizes:
+            parts.append(f"{sizes[1]} is [{sizes[2]}] in it and [{sizes[3]}] here")
+    if parts:
+        return "; ".join(parts[:_SHOWN]) + (f"; and {len(parts) - _SHOWN} more" if len(parts) > _SHOWN else "")
+    if "Does not validate" not in text:
+        return " ".join(text.split())
+    # jsonargparse nests what it tried; the cause has the deepest indent
+    noise = re.compile("NoneType|Given value|Subtypes:|Errors:|Does not validate")
+    lines = [line for line in text.splitlines() if line.strip() and not noise.search(line)] or [text]
+    keys = re.findall('Parser key "([^"]+)"', text)
+    where = f"hyperparameter {'.'.join(keys[1:])}: " if keys[1:] else ""
+    return where + max(lines, key=lambda line: len(line) - len(line.lstrip())).strip(" -")
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+def is_remote(path: Any) -> bool:
+    """Whether a path is that of another machine."""
+    return "://" in str(path)

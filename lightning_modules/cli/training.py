@@ -48,9 +48,8 @@ from lightning_modules.checkpoints.module import (
     check_class,
     check_content,
     checkpoint_paths,
-    differences,
 )
-from lightning_modules.checkpoints.trust import building_from, names_in
+from lightning_modules.checkpoints.trust import building_from, check_entries, differences, names_in
 
 # Seconds that a rank which is to end has for what remains.
 _PATIENCE = 10.0
@@ -157,6 +156,7 @@ class EMCommand(LightningCLI):
         if path and path not in ("best", "last", "hpc") and not re.match(r"\w+:", str(path)):
             try:
                 stored = check_content(read_checkpoint(path, "meta"), path)
+                check_entries(stored, path, "hyper_parameters")
             except FileNotFoundError as error:
                 raise CheckpointError(str(error)) from None
             kind = locate(model.class_path) if model is not None else None

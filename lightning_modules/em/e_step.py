@@ -47,6 +47,13 @@ class EStep(NamedTuple):
             num_rows: Number K of the table's rows.
         """
         rows = self.responsibilities
+        for name in ("responsibilities", "weight", "reconstruction", "perceptual", "smoothness", "similarity"):
+            value, may_be_none = getattr(self, name), name not in ("responsibilities", "reconstruction")
+            if not isinstance(value, Tensor) and not (value is None and may_be_none):
+                raise ValueError(
+                    f"EStep.{name} must be a tensor with the numbers of each image of the batch, got "
+                    f"{type(value).__name__}"
+                )
         if rows.ndim != 2 or rows.shape[1] != num_rows:
             raise ValueError(
                 f"EStep.responsibilities must be [B, {num_rows}], one column for each row of the table, got "

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -16,6 +17,8 @@ from lightning_modules.operators.operator import ParameterSpec
 
 # Forwards of one step whose gradients are waited for.
 _MOST_LEAVES = 64
+# Part of a coordinate that a checkpoint in half precision may be off by.
+_ROUNDING = 0.01
 
 
 class TableValues(NamedTuple):
@@ -270,22 +273,29 @@ class ParameterTable(Float64Buffers):
                 f"responsibilities must be [B, {len(self.row_names)}], one column for each row of the table, got "
                 f"{list(responsibilities.shape)}"
             )
-        return self._hand_out(responsibilities)
+        if self.training and torch.is_grad_enabled():  # a forward in evaluation has no M-step that would collect it
+            return self._hand_out_leaves(responsibilities)
+        return self._by_name(self._coordinates_of(self.state, responsibilities))
 
     @torch.compiler.disable  # the list of leaves is a side effect that a compiled region must not specialise on
-    def _hand_out(self, responsibilities: Tensor) -> dict[str, Tensor | int]:
-        learns = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()  # an export
-        shared, offsets = self._sampled if learns and self._sampled is not None else self.state
-        coordinates = (shared + responsibilities.double() @ offsets).clamp(self.lower, self.upper)
-        if learns:  # a forward in evaluation has no M-step that would collect it
-            if any(leaf.grad is not None for leaf in self._leaves):
-                self._leaves.clear()  # an earlier step's, which nobody has collected
-            del self._leaves[:-_MOST_LEAVES]  # nor used: a backbone need not call the operator
-            coordinates = coordinates.detach()
-            moving = _constant(self._moving, torch.long, coordinates.device)
-            leaf = coordinates[:, moving].requires_grad_()
-            self._leaves.append(leaf)
-            coordinates = coordinates.index_copy(1, moving, leaf)
+    def _hand_out_leaves(self, responsibilities: Tensor) -> dict[str, Tensor | int]:
+        if torch.compiler.is_compiling():  # an export
+            return self._by_name(self._coordinates_of(self.state, responsibilities))
+        coordinates = self._coordinates_of(self._sampled or self.state, responsibilities)
+        if any(leaf.grad is not None for leaf in self._leaves):
+            self._leaves.clear()  # an earlier step's, which nobody has collected
+        del self._leaves[:-_MOST_LEAVES]  # nor used: a backbone need not call the operator
+        coordinates = coordinates.detach()
+        moving = _constant(self._moving, torch.long, coordinates.device)
+        leaf = coordinates[:, moving].requires_grad_()
+        self._leaves.append(leaf)
+        return self._by_name(coordinates.index_copy(1, moving, leaf))
+
+    def _coordinates_of(self, values: TableValues, responsibilities: Tensor) -> Tensor:
+        """Coordinates of each image, `[B, P]`."""
+        return (values.shared + responsibilities.double() @ values.offsets).clamp(self.lower, self.upper)
+
+    def _by_name(self, coordinates: Tensor) -> dict[str, Tensor | int]:
         theta: dict[str, Tensor | int] = {}
         for name in self.names:
             spec, column = self._specs[name], coordinates[:, self.columns(name)]
@@ -427,7 +437,10 @@ class ParameterTable(Float64Buffers):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if prefix + "offsets" in state_dict:
+            if not {prefix + "layout", prefix + "_extra_state"} & state_dict.keys():
+                raise ValueError(f"it lacks {prefix}layout, the names of its values")
             self._check_layout(*_stored_layout(state_dict, prefix))
+            self._check_values(state_dict, prefix)
             state_dict[prefix + "layout"] = self.layout.clone()
             state_dict.pop(prefix + "_extra_state", None)  # of version 0.1
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -447,6 +460,29 @@ class ParameterTable(Float64Buffers):
                 f"{len(self.row_names)} rows ({', '.join(self.row_names) or 'none'}) and {len(self.column_names)} "
                 f"parameters ({', '.join(self.column_names)}): load it with the data set and the table that it was "
                 "trained with, or start from its exported em_parameters.yaml"
+            )
+
+    def _check_values(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """Refuses stored numbers that are none, and warns of those that no run within these bounds has learned."""
+        own = {"shared": self.shared, "offsets": self.offsets}
+        stored: dict[str, Tensor] = {name: state_dict[prefix + name] for name in own if prefix + name in state_dict}
+        if any(value.is_meta or value.shape != own[name].shape for name, value in stored.items()) or len(stored) < 2:
+            return  # torch itself has what to say
+        for name, value in stored.items():
+            if not value.isfinite().all():
+                raise ValueError(f"{prefix}{name} is not finite")
+        lower, upper = self.lower.cpu(), self.upper.cpu()
+        slack = _ROUNDING * (1 + torch.maximum(lower.abs(), upper.abs()))
+        shared, offsets = (value.detach().to("cpu", torch.float64) for value in stored.values())
+        outside = (shared < lower - slack) | (shared > upper + slack)
+        # a row may have been carried past the bounds by the global set, but never further than they are apart
+        outside = outside | (offsets.abs() > upper - lower + slack).any(0)
+        if outside.any():
+            columns = [n for n, is_outside in zip(self.column_names, outside.tolist(), strict=True) if is_outside]
+            warnings.warn(
+                f"{prefix.rstrip('.') or 'the table'} has values outside its bounds in the checkpoint, of "
+                f"{', '.join(columns)}: they are clamped where they are read; give the bounds of the run that wrote it",
+                stacklevel=2,
             )
 
     def _read_constants(self) -> None:

@@ -15,7 +15,7 @@ from lightning_modules.graph.patch_operator import MAX_DENSE_NODES, diffuse_patc
 from lightning_modules.graph.patches import PatchGrid, check_patch_fits, check_patch_geometry
 from lightning_modules.graph.smoothness import graph_smoothness
 from lightning_modules.graph.tiles import in_tiles
-from lightning_modules.graph.topology import half_offsets
+from lightning_modules.graph.topology import half_offsets, within_image
 from lightning_modules.operators.operator import (
     Noise,
     ParameterSpec,
@@ -193,7 +193,8 @@ class GraphDiffusion(RestorationOperator):
         """Restored images, or the restored node signals of a graph.
 
         Args:
-            noisy: Images, or a PyG `Data`/`Batch` with `x` and `pos` and, optionally, `edge_index` and `guide`.
+            noisy: Images, or a PyG `Data`/`Batch` with `x` and `pos` and, optionally, `guide` and `edge_index`: each
+                edge in both directions; where one is missing, it is added.
             sigma: Width σ of the similarity, in the unit of `widths`.
             tau: Diffusion step τ.
             radius: Cut-off radius ρ of the weights, in pixels or in the unit of `pos`.
@@ -252,7 +253,8 @@ class GraphDiffusion(RestorationOperator):
             return noise_level(noise, images), None
         if self.signal == "patches":
             raise ValueError("signal='patches' takes the noise level as a number, not an object: use signal='image'")
-        offsets = half_offsets(max(self.reach, largest_radius(radius, max_radius)))
+        largest = max(self.reach, largest_radius(radius, max_radius))
+        offsets = half_offsets(within_image(largest, *images.shape[-2:]))
         dimension = images.shape[1] * self.patch_size**2
         bias = [torch.as_tensor(noise.distance_bias(offset)).to(images).expand(len(images)) for offset in offsets]
         return noise.variance(images).flatten(1).mean(1).sqrt(), dimension * torch.stack(bias, 1)
@@ -270,7 +272,7 @@ class GraphDiffusion(RestorationOperator):
 
     @torch.compiler.disable
     def _diffuse_data(self, data: "Data", values: tuple[Any, ...], noise: Noise) -> Tensor:
-        from lightning_modules.graph.message_passing import check_graph, diffuse_graph, graph_of_node
+        from lightning_modules.graph.message_passing import check_graph, count_graphs, diffuse_graph, graph_of_node
 
         _check_eager()
         if "features" in data and "guide" not in data:
@@ -279,7 +281,7 @@ class GraphDiffusion(RestorationOperator):
             data.guide = data.features
         check_graph(data)
         batch = graph_of_node(data)
-        each = data.x.new_empty(int(batch.max()) + 1 if len(batch) else 0)
+        each = data.x.new_empty(count_graphs(data))
         parameters = DiffusionParameters.of_each(each, *values)
         bound = float(parameters.radius.detach().max()) if len(each) else 1.0
         if not isinstance(noise, Tensor | float | int):

@@ -21,6 +21,7 @@ from lightning_modules.graph.parameters import DiffusionParameters
 from lightning_modules.graph.patches import check_patch_fits
 from lightning_modules.graph.stencil import StencilGeometry, stencil_geometry
 from lightning_modules.graph.tiles import Tile, tiles
+from lightning_modules.graph.topology import within_image
 from lightning_modules.graph.weights import gaussian_exponent
 
 
@@ -340,7 +341,7 @@ def _parts(
     if counts is not None:
         num_steps = int(counts.max()) if len(counts) else 0
     largest = largest_radius(values.radius, max_radius)
-    radius = max(reach, largest)
+    radius = within_image(max(reach, largest), height, width)
     # S looks as far as `reach`, each step one radius further. The weights of a pixel look a window beyond that.
     halo = num_steps * int(largest) + int(radius) + 2 * (patch_size // 2)
     places = [] if tile_size is None else tiles(height, width, tile_size, halo)

@@ -9,14 +9,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch_geometric.data import Data
 from torch_geometric.nn import MessagePassing
-from torch_geometric.utils import coalesce, remove_self_loops, scatter
+from torch_geometric.utils import remove_self_loops, scatter, to_undirected
 
 from lightning_modules._cached import cached_tensors
 from lightning_modules.graph.laplacian import Laplacian, is_joined, normalized_weight, stable_step
 from lightning_modules.graph.parameters import DiffusionParameters, repeat_step
 from lightning_modules.graph.patches import PatchGrid
-from lightning_modules.graph.topology import half_offsets, radius_graph
+from lightning_modules.graph.topology import half_offsets, radius_graph, within_image
 from lightning_modules.graph.weights import SELF_WEIGHT, debias_distance, edge_weight, gaussian, white_noise_bias
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class WeightedSum(MessagePassing):
@@ -57,7 +59,8 @@ def diffuse_graph(
     Args:
         data: PyG `Data` or `Batch` with `x` (signal) and `pos`; optionally `edge_index` (without it all nodes within
             the larger one of `reach` and `max_radius` are joined) and `guide` (what distances are measured on, `x` by
-            default). Loops are dropped and repeated edges merged.
+            default). The graph is undirected: an edge in one direction is taken in both, loops are dropped and
+            repeated edges merged.
         parameters: One number for each graph.
         noise_std: Noise σ_n of the guide.
         laplacian: Which Laplacian.
@@ -70,14 +73,14 @@ def diffuse_graph(
         - output: `[N, D]`
 
     Raises:
-        ValueError: If an entry is missing or has another shape or type.
+        ValueError: If an entry is missing or has another shape or type, or an edge names no node or joins two graphs.
     """
     check_graph(data)
     edge_index = data.edge_index
     if edge_index is None:
         edge_index = radius_graph(data.pos, max(reach, max_radius), data.batch)
     else:
-        edge_index = coalesce(remove_self_loops(edge_index)[0], num_nodes=len(data.x))
+        edge_index = to_undirected(remove_self_loops(edge_index)[0], num_nodes=len(data.x))
     guide = data.guide if "guide" in data else data.x
     batch = graph_of_node(data)
     return _diffuse(data.x, guide, data.pos, edge_index, batch, parameters, noise_std, laplacian, reach)
@@ -86,8 +89,14 @@ def diffuse_graph(
 def graph_of_node(data: Data) -> Tensor:
     """Index of each node's graph, `[N]`."""
     if data.batch is not None:
-        return data.batch
+        return data.batch.long()
     return torch.zeros(len(data.x), dtype=torch.long, device=data.x.device)
+
+
+def count_graphs(data: Data) -> int:
+    """Number of graphs, those without nodes counted where a `Batch` knows of them."""
+    batch = graph_of_node(data)
+    return max(getattr(data, "num_graphs", 0), int(batch.max()) + 1 if len(batch) else 0)
 
 
 def check_graph(data: Data) -> None:
@@ -110,11 +119,33 @@ def check_graph(data: Data) -> None:
             )
         if not entry.is_floating_point():
             raise ValueError(f"{name} of the graph must be floating-point, got {entry.dtype}: call .float() on it")
-    if data.batch is not None and data.batch.shape != (size,):
-        raise ValueError(f"batch of the graph must be [N] with N = {size}, got {list(data.batch.shape)}")
-    edges = data.edge_index
-    if edges is not None and (edges.ndim != 2 or len(edges) != 2 or edges.dtype != torch.long):
+    if not data.pos.isfinite().all():
+        raise ValueError("pos of the graph has NaN or infinite entries: leave such nodes out")
+    batch, edges = data.batch, data.edge_index
+    if batch is not None:
+        if batch.shape != (size,):
+            raise ValueError(f"batch of the graph must be [N] with N = {size}, got {list(batch.shape)}")
+        if batch.dtype not in _INTEGERS or (batch < 0).any():
+            least = f", the least {batch.min():g}" if size else ""
+            raise ValueError(f"batch of the graph must be integers, counted from 0, got {batch.dtype}{least}")
+    if edges is None:
+        return
+    if edges.ndim != 2 or len(edges) != 2 or edges.dtype != torch.long:
         raise ValueError(f"edge_index must be int64 [2, E], got {edges.dtype} {list(edges.shape)}")
+    outside = (edges < 0) | (edges >= size)
+    if outside.any():
+        raise ValueError(
+            f"edge_index must name the {size} nodes of x, counted from 0, got {int(edges[outside][0])}: correct it or "
+            "leave it out"
+        )
+    if batch is not None:
+        across = batch[edges[0]] != batch[edges[1]]
+        if across.any():
+            source, target = edges[:, across][:, 0].tolist()
+            raise ValueError(
+                f"edge_index joins nodes of different graphs of the batch, {source} of graph {int(batch[source])} and "
+                f"{target} of graph {int(batch[target])}: leave such edges out, or batch"
+            )
 
 
 def _diffuse(
@@ -238,7 +269,7 @@ def diffuse_image_reference(
     size, _, height, width = images.shape
     half, area = patch_size // 2, patch_size**2
     grid = PatchGrid(height + 2 * half, width + 2 * half, patch_size, 1)
-    radius = max(reach, max_radius)
+    radius = within_image(max(reach, max_radius), height, width)
     edge_index = _grid_edges(grid, radius, images.device)
     source, target = _block_diagonal(edge_index, size, grid.num_patches)
     image_of_edge = target // grid.num_patches

@@ -78,7 +78,7 @@ class DiffusionParameters(NamedTuple):
 
 
 def _map_or_number(name: str, value: Tensor | float, images: Tensor) -> Tensor:
-    if torch.is_tensor(value) and value.ndim == 4 and value.shape[1:] != (1, 1, 1):
+    if torch.is_tensor(value) and images.ndim == 4 == value.ndim and value.shape[1:] != (1, 1, 1):
         if name not in ("sigma", "sigma_f") or value.shape != (images.shape[0], 1, *images.shape[2:]):
             raise ValueError(
                 f"{name} must be one number or one for each of {len(images)} images, or, if it is sigma or sigma_f, a "

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_modules.graph.topology import half_offsets
+from lightning_modules.graph.topology import half_offsets, within_image
 
 # Squared distance of pairs that leave the image: no kernel of a width under 10⁵ lets any weight through, and unlike an
 # infinity it gives no NaN in the gradient.
@@ -322,6 +322,7 @@ def stencil_geometry(
     Its maps take 12 M bytes for each pixel in float32, which is why few are kept: training and validation have one or
     two sizes, and a folder of photographs of many sizes must not fill the memory.
     """
+    radius = within_image(radius, height, width)
     offsets = tuple((a, b) for a, b in half_offsets(radius) if a < height and abs(b) < width)
     padding = max(int(radius), patch_size // 2)
     return StencilGeometry(height, width, patch_size, offsets, padding, device, dtype)

@@ -1,5 +1,6 @@
 """Topology of graphs: exact radius graphs and the offsets of a pixel neighbourhood."""
 
+import math
 from functools import lru_cache
 
 import torch
@@ -82,3 +83,8 @@ def half_offsets(radius: float) -> tuple[tuple[int, int], ...]:
     reach = int(radius)
     square = ((row, column) for row in range(reach + 1) for column in range(-reach, reach + 1))
     return tuple(offset for offset in square if offset > (0, 0) and offset[0] ** 2 + offset[1] ** 2 <= radius**2)
+
+
+def within_image(radius: float, height: int, width: int) -> float:
+    """The radius, or the least that joins all pixels of an image of this size as well."""
+    return min(radius, float(math.ceil(math.hypot(height, width))))

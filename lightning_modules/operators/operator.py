@@ -305,12 +305,12 @@ def per_image(name: str, value: Tensor | float | Sequence[float], images: Tensor
     Args:
         name: Its name, for the message.
         value: One for all images, or one for each.
-        images: The images.
+        images: The images; one number for each where they are graphs.
         size: Length K of a bank; None for a scalar parameter.
 
     Shape:
         - value: scalar, `[1]`, `[B]` or `[B, 1, 1, 1]`; a bank `[K]` or `[B, K]`
-        - images: `[B, ...]`
+        - images: `[B, ...]`; of graphs `[B]`
         - output: `[B]`; a bank `[B, K]`
 
     Raises:
@@ -324,12 +324,13 @@ def per_image(name: str, value: Tensor | float | Sequence[float], images: Tensor
         number = torch.tensor(value, dtype=images.dtype, device=images.device)
     number = number.to(images.dtype) if number.is_floating_point() or size is not None else number
     count = images.shape[0]  # of a dynamic export, `len` would make a constant
+    kind = "images" if images.ndim > 1 else "graphs"
     if size is None:
         if number.ndim == 4 and number.shape[1:] == (1, 1, 1):
             number = number.flatten()
         if number.ndim <= 1 and number.numel() in (1, count):
             return number.expand(count)
-        expected = f"one number or one for each of {count} images"
+        expected = f"one number or one for each of {count} {kind}"
     else:
         if number.ndim == 0 or number.shape in ((size,), (1, size), (count, size)):
             return number.expand(count, size)

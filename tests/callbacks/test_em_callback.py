@@ -518,6 +518,9 @@ class Double(Toy):
         ),
         ({"weight": torch.ones(4, 1)}, r"EStep\.weight must be \[4\], .* got \[4, 1\]"),
         ({"smoothness": torch.ones(1)}, r"EStep\.smoothness must be \[4\], .* got \[1\]"),
+        ({"reconstruction": 0.5}, r"EStep\.reconstruction must be a tensor .* got float"),
+        ({"responsibilities": [[1.0]]}, r"EStep\.responsibilities must be a tensor .* got list"),
+        ({"smoothness": 1}, r"EStep\.smoothness must be a tensor .* got int"),
         ({"responsibilities": torch.zeros(4, 2)}, r"EStep\.responsibilities must be \[B, 0\], .* got \[4, 2\]"),
     ],
 )
@@ -531,17 +534,18 @@ def test_statistics_of_other_images_than_the_loss_are_refused(tmp_path: Path) ->
         fit(Double(), EMParameterCallback(), tmp_path)
 
 
-@pytest.mark.parametrize("rows", [[[0.7, 0.5]], [[1.2, -0.2]]])
+@pytest.mark.parametrize("rows", [[[0.7, 0.5]], [[1.2, -0.2]], [[1.0, torch.nan]]])
 def test_responsibilities_that_are_none_stop_the_run(rows: list[list[float]], tmp_path: Path) -> None:
     module = Toy(table=ParameterTable({"gain": 1.0}, {"gain": (0.01, 10.0)}, row_names=["cat", "dog"]))
 
     def training_step(batch: torch.Tensor, batch_idx: int) -> dict[str, Any]:
         share = torch.tensor(rows).expand(len(batch), -1)
-        loss = (module.em_parameters(share)["gain"][:, None] * batch).square().mean(1)
+        loss = (module.em_parameters(share.nan_to_num())["gain"][:, None] * batch).square().mean(1)
         return {"loss": loss.mean(), "em": EStep(share, None, loss.detach())}
 
     module.training_step = training_step  # type: ignore[method-assign]
-    with pytest.raises(ValueError, match=r"responsibilities must be in \[0, 1\] and sum to 1 at most .* off by 0\.2"):
+    what = "were NaN" if rows[0][1] != rows[0][1] else r"were off by 0\.2"
+    with pytest.raises(ValueError, match=rf"responsibilities must be in \[0, 1\] and sum to 1 at most .* {what}"):
         fit(module, EMParameterCallback(), tmp_path)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch_geometric.data import Data
+from torch_geometric.data import Batch, Data
 from torch_geometric.utils import add_self_loops
 
 from lightning_modules.graph import GraphDiffusion, radius_graph
@@ -23,13 +23,14 @@ def cloud() -> tuple[Tensor, Tensor]:
 
 @pytest.mark.filterwarnings("ignore:.*exceeds the stable step")
 @pytest.mark.parametrize("laplacian", LAPLACIANS)
-def test_loops_repeated_edges_and_their_order_count_for_nothing(laplacian: Any) -> None:
+def test_loops_repeated_edges_their_order_and_direction_count_for_nothing(laplacian: Any) -> None:
     x, pos = cloud()
     edges = radius_graph(pos, 2.0)
     diffusion = GraphDiffusion(3, signal="patches", laplacian=laplacian, reach=2.0)
     expected = diffusion(Data(x=x, pos=pos), **VALUES)
     order = torch.randperm(edges.shape[1], generator=torch.Generator().manual_seed(1))
-    for other in (add_self_loops(edges)[0], torch.cat([edges, edges[:, :50]], 1), edges[:, order]):
+    one_way = edges[:, edges[0] < edges[1]]
+    for other in (add_self_loops(edges)[0], torch.cat([edges, edges[:, :50]], 1), edges[:, order], one_way):
         torch.testing.assert_close(diffusion(Data(x=x, pos=pos, edge_index=other), **VALUES), expected)
 
 
@@ -44,6 +45,19 @@ def test_a_batch_in_any_order() -> None:
     for graph in (0, 1):
         own = batch == graph
         torch.testing.assert_close(found[own], diffusion(Data(x=x[own], pos=pos[own]), **VALUES))
+
+
+@pytest.mark.parametrize("empty", [0, 1, 2])
+def test_a_graph_without_nodes_has_its_place_in_a_batch(empty: int) -> None:
+    x, pos = cloud()
+    graphs = [Data(x=x[:15], pos=pos[:15]), Data(x=x[15:], pos=pos[15:])]
+    graphs.insert(empty, Data(x=x[:0], pos=pos[:0]))
+    sigma = torch.tensor([0.3, 0.5, 0.7])
+    expected = [
+        GraphDiffusion(3)(graph, **{**VALUES, "sigma": float(own)}) for graph, own in zip(graphs, sigma, strict=True)
+    ]
+    found = GraphDiffusion(3)(Batch.from_data_list(graphs), **{**VALUES, "sigma": sigma})
+    torch.testing.assert_close(found, torch.cat(expected))
 
 
 @pytest.mark.filterwarnings("ignore:.*exceeds the stable step")
@@ -93,7 +107,7 @@ def test_one_rule_for_the_shapes_of_parameters(name: str, size: int, signal: Any
     with pytest.raises(ValueError, match=r"for each of 2 images.*got \[3\]"):
         diffusion(images, **{**values, name: torch.full((3,), values[name])})
     x, pos = cloud()
-    with pytest.raises(ValueError, match=rf"{name} must be one number or one for each of 1 .*got \[3\]"):
+    with pytest.raises(ValueError, match=rf"{name} must be one number or one for each of 1 graphs, got \[3\]"):
         diffusion(Data(x=x, pos=pos), **{**values, name: torch.full((3,), values[name])})
 
 
@@ -105,6 +119,16 @@ def test_one_rule_for_the_shapes_of_parameters(name: str, size: int, signal: Any
         ({"x": torch.zeros(40)}, r"x of the graph must be \[N, D\] .*got \[40\]: a column of numbers is \[N, 1\]"),
         ({"pos": torch.zeros(39, 2)}, r"pos of the graph must be \[N, D\] with the N = 40 of x, got \[39, 2\]"),
         ({"batch": torch.zeros(3, dtype=torch.long)}, r"batch of the graph must be \[N\] with N = 40, got \[3\]"),
+        ({"batch": torch.arange(40) - 1}, "batch of the graph must be integers, counted from 0, .* the least -1"),
+        ({"batch": torch.zeros(40)}, "batch of the graph must be integers, counted from 0, got torch.float32"),
+        ({"pos": torch.full((40, 2), torch.nan)}, "pos of the graph has NaN or infinite entries"),
+        ({"pos": torch.eye(40, 2).log()}, "pos of the graph has NaN or infinite entries"),
+        ({"edge_index": torch.tensor([[0, -1], [1, 0]])}, "edge_index must name the 40 nodes of x.*got -1"),
+        ({"edge_index": torch.tensor([[0, 1], [1, 40]])}, "edge_index must name the 40 nodes of x.*got 40"),
+        (
+            {"edge_index": torch.tensor([[0, 2], [1, 3]]), "batch": torch.arange(40) // 3},
+            "edge_index joins nodes of different graphs of the batch, 2 of graph 0 and 3 of graph 1",
+        ),
         ({"edge_index": torch.zeros(2, 5)}, r"edge_index must be int64 \[2, E\], got torch.float32 \[2, 5\]"),
     ],
 )

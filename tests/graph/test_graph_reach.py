@@ -73,3 +73,29 @@ def test_the_smoothness_is_that_of_the_edges_within_reach() -> None:
 def test_refuses_an_impossible_reach(reach: float, signal: Any) -> None:
     with pytest.raises(ValueError, match="reach must be a finite number of pixels"):
         GraphDiffusion(3, signal=signal, reach=reach)
+
+
+class Gray:
+    """White noise in the form of an object."""
+
+    def variance(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(images[:, :1], 0.01)
+
+    def distance_bias(self, offset: tuple[int, int]) -> torch.Tensor:
+        return torch.tensor(0.02)
+
+
+@pytest.mark.parametrize("noise", [0.1, Gray()])
+@pytest.mark.parametrize("implementation", ["auto", "message_passing"])
+@pytest.mark.parametrize("radius", [9.0, torch.tensor([1e9, 30.0])])  # the diagonal is 7.8
+def test_a_radius_or_reach_far_beyond_the_image_joins_all_its_pixels(
+    implementation: Any, noise: Any, radius: Any
+) -> None:
+    images = torch.rand(2, 1, 6, 5, generator=torch.Generator().manual_seed(0))
+    values = {"sigma": 0.5, "tau": 0.2, "radius": radius, "sigma_s": 2.0, "sigma_f": 0.5, "smooth_steps": 2}
+    for reach in (2.0, 1e9):
+        plain = GraphDiffusion(3, implementation="message_passing", reach=min(reach, 20.0))
+        diffusion = GraphDiffusion(3, implementation=implementation, reach=reach)
+        torch.testing.assert_close(diffusion(images, noise=noise, **values), plain(images, noise=0.1, **values))
+    smoothness = [GraphDiffusion(3, reach=reach).smoothness(images, sigma=0.5).score for reach in (8.0, 1e9)]
+    torch.testing.assert_close(*smoothness)
