@@ -56,8 +56,6 @@ class _Trust:
     """
 
     def __init__(self, file: object, allow: Iterable[str], named: Iterable[str], home: str, remedy: str) -> None:
-        if isinstance(allow, str):
-            raise TypeError(f"allow must be a list of names, such as [{allow!r}], got a string")
         self.file, self.allow, self.named, self.remedy = file, tuple(allow), frozenset(named), remedy
         self.own = (*_own_packages(), home)
         self.odd_name: str | None = None
@@ -163,6 +161,8 @@ class GuardedCheckpoint:
             UntrustedCheckpointError: If the file names anything else.
             CheckpointError: If the file is damaged, or that of something else.
         """
+        if isinstance(allow, str):
+            raise TypeError(f"allow must be a list of names, such as [{allow!r}], got a string")
         options.setdefault("weights_only", True)
         content: dict[str, Any] = {}
         if not is_remote(checkpoint_path):
