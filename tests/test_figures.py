@@ -73,8 +73,6 @@ EARLY = {
     "graph_gain": "one seed, an hour of training",
     "noise_level": "no page shows it",
     "operators": "an hour of searching",
-    "photographs": "comes with the weights",
-    "textbook": "hours of training",
 }
 
 
