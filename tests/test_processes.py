@@ -49,29 +49,20 @@ def wait_for(condition, seconds: float) -> bool:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_sigterm_to_one_rank_ends_all(tmp_path: Path, rank: int) -> None:
-    child = os.fork()  # a process of its own, but without importing everything once more
-    if child == 0:
-        try:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
-            trainer = L.Trainer(
-                accelerator="cpu", devices=2, strategy="ddp_fork", max_epochs=-1, callbacks=[EndTogether()], **quiet
-            )
-            trainer.fit(Endless(tmp_path, rank))
-        finally:
-            os._exit(3)
+    # A process of its own: one that has computed with threads must not be forked.
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-W", "ignore", __file__, str(tmp_path), str(rank)]
+    child = subprocess.Popen(words, stderr=subprocess.DEVNULL, env=environment)
     files = [tmp_path / f"rank{index}" for index in (0, 1)]
-    ended = False
     try:
         assert wait_for(lambda: all(file.exists() and file.read_text() for file in files), 240), "they train"
         ranks = [int(file.read_text()) for file in files]
-        ended = wait_for(lambda: os.waitpid(child, os.WNOHANG)[0] == child, 30)
+        ended = wait_for(lambda: child.poll() is not None, 30)
         assert ended, "the others hang"
         assert wait_for(lambda: not any(is_running(pid) for pid in ranks), 10)
     finally:
-        if not ended:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
+        child.kill()
+        child.wait()
         for file in files:
             if file.exists() and is_running(int(file.read_text())):
                 os.kill(int(file.read_text()), signal.SIGKILL)
@@ -103,3 +94,11 @@ def is_running(pid: int) -> bool:
     except OSError:
         return False
     return state != "Z"  # gone, but for whoever asks after it
+
+
+if __name__ == "__main__":
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    trainer = L.Trainer(
+        accelerator="cpu", devices=2, strategy="ddp_fork", max_epochs=-1, callbacks=[EndTogether()], **quiet
+    )
+    trainer.fit(Endless(Path(sys.argv[1]), int(sys.argv[2])))
