@@ -49,8 +49,6 @@ def assert_same_path(found: dict[str, Any], expected: dict[str, Any], tolerance:
     assert path.shape == wanted.shape
     assert (wanted[-1] - wanted[0]).abs().max() > 0.01  # something was learned
     assert ((path - wanted).abs() / wanted.abs()).max() < tolerance
-    # of all ranks, and not of the first
-    assert found["train_loss"] == pytest.approx(expected["train_loss"], rel=max(tolerance, 1e-6))
     torch.testing.assert_close(found["table"], expected["table"], rtol=tolerance, atol=0)
 
 
@@ -68,6 +66,8 @@ def test_two_processes_equal_one(single: dict[str, dict[str, Any]], tmp_path: Pa
     shared_out = torch.load(tmp_path / "ddp.pt", weights_only=True)
     for rule in RULES:
         assert_same_path(shared_out[rule], single[rule], 1e-6)
+        # that of all ranks, and not of the first
+        assert shared_out[rule]["train_loss"] == pytest.approx(single[rule]["train_loss"], rel=1e-6)
         for name, weight in single[rule]["weights"].items():
             torch.testing.assert_close(shared_out[rule]["weights"][name], weight, rtol=1e-4, atol=1e-6)
 

@@ -23,13 +23,16 @@ from datamodules._sampler import EpochBatches, FixedBatches
 
 @pytest.fixture(autouse=True)
 def quiet():
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore",
             ".*(LeafSpec|does not have many workers|logging interval|callbacks used to create the checkpoint).*",
         )
         yield
+    logger.setLevel(level)
 
 
 class Recorder(L.LightningModule):
