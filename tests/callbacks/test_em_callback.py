@@ -562,7 +562,9 @@ def test_a_learned_parameter_without_a_gradient_is_said_after_ten_steps(batches:
 def test_a_rule_that_needs_no_gradient_does_not_miss_one(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*has had no gradient")
-        fit(Mistaken(), EMParameterCallback(SignRule()), tmp_path, batches=12)
+        callback = EMParameterCallback(SignRule())
+        fit(Mistaken(), callback, tmp_path, batches=12)
+    assert len(callback.loss_history) == 12  # it came past the ten steps after which one is missed
 
 
 @pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])
