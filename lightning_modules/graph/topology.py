@@ -1,4 +1,4 @@
-"""Topology of graphs: exact radius graphs and the offsets of a pixel neighbourhood."""
+"""Topology of graphs: exact radius graphs, nearest neighbors, and the offsets of a pixel neighbourhood."""
 
 import math
 from functools import lru_cache
@@ -37,6 +37,63 @@ def radius_graph(positions: Tensor, radius: float, batch: Tensor | None = None) 
     return _sorted_by_target(order[build(positions[order], radius, batch[order])], len(positions))
 
 
+def nearest_neighbors(sources: Tensor, targets: Tensor, count: int) -> Tensor:
+    """The `count` nearest of the sources to each target, nearest first.
+
+    By PyG where its back end `pyg-lib` is installed, elsewhere by a k-d tree; the same but for the order of neighbors
+    that are equally far.
+
+    Args:
+        sources: Where neighbors are looked for.
+        targets: Whose neighbors are looked for.
+        count: Number k of neighbors; no more than there are sources.
+
+    Shape:
+        - sources: `[M, D]`; targets: `[N, D]`
+        - output: `[N, k]`, int64
+
+    Raises:
+        ValueError: If there are fewer sources.
+    """
+    if not 0 < count <= len(sources):
+        raise ValueError(f"count must be between 1 and the {len(sources)} points that there are, got {count}")
+    find = _pyg_neighbors if _has_pyg_lib() else _tree_neighbors
+    return find(sources.detach(), targets.detach(), count)
+
+
+def knn_graph(positions: Tensor, count: int, batch: Tensor | None = None) -> Tensor:
+    """Edges from the `count` nearest distinct nodes of its graph to each node; from all where there are fewer.
+
+    Args:
+        positions: Node positions.
+        count: Number k of neighbors.
+        batch: Graph of each node, in any order; None where there is one graph.
+
+    Shape:
+        - positions: `[N, D]`
+        - batch: `[N]`
+        - output: `[2, E]` (source, target), sorted by target and then by source, as `radius_graph`
+
+    Raises:
+        ValueError: If the number is not positive.
+    """
+    if count < 1:
+        raise ValueError(f"count must be at least 1 neighbor, got {count}")
+    graphs = torch.zeros(len(positions), dtype=torch.long) if batch is None else batch
+    edges = [torch.empty(2, 0, dtype=torch.long, device=positions.device)]
+    for graph in graphs.unique():
+        nodes = (graphs == graph).nonzero()[:, 0].to(positions.device)
+        own = min(count, len(nodes) - 1)
+        if own:
+            # Of nodes in one place any may come first: the node itself goes, wherever it is, or else the last.
+            found = nearest_neighbors(positions[nodes], positions[nodes], own + 1)
+            itself = found == torch.arange(len(nodes), device=found.device)[:, None]
+            itself[:, -1] |= ~itself.any(1)
+            sources = found[~itself].view(len(nodes), own)
+            edges.append(torch.stack([nodes[sources.flatten()], nodes.repeat_interleave(own)]))
+    return _sorted_by_target(torch.cat(edges, 1), len(positions))
+
+
 def _has_pyg_lib() -> bool:
     import torch_geometric.typing
 
@@ -64,6 +121,20 @@ def _tree_radius_graph(positions: Tensor, radius: float, batch: Tensor | None) -
         first += size
     edge_index = torch.cat(edges).T if edges else torch.empty(2, 0, dtype=torch.long)
     return _sorted_by_target(edge_index, len(points)).to(positions.device)
+
+
+def _pyg_neighbors(sources: Tensor, targets: Tensor, count: int) -> Tensor:
+    from torch_geometric.nn import knn
+
+    target, source = knn(sources, targets, count)
+    distance = (sources[source] - targets[target]).square().sum(1).view(len(targets), count)
+    return source.view(len(targets), count).gather(1, distance.argsort(1, stable=True))
+
+
+def _tree_neighbors(sources: Tensor, targets: Tensor, count: int) -> Tensor:
+    tree = KDTree(sources.cpu().numpy())
+    index = torch.from_numpy(tree.query(targets.cpu().numpy(), count)[1])  # without the last axis for one neighbor
+    return index.long().view(len(targets), count).to(sources.device)
 
 
 def _sorted_by_target(edge_index: Tensor, num_nodes: int) -> Tensor:
