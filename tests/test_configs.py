@@ -17,6 +17,7 @@ from PIL import Image
 from callbacks import EMParameterCallback
 from lightning_modules import GeneratedImageDetector, GraphDiffusionReconstruction
 from lightning_modules.cli import build, main
+from lightning_modules.graph.message_passing import WeightedSum
 
 PROJECT = Path(__file__).parents[1]
 CONFIGS = sorted((PROJECT / "configs").glob("*.yaml"))
@@ -52,6 +53,8 @@ def small(config: Path, fake_cifar: Callable[..., Path], fake_photographs: Calla
         return ["--data.patches_per_image=1", "--model.num_components=3"]
     if data == "datamodules.GeneratedImagesDataModule":
         return [f"--data.root={fake_photographs()}", "--data.crop_size=32", "--data.eval_crops=2"]
+    if data == "datamodules.PointCloudDataModule":
+        return ["--data.num_points=200", "--data.batch_size=2"]
     if data == "datamodules.ImageFolderDataModule":
         return [f"--data.root={fake_photographs()}", "--data.crop_size=16", "--data.batch_size=2"]
     return FEW_CROPS
@@ -248,6 +251,7 @@ def test_the_textbook_run_improves_on_its_start(cifar_root: Path) -> None:
     """20 steps on 1,280 images of CIFAR-10, and the mean over 100 others, which are restored by the global set."""
     config = str(PROJECT / "configs" / "cifar10_textbook.yaml")
     words = ["-c", config, f"--data.root={cifar_root}", "--data.val_size=100", "--trainer.logger=false"]
+    words.append("--model.diffusion.implementation=auto")  # the same, in less time; see below
     command = build(words)
     module, data = command.model, command.datamodule
     (em,) = (callback for callback in command.trainer.callbacks if isinstance(callback, EMParameterCallback))
@@ -259,3 +263,27 @@ def test_the_textbook_run_improves_on_its_start(cifar_root: Path) -> None:
     assert after["val/psnr"] > before["val/psnr"] + 0.05
     steps = {module.em_parameters.get_parameters(row)["smooth_steps"] for row in range(10)}
     assert len(steps) > 1, "rows that differ"
+
+
+def test_the_textbook_configuration_passes_messages_and_equals_the_dense_form(
+    fake_cifar: Callable[..., Path], fake_photographs: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    forward = WeightedSum.forward
+    monkeypatch.setattr(WeightedSum, "forward", lambda *words: (calls.append(None), forward(*words))[1])
+    config = PROJECT / "configs" / "cifar10_textbook.yaml"
+    words = ["-c", str(config), *small(config, fake_cifar, fake_photographs), *QUICK]
+    literal, dense = (build([*words, *more]) for more in ([], ["--model.diffusion.implementation=auto"]))
+    literal.datamodule.setup("fit")
+    batch = literal.datamodule.on_after_batch_transfer(next(iter(literal.datamodule.train_dataloader())), 0)
+    results = []
+    for command, messages in ((literal, True), (dense, False)):
+        calls.clear()
+        command.model.log = lambda *_, **__: None
+        step = command.model.training_step(batch, 0)
+        assert bool(calls) == messages
+        step["loss"].backward()
+        gradient = command.model.em_parameters.pop_gradient()
+        results.append((command.model(batch["image"], noise_std=0.1), step["em"].proxy, gradient))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
