@@ -207,7 +207,12 @@ class EMParameterCallback(Callback):
         self._last_step = trainer.global_step
         table.rows_learn = self.update_rows
         table.pop_gradient()  # of whoever ran before, such as a learning-rate finder
-        table.perturb(answer(self.rule, "sampled_values", table, self._rule_state, step=trainer.global_step))
+        self._prepare_step(table, trainer.global_step)
+
+    def _prepare_step(self, table: ParameterTable, step: int) -> None:
+        """Lets the table hand out, in the next training step, what the rule asks for."""
+        table.perturb(answer(self.rule, "sampled_values", table, self._rule_state, step=step))
+        table.pair_distance = answer(self.rule, "pair_distance", table, self._rule_state, step=step)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the scale of this backward pass: the optimizer step that follows may change it."""
@@ -259,6 +264,7 @@ class EMParameterCallback(Callback):
         """Warn of what has come up after the last step that logged: skipped steps, and what the assignment has seen."""
         _keep_from_averages(trainer, pl_module)
         self._require_table().perturb(None)
+        self._require_table().pair_distance = None
         self._check_run(self._require_table())
         assignment = getattr(pl_module, "assignment", None)
         if isinstance(assignment, Assignment):
@@ -268,6 +274,7 @@ class EMParameterCallback(Callback):
         """Leave the table with what was learned: an interrupted run has no end at which perturbation stops."""
         if self._table is not None:
             self._table.perturb(None)
+            self._table.pair_distance = None
 
     def state_dict(self) -> dict[str, Any]:
         """Rule state, counts and history as plain numbers and tensors on the CPU."""
@@ -314,6 +321,19 @@ class EMParameterCallback(Callback):
             off = torch.maximum(rows.sum(1) - 1, -rows.amin(1))
             self._excess = torch.maximum(self._excess.double(), torch.where(counted, off, 0.0).amax())
         gradient = table.pop_gradient()
+        if step.gradient is not None:
+            if step.gradient.shape != (len(rows), len(table.shared)):
+                raise ValueError(
+                    f"EStep.gradient must be [{len(rows)}, {len(table.shared)}], one number for each image and column "
+                    f"of the table, got {list(step.gradient.shape)}"
+                )
+            self._statistics.add(step, step.gradient)
+            return
+        if table.pair_distance is not None:
+            raise MisconfigurationException(
+                f"{type(self.rule).__name__} learns from pairs, and training_step handed in no EStep.gradient: ask the "
+                "table for a `pair` of parameters, and for its `gradient` where `pair_distance` is set"
+            )
         if gradient is not None:
             if len(gradient) != len(rows):
                 raise ValueError(
@@ -356,7 +376,7 @@ class EMParameterCallback(Callback):
         self._rule_state = {
             name: torch.where(accepted, rule_state[name], old) for name, old in self._rule_state.items()
         }
-        table.perturb(answer(self.rule, "sampled_values", table, self._rule_state, step=step))
+        self._prepare_step(table, step)
         if assignment is not None and len(statistics.latent):
             assignment.m_step(statistics.latent, accepted)
         total, streak, longest = self._skipped.unbind()
