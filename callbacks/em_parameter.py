@@ -49,6 +49,10 @@ class EMParameterCallback(Callback):
     Args:
         rule: The M-step proper; `GradientRule()` by default.
         update_rows: Whether the rows of the table (its classes, say) learn too, or the global set alone.
+        sweep: Number of points, spread evenly between the bounds, that are tried out on the first batch of a run, to
+            begin with the one of the least proxy; 0 begins at the start values. Where bounds are orders of magnitude
+            apart, the start may be on a plateau from which no gradient leads away. Parameters of the global set that
+            are scalars take part. The training step is called once for each point, without gradients.
         history_size: Number of past steps whose proxy and parameters are kept.
         max_skipped_steps: Number of consecutive steps with a non-finite proxy or gradient that stops the run.
 
@@ -67,13 +71,17 @@ class EMParameterCallback(Callback):
         update_rows: bool = True,
         history_size: int = 1000,
         max_skipped_steps: int = 20,
+        sweep: int = 0,
     ) -> None:
+        if sweep < 0:
+            raise ValueError(f"sweep must be a number of points, or 0 for none, got {sweep}")
         if history_size < 1:
             raise ValueError(f"history_size must be at least 1 step, got {history_size}")
         if max_skipped_steps < 1:
             raise ValueError(f"max_skipped_steps must be at least 1, got {max_skipped_steps}")
         self.rule = GradientRule() if rule is None else rule
         self.update_rows = update_rows
+        self.sweep = sweep
         self.history_size = history_size
         self.max_skipped_steps = max_skipped_steps
         self._table: ParameterTable | None = None
@@ -207,6 +215,30 @@ class EMParameterCallback(Callback):
         self._last_step = trainer.global_step
         table.rows_learn = self.update_rows
         table.pop_gradient()  # of whoever ran before, such as a learning-rate finder
+        self._prepare_step(table, trainer.global_step)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Before the first step of a run that begins, try out points between the bounds."""
+        if self.sweep and trainer.global_step == 0 and batch_idx == 0 and not self._states:
+            self._try_points(trainer, pl_module, batch)
+
+    @torch.no_grad()
+    def _try_points(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        table = self._require_table()
+        offsets = table.offsets.clone()
+        points = _spread_points(table, self.sweep)
+        table.pair_distance = None
+        sums = []
+        for point in points:
+            table.write(TableValues(point, offsets))
+            step = _e_step(pl_module.training_step(batch, 0))
+            statistics = SufficientStatistics(len(table.row_names), len(table.shared), point.device)
+            statistics.add(step, None)
+            sums.append(torch.stack([statistics.sum("proxy")[0], statistics.count[0]]))
+        total = trainer.strategy.reduce(torch.stack(sums), reduce_op="sum")
+        loss = total[:, 0] / total[:, 1].clamp_min(torch.finfo(torch.float64).tiny)
+        best = torch.where(loss.isfinite(), loss, torch.inf).argmin()
+        table.write(TableValues(points[best], offsets))
         self._prepare_step(table, trainer.global_step)
 
     def _prepare_step(self, table: ParameterTable, step: int) -> None:
@@ -452,6 +484,24 @@ class EMParameterCallback(Callback):
         if message not in self._warned:
             self._warned.add(message)
             rank_zero_warn(message)
+
+
+def _spread_points(table: ParameterTable, count: int) -> Tensor:
+    """Coordinates between the bounds, the present ones first, `[count + 1, P]`.
+
+    Of the R sequence (Roberts, 2018), any number of whose first points covers a cube evenly.
+    """
+    moving = table.mask([name for name in table.learned if table.columns(name).stop - table.columns(name).start == 1])
+    dimension = int(moving.sum())
+    root = 2.0
+    for _ in range(40):  # of x^(d + 1) = x + 1
+        root = (1 + root) ** (1 / (dimension + 1))
+    step = root ** -torch.arange(1, dimension + 1, dtype=torch.float64, device=moving.device)
+    place = (0.5 + torch.arange(count, device=moving.device)[:, None] * step) % 1
+    points = table.shared.repeat(count + 1, 1)
+    lower, upper = table.lower[moving], table.upper[moving]
+    points[1:, moving] = lower + place * (upper - lower)
+    return points
 
 
 def _keep_from_averages(trainer: Trainer, pl_module: LightningModule) -> None:

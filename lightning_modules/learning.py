@@ -34,6 +34,8 @@ _ROUNDING = 1e-4
 # Share of the run, at its end, over which the loss is compared with that of the noisy images.
 _LATE = 0.3
 _SHOWN = 3
+# Points between the bounds that are tried out first, for each parameter, and at most.
+_SWEEP, _MOST_POINTS = 8, 32
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,8 @@ def learn_parameters(
     added = 25 / 255 if noise_std is None else noise_std
     module = Reconstruction(operator, table, add_noise=objective == "supervised", noise_std=added, objective=objective)
     frozen = [weight for weight in operator.parameters() if weight.requires_grad]
-    learner = EMParameterCallback(rule, history_size=steps)
+    scalars = [name for name in table.learned if not isinstance(table.get_parameters()[name], list)]
+    learner = EMParameterCallback(rule, history_size=steps, sweep=min(_SWEEP * len(scalars), _MOST_POINTS))
     with _quiet(), isolate_rng(), _frozen(frozen):
         trainer = L.Trainer(
             accelerator="gpu" if torch.cuda.is_available() and not arrays else "cpu",
