@@ -34,6 +34,7 @@ _ROUNDING = 1e-4
 # Share of the run, at its end, over which the loss is compared with that of the noisy images.
 _LATE = 0.3
 _SHOWN = 3
+_STEPS = 10
 # Points between the bounds that are tried out first, for each parameter, and at most.
 _SWEEP, _MOST_POINTS = 8, 32
 
@@ -107,7 +108,7 @@ def learn_parameters(
     start: Mapping[str, Any] | None = None,
     arrays: bool = False,
     rule: Rule | None = None,
-    steps: int = 10,
+    steps: int | None = None,
     batch_size: int = 16,
     crop_size: int = 128,
     seed: int = 0,
@@ -131,7 +132,7 @@ def learn_parameters(
         start: Values to start from, in place of the middle between the bounds, or of the operator's own.
         arrays: The function takes one image at a time, as a NumPy array `[H, W, C]` or `[H, W]`, and plain numbers.
         rule: The M-step; `NewtonRule` by default, or `SPSARule` where the function has no gradient.
-        steps: Batches to learn from.
+        steps: Batches to learn from; 10 by default, or 20 for a rule that needs no gradient.
         batch_size: Images in a batch.
         crop_size: Side of the crops that are taken where images differ in size, or come from a folder.
         seed: Seed of order, crops and noise.
@@ -151,13 +152,15 @@ def learn_parameters(
         >>> round(learned.parameters["weight"], 1)  # half of the variance is noise
         0.5
     """
-    if steps < 1:
+    if steps is not None and steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     operator, table = _prepare(restore, parameters, start or {}, arrays)
     data = _data(images, noise_std, objective, batch_size, crop_size, seed)
     batch = _first_batch(data, seed)
     level = _level(noise_std, batch)
     rule = _try_out(operator, table, batch["image"][:_TRIED], level[:_TRIED], rule)
+    if steps is None:
+        steps = _STEPS if rule.needs_gradient else 2 * _STEPS
     added = 25 / 255 if noise_std is None else noise_std
     module = Reconstruction(operator, table, add_noise=objective == "supervised", noise_std=added, objective=objective)
     frozen = [weight for weight in operator.parameters() if weight.requires_grad]

@@ -105,8 +105,7 @@ def hide_pixels(noisy: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     apart = (draws[:, 2:] * _FURTHEST).long() * _HIDDEN_STRIDE + 1
     positions = [torch.arange(size, device=noisy.device) for size in noisy.shape[2:]]
     rows, columns = (
-        (position - start[:, None]) % _HIDDEN_STRIDE == 0
-        for position, start in zip(positions, place.T, strict=True)
+        (position - start[:, None]) % _HIDDEN_STRIDE == 0 for position, start in zip(positions, place.T, strict=True)
     )
     hidden = (rows[:, :, None] & columns[:, None, :])[:, None]
     others = [

@@ -22,6 +22,9 @@ _MOST_LEAVES = 64
 _ROUNDING = 0.01
 # Sets the sides that a pair of parameters takes apart from whatever else is drawn from an image's key.
 _PAIR_STREAM = 0x3C6E_F372
+# The same for the parameter that an image moves, of as many as are few.
+_PICK_STREAM = 0xA54F_F53A
+_FEW = 8
 
 
 class TableValues(NamedTuple):
@@ -37,13 +40,13 @@ class TableValues(NamedTuple):
 
 
 class ParameterPair(NamedTuple):
-    """Two sets of parameters for each image, on either side of the table's own, all parameters at once.
+    """Two sets of parameters for each image, on either side of the table's own.
 
     Attributes:
         plus: The one set, as `ParameterTable.forward` returns it.
         minus: The other.
-        distance: How far the first is from the second in each coordinate, with its sign, float64 `[B, P]`; 0 for what
-            cannot move.
+        distance: How far the first is from the second in each coordinate, with its sign, over the number of those among
+            which one was drawn, float64 `[B, P]`; 0 for what is not moved.
     """
 
     plus: dict[str, Tensor | int]
@@ -51,10 +54,10 @@ class ParameterPair(NamedTuple):
     distance: Tensor
 
     def gradient(self, plus: Tensor, minus: Tensor) -> Tensor:
-        r"""Simultaneous-perturbation estimate of each image's gradient, :math:`(\ell^+ - \ell^-) / d_j` for each j.
+        r"""Estimate of each image's gradient, :math:`(\ell^+ - \ell^-) / d_j` for each j that was moved.
 
-        The other coordinates' part has expectation 0, for their sides are drawn independently (Spall, IEEE TAC 37,
-        1992, equation 2.2).
+        Where several were, the other coordinates' part has expectation 0, for their sides are drawn independently
+        (simultaneous perturbation; Spall, IEEE TAC 37, 1992, equation 2.2).
 
         Args:
             plus: Value of each image under the one set.
@@ -335,8 +338,9 @@ class ParameterTable(Float64Buffers):
     def pair(self, responsibilities: Tensor, key: Tensor) -> ParameterPair:
         """Two sets of parameters of each image, for a training step under a rule that needs no gradient.
 
-        All learned parameters differ at once, each to a side that is drawn from the image's key: so many parameters
-        cost no more evaluations than one. Whole numbers are those next to the table's own, which may be in between.
+        Of few parameters each image moves one, drawn from its key, which then counts for all: what the others do is no
+        noise to it. Many differ at once, each to a side that is drawn: they cost no more evaluations than one. Whole
+        numbers are those next to the table's own, which may be in between.
 
         Args:
             responsibilities: As in `forward`.
@@ -358,7 +362,14 @@ class ParameterTable(Float64Buffers):
         next_up = torch.minimum(floor + 1, self.upper)
         neighbors = torch.where(side > 0, next_up, floor), torch.where(side > 0, floor, next_up)
         plus, minus = (torch.where(whole, n, end) for n, end in zip(neighbors, ends, strict=True))
-        return ParameterPair(self._by_name(plus), self._by_name(minus), plus - minus)
+        learned = self._mask(self.learned).nonzero()[:, 0]
+        distance = plus - minus
+        if len(learned) <= _FEW:
+            pick = learned[(seeded_uniform(key ^ _PICK_STREAM, 1)[:, 0] * len(learned)).long()]
+            picked = torch.nn.functional.one_hot(pick, here.shape[1]).bool()
+            plus, minus = (torch.where(picked, end, here) for end in (plus, minus))
+            distance = torch.where(picked, distance / len(learned), 0.0)
+        return ParameterPair(self._by_name(plus), self._by_name(minus), distance)
 
     @torch.compiler.disable  # the list of leaves is a side effect that a compiled region must not specialise on
     def _hand_out_leaves(self, responsibilities: Tensor) -> dict[str, Tensor | int]:

@@ -12,14 +12,15 @@ class SPSARule(NewtonRule):
     r"""Simultaneous perturbation (Spall, IEEE TAC 37, 1992), for whatever can be evaluated: no gradient is asked for.
 
     The E-step restores each image twice, under :math:`\theta + c \circ \Delta` and :math:`\theta - c \circ \Delta`
-    with signs Δ of the image's own, and with the same noise (common random numbers). The difference of its two losses
-    over that of the parameters estimates its gradient,
+    with a direction Δ of the image's own, and with the same noise (common random numbers). The difference of its two
+    losses over that of the parameters estimates its gradient,
 
     .. math:: \hat g_j = \frac{\ell(\theta + c \circ \Delta) - \ell(\theta - c \circ \Delta)}{2 c_j \Delta_j},
 
-    up to what the other parameters contribute, whose mean over the signs is 0. That contribution differs from image to
-    image, so it is part of the noise that `NewtonRule` sees in the images' gradients: its steps are as long as the
-    noise allows, and no gain sequence is to be chosen. The distance c is a share of the trust radius, and shrinks with
+    up to what the other parameters contribute, whose mean over random signs Δ is 0. Up to eight parameters take turns
+    instead: each image has one of them moved, and counts for all, which leaves the others' part out. Either way the
+    draw is part of how the images' gradients differ, in which `NewtonRule` sees the noise: its steps are as long as
+    that allows, and no gain sequence is to be chosen. The distance c is a share of the trust radius, and shrinks with
     it as the optimum is near.
 
     Whole numbers, and choices by their place in a list (`FunctionOperator`), take part: between neighbors the loss is
@@ -57,7 +58,7 @@ class SPSARule(NewtonRule):
 
     def __init__(
         self,
-        perturbation: float = 0.5,
+        perturbation: float = 0.25,
         trust_radius: float = 0.5,
         curvature_length_scale: float = 0.5,
         pseudo_count: float = 20.0,
