@@ -156,7 +156,8 @@ def learn_parameters(
         raise ValueError(f"steps must be at least 1, got {steps}")
     operator, table = _prepare(restore, parameters, start or {}, arrays)
     data = _data(images, noise_std, objective, batch_size, crop_size, seed)
-    batch = _first_batch(data, seed)
+    with isolate_rng():
+        batch = _first_batch(data, seed)
     level = _level(noise_std, batch)
     rule = _try_out(operator, table, batch["image"][:_TRIED], level[:_TRIED], rule)
     if steps is None:
@@ -456,6 +457,8 @@ def _quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*does not have many workers")
             warnings.filterwarnings("ignore", ".*GPU available but not used")
+            # The module looks at the labels before they leave the host; our DataModules have no hook there.
+            warnings.filterwarnings("ignore", "You have overridden `on_before_batch_transfer` in `LightningModule`")
             yield
     finally:
         logger.setLevel(level)
