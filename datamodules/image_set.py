@@ -136,7 +136,8 @@ class _ImageSet(BatchDataset):
             )
         if self.whole:
             return pixels
-        start = corner(place, *pixels[0].shape[1:], self.crop_size)
+        height, width = pixels[0].shape[1:]
+        start = corner(place, height, width, self.crop_size)
         return [cut_crop(each, *start, self.crop_size) for each in pixels]
 
     def _with_channels(self, pixels: Tensor) -> Tensor:

@@ -208,7 +208,7 @@ def _prepare(
     if arrays:
         raise ValueError("arrays is for functions; a RestorationOperator takes tensors")
     bounds = {name: given for name, given in parameters.items() if given is not None}
-    initial = {}
+    initial: dict[str, Any] = {}
     for spec in restore.parameter_specs:
         if spec.name in bounds:
             lower, upper = bounds[spec.name]
@@ -221,7 +221,7 @@ def _prepare(
 
 def _bounded(name: str, given: Any) -> tuple[float, float] | ParameterSpec:
     if not isinstance(given, range):
-        return given  # type: ignore[no-any-return]  # looked at by FunctionOperator
+        return given  # looked at by FunctionOperator
     if given.step != 1 or len(given) < 2:
         raise ValueError(f"{name!r} must be a range of at least two numbers in steps of 1, got {given}: give a list")
     return ParameterSpec(name, given[(len(given) - 1) // 2], (given[0], given[-1]), integer=True)

@@ -76,9 +76,16 @@ class EStep(NamedTuple):
 
     def mean(self, other: "EStep") -> "EStep":
         """The statistics of the same images under two sets of parameters, in the middle between the two."""
-        names = ("reconstruction", "perceptual", "smoothness", "similarity")
-        pairs = {name: (getattr(self, name), getattr(other, name)) for name in names}
-        return self._replace(**{n: None if a is None or b is None else (a + b) / 2 for n, (a, b) in pairs.items()})
+
+        def middle(here: Tensor | None, there: Tensor | None) -> Tensor | None:
+            return None if here is None or there is None else (here + there) / 2
+
+        return self._replace(
+            reconstruction=(self.reconstruction + other.reconstruction) / 2,
+            perceptual=middle(self.perceptual, other.perceptual),
+            smoothness=middle(self.smoothness, other.smoothness),
+            similarity=middle(self.similarity, other.similarity),
+        )
 
     @property
     def proxy(self) -> Tensor:

@@ -110,7 +110,7 @@ class DeepinvOptim(RestorationOperator):
         self.model = model.requires_grad_(False)
         self._specs = tuple(parameter_spec(name, given) for name, given in parameters.items())
         for spec in self._specs:
-            if spec.shape and spec.size < model.max_iter:
+            if spec.shape and spec.size < int(model.max_iter):  # type: ignore[arg-type]
                 raise ValueError(f"{spec.name!r} has {spec.size} numbers for {model.max_iter} iterations")
         if physics is None:
             from deepinv.physics import Denoising
@@ -173,7 +173,9 @@ def _values(
 
 def _forget(operator: nn.Module) -> None:
     """Lets denoisers that begin where the last call ended, such as `TVDenoiser`, begin anew."""
-    for module in operator.modules():
+    # Without `unfold`, deepinv keeps the priors in a plain list, in which torch sees no modules.
+    listed = [prior for prior in getattr(getattr(operator, "model", None), "prior", None) or ()]
+    for module in (part for root in (operator, *listed) for part in root.modules()):
         if hasattr(module, "restart"):
             module.restart = True
 

@@ -77,7 +77,7 @@ class Observations(NamedTuple):
         - gradient_scatter: `[G, S, S]`
     """
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count
     effective_count: Tensor
     freedom: Tensor
     mean_gradient: Tensor
