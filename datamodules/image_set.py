@@ -53,6 +53,10 @@ class ImageSetDataModule(ImageDataModule):
         num_workers: Worker processes of each loader, which decode the files.
         seed: Seed of the order, the crops and the noise keys; by default that of `--seed_everything`.
 
+    Shape:
+        - images: `[N, C, H, W]`, where it is a tensor
+        - clean: `[N, C, H, W]`, where it is a tensor
+
     Raises:
         ValueError: If there is no image, one is none, or the two sides of a pair differ in number or size.
 

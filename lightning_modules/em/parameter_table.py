@@ -444,7 +444,8 @@ class ParameterTable(Float64Buffers):
         """What coordinates are in natural units, clamped.
 
         Shape:
-            - coordinates, output: float64 `[..., P]`
+            - coordinates: float64 `[..., P]`
+            - output: float64 `[..., P]`
         """
         coordinates = coordinates.clamp(self.lower.to(coordinates), self.upper.to(coordinates))
         whole = self._mask(self.integers).to(coordinates.device)
@@ -456,7 +457,8 @@ class ParameterTable(Float64Buffers):
         """How much natural values change by a unit of their coordinates, to first order.
 
         Shape:
-            - values, output: float64 `[..., P]`
+            - values: float64 `[..., P]`
+            - output: float64 `[..., P]`
         """
         scale = self.vector(self.scales).to(values.device)
         slope = torch.where(scale > 0, scale, values)

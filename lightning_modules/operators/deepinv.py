@@ -174,7 +174,7 @@ def _values(
 def _forget(operator: nn.Module) -> None:
     """Lets denoisers that begin where the last call ended, such as `TVDenoiser`, begin anew."""
     # Without `unfold`, deepinv keeps the priors in a plain list, in which torch sees no modules.
-    listed = [prior for prior in getattr(getattr(operator, "model", None), "prior", None) or ()]
+    listed = list(getattr(getattr(operator, "model", None), "prior", None) or ())
     for module in (part for root in (operator, *listed) for part in root.modules()):
         if hasattr(module, "restart"):
             module.restart = True

@@ -37,12 +37,13 @@ class SPSARule(NewtonRule):
         ValueError: If an argument is outside its range.
 
     Example:
+        >>> import torch
         >>> from lightning_modules import EStep, ParameterTable
         >>> from lightning_modules.em import SufficientStatistics
         >>> table = ParameterTable({"gain": 1.0}, {"gain": (0.1, 10.0)})
         >>> rule, key = SPSARule(), torch.arange(4)
         >>> state = rule.initial_state(table)
-        >>> for _ in range(8):  # the loss (log gain - 1)², which is only evaluated
+        >>> for _ in range(12):  # the loss (log gain - 1)², which is only evaluated
         ...     table.pair_distance = rule.pair_distance(table, state)
         ...     pair = table.pair(torch.zeros(4, 0), key)
         ...     plus, minus = ((gain.log() - 1) ** 2 for gain in (pair.plus["gain"], pair.minus["gain"]))
