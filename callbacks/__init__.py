@@ -10,7 +10,7 @@ from callbacks.mixture_dashboard import MixtureDashboard
 from callbacks.prediction_writer import PredictionWriter
 from callbacks.pretrained_writer import PretrainedWriter
 from callbacks.restored_image_writer import RestoredImageWriter
-from lightning_modules.em.rules import BayesianRule, GradientRule, NewtonRule, Rule, SignRule
+from lightning_modules.em.rules import BayesianRule, GradientRule, NewtonRule, Rule, SignRule, SPSARule
 
 __all__ = [
     "BayesianRule",
@@ -27,5 +27,6 @@ __all__ = [
     "PretrainedWriter",
     "RestoredImageWriter",
     "Rule",
+    "SPSARule",
     "SignRule",
 ]

@@ -38,7 +38,7 @@ def em_metrics(
     if deviation is not None:
         metrics |= values_by_name(table, "em/std", deviation)
         for side, sign in (("lower", -1), ("upper", 1)):
-            edge = (table.shared + sign * _NORMAL_90 * deviation[:1]).clamp(table.lower, table.upper).exp()
+            edge = table.natural(table.shared + sign * _NORMAL_90 * deviation[:1])
             metrics |= {f"{name}/{side}": value for name, value in values_by_name(table, "em/interval", edge).items()}
     return metrics
 

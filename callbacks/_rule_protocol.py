@@ -97,6 +97,10 @@ _EXPECTED: dict[str, tuple[str, Callable[..., bool]]] = {
         f"{_VALUES} or None",
         lambda found, table, state: found is None or _is_values(found, table),
     ),
+    "pair_distance": (
+        "a float64 tensor [P] or None",
+        lambda found, table, state: found is None or _are_alike(found, table.shared),
+    ),
     "standard_deviation": (
         "a float tensor [K + 1, P] or None",
         lambda found, table, state: _is_deviation(found, table),

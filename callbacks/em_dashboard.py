@@ -150,7 +150,13 @@ def heat_map(table: "ParameterTable") -> Figure:
         size = len(named) // (len(rows) if name in table.per_row else 1)
         columns += [(label[1:], name, numbers[k::size]) for k, label in enumerate([*named][:size])]
     values = np.array([[*numbers, *[np.nan] * (len(rows) - len(numbers))] for _, _, numbers in columns]).T
-    ratio = np.log2(values / values[0])
+    scales = [table.scales.get(name) for _, name, _ in columns]  # of a number that may be negative, the difference
+    ratio = np.array(
+        [
+            np.log2(column / column[0]) if scale is None else (column - column[0]) / (scale * math.log(2))
+            for column, scale in zip(values.T, scales, strict=True)
+        ]
+    ).T
     limit = max(_LEAST_RANGE, float(np.nanmax(np.abs(ratio))))
     font_size = 9 if len(rows) <= 30 else 6
     line = 0.32 if len(rows) <= 30 else 0.16
@@ -175,7 +181,11 @@ def heat_map(table: "ParameterTable") -> Figure:
 
 
 def bank_map(table: "ParameterTable", name: str) -> Figure:
-    """Draws a bank of many values as a picture: its entries from left to right, the global set and the rows below."""
+    """Draws a bank of many values as a picture: its entries from left to right, the global set and the rows below; a
+    bank of pictures, such as filters, as these, of the global set.
+    """
+    if name in table.pictures:
+        return _mosaic(table, name)
     rows = ["global", *(table.row_names if name in table.per_row else ())]
     figure = Figure(figsize=(8, 1.2 + 0.2 * len(rows)), dpi=110, layout="constrained")
     axes = figure.add_subplot()
@@ -184,6 +194,27 @@ def bank_map(table: "ParameterTable", name: str) -> Figure:
     axes.set_yticks(range(len(rows)), rows)
     axes.set_xlabel(name)
     figure.colorbar(picture, ax=axes, fraction=0.04, pad=0.02)
+    return figure
+
+
+def _mosaic(table: "ParameterTable", name: str) -> Figure:
+    """The pictures of a bank side by side, on one scale of color."""
+    height, width = table.pictures[name]
+    tiles = table.values()[0, table.columns(name)].cpu().numpy().reshape(-1, height, width)
+    count = math.ceil(len(tiles) ** 0.5 * 1.5)
+    lines = math.ceil(len(tiles) / count)
+    mosaic = np.full((lines * (height + 1), count * (width + 1)), np.nan)
+    for number, tile in enumerate(tiles):
+        top, left = number // count * (height + 1), number % count * (width + 1)
+        mosaic[top : top + height, left : left + width] = tile
+    limit = float(np.abs(tiles).max()) or 1.0
+    least, colors = (-limit, "RdBu_r") if table.bounds[name][0] < 0 else (float(tiles.min()), "viridis")
+    figure = Figure(figsize=(8, 1.0 + 7.0 * mosaic.shape[0] / mosaic.shape[1]), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    picture = axes.imshow(mosaic[:-1, :-1], cmap=colors, vmin=least, vmax=limit, interpolation="nearest")
+    axes.set_axis_off()
+    axes.set_title(name)
+    figure.colorbar(picture, ax=axes, fraction=0.03, pad=0.02)
     return figure
 
 

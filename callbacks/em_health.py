@@ -255,7 +255,7 @@ def still_moving(
     """Relative change over the last fifth of a run, by parameter and row, where it is more than a tenth.
 
     The change is that of the means over the two halves of that fifth, doubled: a value that shakes about its
-    place has converged.
+    place has converged. That of a number that may be negative is relative to its scale.
 
     Args:
         table: The table whose values they are.
@@ -265,7 +265,10 @@ def still_moving(
     late = [values for step, values in path if step > 0.8 * last]
     if len(late) < 4:
         return {}
-    logs = torch.tensor(late, dtype=torch.float64).clamp_min(torch.finfo(torch.float64).tiny).log()
+    values = torch.tensor(late, dtype=torch.float64)
+    scale = table.vector(table.scales).cpu()
+    logs = values.clamp_min(torch.finfo(torch.float64).tiny).log()
+    logs = torch.where(scale > 0, values / scale.clamp_min(torch.finfo(torch.float64).tiny), logs)
     half = len(late) // 2
     change = (2 * (logs[-half:].mean(0) - logs[:half].mean(0))).expm1().tolist()
     places = [(name, row) for name in table.learned for row in _watched(table, name)]

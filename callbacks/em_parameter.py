@@ -49,6 +49,10 @@ class EMParameterCallback(Callback):
     Args:
         rule: The M-step proper; `GradientRule()` by default.
         update_rows: Whether the rows of the table (its classes, say) learn too, or the global set alone.
+        sweep: Number of points, spread evenly between the bounds, that are tried out on the first batch of a run, to
+            begin with the one of the least proxy; 0 begins at the start values. Where bounds are orders of magnitude
+            apart, the start may be on a plateau from which no gradient leads away. Parameters of the global set that
+            are scalars take part. The training step is called once for each point, without gradients.
         history_size: Number of past steps whose proxy and parameters are kept.
         max_skipped_steps: Number of consecutive steps with a non-finite proxy or gradient that stops the run.
 
@@ -67,13 +71,17 @@ class EMParameterCallback(Callback):
         update_rows: bool = True,
         history_size: int = 1000,
         max_skipped_steps: int = 20,
+        sweep: int = 0,
     ) -> None:
+        if sweep < 0:
+            raise ValueError(f"sweep must be a number of points, or 0 for none, got {sweep}")
         if history_size < 1:
             raise ValueError(f"history_size must be at least 1 step, got {history_size}")
         if max_skipped_steps < 1:
             raise ValueError(f"max_skipped_steps must be at least 1, got {max_skipped_steps}")
         self.rule = GradientRule() if rule is None else rule
         self.update_rows = update_rows
+        self.sweep = sweep
         self.history_size = history_size
         self.max_skipped_steps = max_skipped_steps
         self._table: ParameterTable | None = None
@@ -207,7 +215,36 @@ class EMParameterCallback(Callback):
         self._last_step = trainer.global_step
         table.rows_learn = self.update_rows
         table.pop_gradient()  # of whoever ran before, such as a learning-rate finder
-        table.perturb(answer(self.rule, "sampled_values", table, self._rule_state, step=trainer.global_step))
+        self._prepare_step(table, trainer.global_step)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Before the first step of a run that begins, try out points between the bounds."""
+        if self.sweep and trainer.global_step == 0 and batch_idx == 0 and not self._states:
+            self._try_points(trainer, pl_module, batch)
+
+    @torch.no_grad()
+    def _try_points(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        table = self._require_table()
+        offsets = table.offsets.clone()
+        points = _spread_points(table, self.sweep)
+        table.pair_distance = None
+        sums = []
+        for point in points:
+            table.write(TableValues(point, offsets))
+            step = _e_step(pl_module.training_step(batch, 0))
+            statistics = SufficientStatistics(len(table.row_names), len(table.shared), point.device)
+            statistics.add(step, None)
+            sums.append(torch.stack([statistics.sum("proxy")[0], statistics.count[0]]))
+        total = trainer.strategy.reduce(torch.stack(sums), reduce_op="sum")
+        loss = total[:, 0] / total[:, 1].clamp_min(torch.finfo(torch.float64).tiny)
+        best = torch.where(loss.isfinite(), loss, torch.inf).argmin()
+        table.write(TableValues(points[best], offsets))
+        self._prepare_step(table, trainer.global_step)
+
+    def _prepare_step(self, table: ParameterTable, step: int) -> None:
+        """Lets the table hand out, in the next training step, what the rule asks for."""
+        table.perturb(answer(self.rule, "sampled_values", table, self._rule_state, step=step))
+        table.pair_distance = answer(self.rule, "pair_distance", table, self._rule_state, step=step)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the scale of this backward pass: the optimizer step that follows may change it."""
@@ -259,6 +296,7 @@ class EMParameterCallback(Callback):
         """Warn of what has come up after the last step that logged: skipped steps, and what the assignment has seen."""
         _keep_from_averages(trainer, pl_module)
         self._require_table().perturb(None)
+        self._require_table().pair_distance = None
         self._check_run(self._require_table())
         assignment = getattr(pl_module, "assignment", None)
         if isinstance(assignment, Assignment):
@@ -268,6 +306,7 @@ class EMParameterCallback(Callback):
         """Leave the table with what was learned: an interrupted run has no end at which perturbation stops."""
         if self._table is not None:
             self._table.perturb(None)
+            self._table.pair_distance = None
 
     def state_dict(self) -> dict[str, Any]:
         """Rule state, counts and history as plain numbers and tensors on the CPU."""
@@ -314,6 +353,19 @@ class EMParameterCallback(Callback):
             off = torch.maximum(rows.sum(1) - 1, -rows.amin(1))
             self._excess = torch.maximum(self._excess.double(), torch.where(counted, off, 0.0).amax())
         gradient = table.pop_gradient()
+        if step.gradient is not None:
+            if step.gradient.shape != (len(rows), len(table.shared)):
+                raise ValueError(
+                    f"EStep.gradient must be [{len(rows)}, {len(table.shared)}], one number for each image and column "
+                    f"of the table, got {list(step.gradient.shape)}"
+                )
+            self._statistics.add(step, step.gradient)
+            return
+        if table.pair_distance is not None:
+            raise MisconfigurationException(
+                f"{type(self.rule).__name__} learns from pairs, and training_step handed in no EStep.gradient: ask the "
+                "table for a `pair` of parameters, and for its `gradient` where `pair_distance` is set"
+            )
         if gradient is not None:
             if len(gradient) != len(rows):
                 raise ValueError(
@@ -356,7 +408,7 @@ class EMParameterCallback(Callback):
         self._rule_state = {
             name: torch.where(accepted, rule_state[name], old) for name, old in self._rule_state.items()
         }
-        table.perturb(answer(self.rule, "sampled_values", table, self._rule_state, step=step))
+        self._prepare_step(table, step)
         if assignment is not None and len(statistics.latent):
             assignment.m_step(statistics.latent, accepted)
         total, streak, longest = self._skipped.unbind()
@@ -432,6 +484,24 @@ class EMParameterCallback(Callback):
         if message not in self._warned:
             self._warned.add(message)
             rank_zero_warn(message)
+
+
+def _spread_points(table: ParameterTable, count: int) -> Tensor:
+    """Coordinates between the bounds, the present ones first, `[count + 1, P]`.
+
+    Of the R sequence (Roberts, 2018), any number of whose first points covers a cube evenly.
+    """
+    moving = table.mask([name for name in table.learned if table.columns(name).stop - table.columns(name).start == 1])
+    dimension = int(moving.sum())
+    root = 2.0
+    for _ in range(40):  # of x^(d + 1) = x + 1
+        root = (1 + root) ** (1 / (dimension + 1))
+    step = root ** -torch.arange(1, dimension + 1, dtype=torch.float64, device=moving.device)
+    place = (0.5 + torch.arange(count, device=moving.device)[:, None] * step) % 1
+    points = table.shared.repeat(count + 1, 1)
+    lower, upper = table.lower[moving], table.upper[moving]
+    points[1:, moving] = lower + place * (upper - lower)
+    return points
 
 
 def _keep_from_averages(trainer: Trainer, pl_module: LightningModule) -> None:

@@ -213,7 +213,7 @@ def _cell(table: "ParameterTable", name: str, values: list[float], bars: list[li
     cell = _text(own if is_bank else own[0]) + ("*" if any(stopped_at(table, name, value) for value in own) else "")
     deviation = math.nan if bars is None or is_bank else bars[row][table.columns(name)][0]
     # One digit that counts, and no exponent: ±20, not ±2e+01.
-    return cell if math.isnan(deviation) else f"{cell} ±{float(f'{own[0] * deviation:.1g}'):g}"
+    return cell if math.isnan(deviation) else f"{cell} ±{float(f'{table.scales.get(name, own[0]) * deviation:.1g}'):g}"
 
 
 def _scaled(value: float | list[float], factor: float) -> float | list[float]:

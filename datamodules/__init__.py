@@ -5,6 +5,7 @@ from datamodules.cifar10 import CIFAR10DataModule
 from datamodules.generated_images import GeneratedImagesDataModule
 from datamodules.image_data_module import BatchDataset, ImageDataModule, TensorImages
 from datamodules.image_folder import ImageFolderDataModule
+from datamodules.image_set import ImageSetDataModule
 from datamodules.patches import PatchDataModule
 from datamodules.photo_crops import PhotoCropsDataModule
 from lightning_modules.imaging import decode_image, read_image
@@ -15,6 +16,7 @@ __all__ = [
     "GeneratedImagesDataModule",
     "ImageDataModule",
     "ImageFolderDataModule",
+    "ImageSetDataModule",
     "PatchDataModule",
     "PhotoCropsDataModule",
     "SampleBatch",

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lightning_modules.generated_image_detector import GeneratedImageDetector
     from lightning_modules.graph import GraphDiffusion
     from lightning_modules.graph_denoiser import GraphDenoiser
+    from lightning_modules.learning import learn_parameters
     from lightning_modules.mixtures.gaussian.estimator import GaussianMixtureEstimator
     from lightning_modules.mixtures.gaussian.module import GaussianMixture
     from lightning_modules.mixtures.kmeans.estimator import KMeansEstimator
@@ -30,7 +31,14 @@ if TYPE_CHECKING:
         ResidualDenoiser,
         TraceNetwork,
     )
-    from lightning_modules.operators import BilateralFilter, ParameterSpec, RestorationOperator, TotalVariation
+    from lightning_modules.operators import (
+        BilateralFilter,
+        FieldOfExperts,
+        FunctionOperator,
+        ParameterSpec,
+        RestorationOperator,
+        TotalVariation,
+    )
     from lightning_modules.patch_mixture import PatchMixture
     from lightning_modules.reconstruction import GraphDiffusionReconstruction, Reconstruction
     from lightning_modules.restoration import restore
@@ -40,7 +48,9 @@ _HOME = {
     "BilateralFilter": "operators",
     "ConvAutoencoder": "networks",
     "EStep": "em",
+    "FieldOfExperts": "operators",
     "FullResolutionResNet": "networks",
+    "FunctionOperator": "operators",
     "GatedUNet": "networks",
     "GaussianMixture": "mixtures",
     "GaussianMixtureEstimator": "mixtures",
@@ -65,6 +75,7 @@ _HOME = {
     "StudentTMixtureEstimator": "mixtures",
     "TotalVariation": "operators",
     "TraceNetwork": "networks",
+    "learn_parameters": "learning",
     "restore": "restoration",
 }
 
@@ -73,7 +84,9 @@ __all__ = [
     "BilateralFilter",
     "ConvAutoencoder",
     "EStep",
+    "FieldOfExperts",
     "FullResolutionResNet",
+    "FunctionOperator",
     "GatedUNet",
     "GaussianMixture",
     "GaussianMixtureEstimator",
@@ -98,6 +111,7 @@ __all__ = [
     "StudentTMixtureEstimator",
     "TotalVariation",
     "TraceNetwork",
+    "learn_parameters",
     "restore",
 ]
 

@@ -12,7 +12,14 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 from lightning_modules.checkpoints.module import CheckpointedModule
 from lightning_modules.em import Assignment, EStep, GlobalAssignment, ParameterTable
-from lightning_modules.em.objectives import log_squared_error, probe_step, squared_error, stein_risk
+from lightning_modules.em.objectives import (
+    hide_pixels,
+    j_invariant_error,
+    log_squared_error,
+    probe_step,
+    squared_error,
+    stein_risk,
+)
 from lightning_modules.graph import GraphDiffusion
 from lightning_modules.imaging import (
     SPLIT_STREAMS,
@@ -34,6 +41,8 @@ Parameters = dict[str, Tensor | int]
 _LEVEL_STREAM = 0x5DEE_CE66
 # The same for the probe of the risk estimate.
 _PROBE_STREAM = 0x2545_F491
+# The same for the pixels that are hidden.
+_HIDDEN_STREAM = 0x1F83_D9AB
 _SMALL = 16  # pixels; below, an operator or the estimate of the noise may have no patch to work on
 
 
@@ -54,7 +63,8 @@ class Reconstruction(CheckpointedModule):
         assignment: Which row of the table speaks for an image; the global set by default.
         perceptual: Maps restored and clean images to a loss for each image, added to the squared error; None for none.
         add_noise: Whether the images are clean and noise is added to them. False for images that come with noise of
-            their own, at the level of the batch's `noise_std` or else estimated.
+            their own, at the level of the batch's `noise_std` or else estimated. A batch of pairs, which has `noisy`
+            beside `image`, is taken as it is.
         noise_std: Standard deviation of the noise to restore from, where white is 1: a number, or a range from which
             the level of each image is drawn (blind restoration).
         noise_levels: Levels of which each image is given one at random, in place of `noise_std`.
@@ -63,7 +73,9 @@ class Reconstruction(CheckpointedModule):
         data_range: Width of the scale on which the loss is measured: 1 for [0, 1], 2 for [−1, 1].
         objective: What the restoration learns from: `"supervised"` by the clean images, `"sure"` by the noisy ones
             only, through Stein's unbiased risk estimate at the level known or estimated. It costs a second restoration
-            a step, and moves the parameters and the network alike; freeze the one that is to stay.
+            a step, and moves the parameters and the network alike; freeze the one that is to stay. `"j_invariant"` by
+            the noisy ones too, whatever the distribution of the noise, if only it is independent from pixel to pixel:
+            pixels are hidden from the restoration, which has to guess them.
         loss: What is supervised: `"mse"`, the squared error, or `"log_mse"`, its logarithm for each image (on a scale
             of `data_range` 1), so that every noise level of a range counts alike.
         perceptual_weight: Factor of the perceptual loss. Distances of pretrained features are 10⁴ to 10⁶ times the
@@ -97,7 +109,7 @@ class Reconstruction(CheckpointedModule):
         noise_std: float | tuple[float, float] = 25 / 255,
         noise_levels: list[float] | None = None,
         estimate_noise: bool = False,
-        objective: Literal["supervised", "sure"] = "supervised",
+        objective: Literal["supervised", "sure", "j_invariant"] = "supervised",
         loss: Literal["mse", "log_mse"] = "mse",
         data_range: float = 1.0,
         perceptual_weight: float = 1.0,
@@ -142,7 +154,7 @@ class Reconstruction(CheckpointedModule):
         self.lr: float | None = None
         self._has_noise = add_noise and max(noise_levels or levels) > 0
         # Images that keep the noise they came with have no clean side to be compared with.
-        self._compares = objective != "sure" or self._has_noise
+        self._compares = objective == "supervised" or self._has_noise
         names = ("loss", "psnr", "psnr_noisy", "psnr_gain", "ssim") if self._compares else ("loss",)
         metrics: dict[str, Metric | MetricCollection] = {name: MeanMetric() for name in names}
         # Groups would take metrics with equal states for the same one.
@@ -191,7 +203,7 @@ class Reconstruction(CheckpointedModule):
             labels = torch.full((len(noisy),), -1, device=noisy.device)
         noise = estimate_noise_std(noisy) if noise_std is None else noise_std
         level = noise_level(noise, noisy)
-        _, parameters = self._assign(noisy, level, labels)
+        parameters = self._theta(noisy, level, labels)
         return self._restore(noisy, level if isinstance(noise, Tensor | float | int) else noise, parameters)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -207,31 +219,21 @@ class Reconstruction(CheckpointedModule):
         """E-step: responsibilities, restoration and losses of each image under the current parameters."""
         batch = self._checked_batch(batch, batch_idx, "train")
         noisy, level = self._observe(batch)
-        responsibilities, parameters = self._assign(noisy, level, batch["label"])
-        restored = self._restore(noisy, level, parameters)
-        perceptual = None
-        if self.objective == "sure":
-            reconstruction = self._risk(noisy, restored, level, parameters, batch["key"])
-        else:
-            reconstruction, perceptual = self._losses(restored, batch["image"].to(self.dtype))
-        smoothness = self._smoothness(restored.detach(), level, parameters)
-        weight = batch["weight"]
-        loss = (weight * (reconstruction if perceptual is None else reconstruction + perceptual)).mean()
-        if self.smoothness_weight and smoothness is not None:
-            loss = loss - self.smoothness_weight * (weight * smoothness.score).mean()
+        responsibilities = self._responsibilities(noisy, level, batch["label"])
+        if self.em_parameters.pair_distance is None:
+            loss, step = self._e_step(batch, noisy, level, responsibilities, self.em_parameters(responsibilities))
+        else:  # a rule that needs no gradient
+            pair = self.em_parameters.pair(responsibilities, batch["key"])
+            with torch.set_grad_enabled(self._has_weights):
+                (loss, step), (other_loss, other) = (
+                    self._e_step(batch, noisy, level, responsibilities, side) for side in (pair.plus, pair.minus)
+                )
+            loss, gradient = (loss + other_loss) / 2, pair.gradient(step.proxy, other.proxy)
+            step = step.mean(other)._replace(gradient=gradient)
         loss = self.em_parameters.attach(loss)  # a backbone need not call the operator
         self.log("train/loss", loss.detach(), batch_size=len(noisy), prog_bar=True, sync_dist=True)
-        step = EStep(
-            responsibilities.detach(),
-            weight,
-            reconstruction.detach(),
-            None if perceptual is None else perceptual.detach(),
-            None if smoothness is None else smoothness.score.detach(),
-            None if smoothness is None else smoothness.similarity.detach(),
-            self.smoothness_weight,
-            self.assignment.e_step(noisy, batch["label"], level, responsibilities),
-        )
-        return {"loss": loss, "em": step}
+        latent = self.assignment.e_step(noisy, batch["label"], level, responsibilities)
+        return {"loss": loss, "em": step._replace(latent=latent)}
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Restore noisy images and compare them with the clean ones; what `callbacks.ImageGrid` draws.
@@ -263,7 +265,7 @@ class Reconstruction(CheckpointedModule):
         clean = bool(batch.get("clean", False)) and self.add_noise
         try:
             noisy, level = self._observe(batch, clean)
-            _, parameters = self._assign(noisy, level, batch["label"])
+            parameters = self._theta(noisy, level, batch["label"])
             restored = self._restore(noisy, level, parameters)
         except ValueError as error:
             names = ", ".join(batch["name"])
@@ -295,7 +297,7 @@ class Reconstruction(CheckpointedModule):
             return {}
         batch = self._checked_batch(batch, 1, "train")
         noisy, level = self._observe(batch)
-        _, parameters = self._assign(noisy, level, batch["label"])
+        parameters = self._theta(noisy, level, batch["label"])
         return self.operator.diagnostics(noisy, noise=level, **parameters)
 
     def configure_optimizers(self) -> Any:
@@ -324,7 +326,7 @@ class Reconstruction(CheckpointedModule):
         if stage == "predict" and "name" not in batch and "index" in batch:
             batch["name"] = [f"{index:05d}.png" for index in batch["index"].tolist()]
         if stage not in self._checked:
-            draws = self.objective == "sure" or self._has_noise
+            draws = self.objective != "supervised" or self._has_noise or self.em_parameters.pair_distance is not None
             needed = {"image", "name"} if stage == "predict" else {"image", "label", "weight"}
             if stage in ("val", "test"):
                 needed.add("index")
@@ -337,9 +339,10 @@ class Reconstruction(CheckpointedModule):
     def _observe(self, batch: ImageBatch, add_noise: bool | None = None) -> tuple[Tensor, Tensor]:
         """The degraded images of a batch, and the noise level that the operator is told of."""
         image = batch["image"].to(self.dtype)
-        if not (self.add_noise if add_noise is None else add_noise):
-            known = batch.get("noise_std")
-            return image, estimate_noise_std(image) if known is None else noise_level(known, image)
+        has_noise = "noisy" in batch or not (self.add_noise if add_noise is None else add_noise)
+        if has_noise:
+            noisy, known = batch.get("noisy", image).to(self.dtype), batch.get("noise_std")
+            return noisy, estimate_noise_std(noisy) if known is None else noise_level(known, noisy)
         low, high = self.noise_range
         if not self._has_noise:
             return image, estimate_noise_std(image) if self.estimate_noise else image.new_zeros(len(image))
@@ -353,10 +356,38 @@ class Reconstruction(CheckpointedModule):
         noisy = image + level.view(-1, 1, 1, 1) * seeded_normal(batch["key"], image.shape[1:]).to(image.dtype)
         return noisy, estimate_noise_std(noisy) if self.estimate_noise else level
 
-    def _assign(self, noisy: Tensor, level: Tensor, labels: Tensor) -> tuple[Tensor, Parameters]:
-        """Responsibilities of the rows for each image, and the parameters that follow."""
-        responsibilities = self.assignment(noisy, labels, image_level(level), len(self.em_parameters.row_names))
-        return responsibilities, self.em_parameters(responsibilities)
+    def _e_step(
+        self, batch: ImageBatch, noisy: Tensor, level: Tensor, responsibilities: Tensor, parameters: Parameters
+    ) -> tuple[Tensor, EStep]:
+        """Loss of a batch under the given parameters, and the statistics of its images."""
+        restored, reconstruction, perceptual = self._objective(batch, noisy, level, parameters)
+        smoothness = self._smoothness(restored.detach(), level, parameters)
+        weight = batch["weight"]
+        loss = (weight * (reconstruction if perceptual is None else reconstruction + perceptual)).mean()
+        if self.smoothness_weight and smoothness is not None:
+            loss = loss - self.smoothness_weight * (weight * smoothness.score).mean()
+        return loss, EStep(
+            responsibilities.detach(),
+            weight,
+            reconstruction.detach(),
+            None if perceptual is None else perceptual.detach(),
+            None if smoothness is None else smoothness.score.detach(),
+            None if smoothness is None else smoothness.similarity.detach(),
+            self.smoothness_weight,
+        )
+
+    @property
+    def _has_weights(self) -> bool:
+        """Whether there is anything that only a backward pass can train."""
+        return any(p.requires_grad for p in self.parameters() if p is not self.em_parameters.anchor)
+
+    def _responsibilities(self, noisy: Tensor, level: Tensor, labels: Tensor) -> Tensor:
+        """Responsibilities of the rows for each image."""
+        return self.assignment(noisy, labels, image_level(level), len(self.em_parameters.row_names))
+
+    def _theta(self, noisy: Tensor, level: Tensor, labels: Tensor) -> Parameters:
+        """Parameters of each image."""
+        return self.em_parameters(self._responsibilities(noisy, level, labels))
 
     def _restore(self, noisy: Tensor, noise: Noise, parameters: Parameters) -> Tensor:
         restored: Tensor
@@ -378,6 +409,19 @@ class Reconstruction(CheckpointedModule):
                 f"{maker} returned {got} for images {list(noisy.shape)}: it must keep the shape of what it restores"
             )
         return restored
+
+    def _objective(
+        self, batch: ImageBatch, noisy: Tensor, level: Tensor, parameters: Parameters
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Restored images, and the losses that they are learned by."""
+        if self.objective == "j_invariant":
+            visible, hidden = hide_pixels(noisy, batch["key"] ^ _HIDDEN_STREAM)
+            restored = self._restore(visible, level, parameters)
+            return restored, j_invariant_error(restored, noisy, hidden) * self.data_range**2, None
+        restored = self._restore(noisy, level, parameters)
+        if self.objective == "sure":
+            return restored, self._risk(noisy, restored, level, parameters, batch["key"]), None
+        return restored, *self._losses(restored, batch["image"].to(self.dtype))
 
     def _risk(self, noisy: Tensor, restored: Tensor, level: Tensor, parameters: Parameters, key: Tensor) -> Tensor:
         """Estimated risk of each image. Level and responsibilities stay those of the unperturbed image: no one pixel
@@ -403,12 +447,10 @@ class Reconstruction(CheckpointedModule):
     def _evaluate(self, batch: ImageBatch, metrics: MetricCollection) -> dict[str, Tensor]:
         clean, weight = batch["image"].to(self.dtype), batch["weight"]
         noisy, level = self._observe(batch)
-        _, parameters = self._assign(noisy, level, batch["label"])
-        restored = self._restore(noisy, level, parameters)
-        if self.objective == "sure":
-            reconstruction, perceptual = self._risk(noisy, restored, level, parameters, batch["key"]), None
-        else:
-            reconstruction, perceptual = self._losses(restored, clean)
+        parameters = self._theta(noisy, level, batch["label"])
+        restored, reconstruction, perceptual = self._objective(batch, noisy, level, parameters)
+        if self.objective == "j_invariant":  # what has been restored so far lacks pixels
+            restored = self._restore(noisy, level, parameters)
         restored = restored.clamp(0, 1)
         # Padded repeats of an uneven distributed epoch count for nothing.
         counted = (weight > 0).to(clean.dtype)
@@ -515,25 +557,28 @@ def _accepts_operator(backbone: nn.Module) -> bool:
 def _check_objective(
     objective: str, loss: str, perceptual: nn.Module | None, add_noise: bool, largest_level: float
 ) -> None:
-    if objective not in ("supervised", "sure"):
-        raise ValueError(f"objective must be 'supervised' or 'sure', got {objective!r}")
+    if objective not in ("supervised", "sure", "j_invariant"):
+        raise ValueError(f"objective must be 'supervised', 'sure' or 'j_invariant', got {objective!r}")
     if loss not in ("mse", "log_mse"):
         raise ValueError(f"loss must be 'mse' or 'log_mse', got {loss!r}")
-    if objective == "sure" and loss != "mse":
-        raise ValueError("objective='sure' estimates the squared error, which may be negative: leave loss at 'mse'")
+    if objective != "supervised" and loss != "mse":
+        raise ValueError(
+            f"objective={objective!r} estimates the squared error, which may be negative: leave loss at 'mse'"
+        )
     if objective == "supervised":
         if not add_noise:
             raise ValueError(
                 "add_noise=False keeps the noise that the images came with, and objective='supervised' compares with "
-                "clean ones: choose objective='sure'"
+                "clean ones: choose objective='sure', or 'j_invariant' where the noise is not Gaussian"
             )
         return
     if perceptual is not None:
         raise ValueError(
-            "objective='sure' has no clean images, and a perceptual loss compares with them: leave perceptual out"
+            f"objective={objective!r} has no clean images, and a perceptual loss compares with them: leave perceptual "
+            "out"
         )
     if largest_level == 0 and add_noise:
         raise ValueError(
-            "objective='sure' needs noise: set noise_std above 0, or add_noise=False where the images come with noise "
-            "of their own"
+            f"objective={objective!r} needs noise: set noise_std above 0, or add_noise=False where the images come "
+            "with noise of their own"
         )

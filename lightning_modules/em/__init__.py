@@ -9,7 +9,7 @@ from lightning_modules.em.assignments import (
     SimilarityAssignment,
 )
 from lightning_modules.em.e_step import EStep, SufficientStatistics
-from lightning_modules.em.parameter_table import ParameterTable, TableValues
+from lightning_modules.em.parameter_table import ParameterPair, ParameterTable, TableValues
 
 __all__ = [
     "Assignment",
@@ -17,6 +17,7 @@ __all__ = [
     "GlobalAssignment",
     "LabelAssignment",
     "MixtureAssignment",
+    "ParameterPair",
     "ParameterTable",
     "SimilarityAssignment",
     "SufficientStatistics",

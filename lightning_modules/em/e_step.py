@@ -1,13 +1,17 @@
 """Statistics of an E-step: values for each image, and their sums for each row of the table."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 # Columns of `SufficientStatistics.sums` after the gradient's and its products'.
 _COLUMNS = ("square_count", "cube_count", "count", "reconstruction", "perceptual", "smoothness", "similarity", "proxy")
+# Parameters between which products of gradients are kept; more are taken in blocks of as many.
+MAX_BLOCK = 32
 
 
 class EStep(NamedTuple):
@@ -24,6 +28,8 @@ class EStep(NamedTuple):
         similarity: Mean similarity over the edges of each image, `[B]`; None takes `smoothness`.
         smoothness_weight: α.
         latent: Sufficient statistics of each image for the assignment's own M-step, `[B, M]`; None where it has none.
+        gradient: Gradient of each image's proxy with respect to the table's coordinates, `[B, P]`, where it does not
+            come with the backward pass: `ParameterPair.gradient`.
 
     Example:
         >>> step = EStep(torch.zeros(2, 0), None, torch.tensor([0.5, 0.25]))
@@ -39,6 +45,7 @@ class EStep(NamedTuple):
     similarity: Tensor | None = None
     smoothness_weight: float = 0.0
     latent: Tensor | None = None
+    gradient: Tensor | None = None
 
     def check(self, num_rows: int) -> None:
         """Raise `ValueError` for statistics of the wrong shape; nothing is read from the device.
@@ -67,6 +74,19 @@ class EStep(NamedTuple):
                     f"{list(value.shape)}: leave out the mean over the batch"
                 )
 
+    def mean(self, other: "EStep") -> "EStep":
+        """The statistics of the same images under two sets of parameters, in the middle between the two."""
+
+        def middle(here: Tensor | None, there: Tensor | None) -> Tensor | None:
+            return None if here is None or there is None else (here + there) / 2
+
+        return self._replace(
+            reconstruction=(self.reconstruction + other.reconstruction) / 2,
+            perceptual=middle(self.perceptual, other.perceptual),
+            smoothness=middle(self.smoothness, other.smoothness),
+            similarity=middle(self.similarity, other.similarity),
+        )
+
     @property
     def proxy(self) -> Tensor:
         """Loss proxy ℓ of each image, float64.
@@ -88,16 +108,21 @@ class SufficientStatistics:
     Sums and counts add up over micro-batches and processes, and only then become means: never means of means. How
     far a mean over shared images can be trusted is a matter of the squares of the responsibilities r.
 
+    Products of gradients are kept between parameters of a block. Up to 32 parameters are one block; of a thousand, all
+    products would be a million numbers for each row.
+
     Args:
         num_rows: Number K of the table's rows.
         num_parameters: Number P of the table's parameters.
         device: Device of the sums.
 
     Attributes:
-        sums: One float64 tensor `[K + 1, 2P + P² + 8]`: r g, with the gradient g of the proxy with respect to the
-            table's coordinates; r² g and r² g gᵀ; r² and r³; then, each times r, 1 (count), reconstruction, perceptual,
-            smoothness, similarity and proxy.
+        sums: One float64 tensor `[K + 1, 2P + N·S² + 8]`: r g, with the gradient g of the proxy with respect to the
+            table's coordinates; r² g, and r² g gᵀ of each of N blocks of S; r² and r³; then, each times r, 1 (count),
+            reconstruction, perceptual, smoothness, similarity and proxy.
         latent: Sums of the assignment's own statistics, float64 `[M]`.
+        num_blocks: Number N of blocks.
+        block_size: Number S of parameters in a block; the last may have fewer, and zeros in their place.
 
     Example:
         >>> statistics = SufficientStatistics(num_rows=1, num_parameters=2)
@@ -108,8 +133,11 @@ class SufficientStatistics:
 
     def __init__(self, num_rows: int, num_parameters: int, device: torch.device | str = "cpu") -> None:
         self.num_parameters = num_parameters
-        columns = num_parameters * (num_parameters + 2) + len(_COLUMNS)
-        self.sums = torch.zeros(num_rows + 1, columns, dtype=torch.float64, device=device)
+        self.num_blocks, self.block_size = block_shape(num_parameters)
+        products = self.num_blocks * self.block_size**2
+        self.sums = torch.zeros(
+            num_rows + 1, 2 * num_parameters + products + len(_COLUMNS), dtype=torch.float64, device=device
+        )
         self.latent = self.sums.new_zeros(0)
 
     @torch.no_grad()
@@ -142,7 +170,8 @@ class SufficientStatistics:
             torch.where(used[:, None], part, 0.0) for part in (share, gradient, torch.stack(columns, dim=1))
         )
         square, one = share.square().T, torch.ones_like(gradient[:, :1])
-        products = (gradient[:, :, None] * gradient[:, None, :]).flatten(1)
+        blocks = in_blocks(gradient)
+        products = (blocks[..., :, None] * blocks[..., None, :]).flatten(1)
         squares = square @ torch.cat([gradient, products, one], dim=1)
         cubes = share.pow(3).sum(0)[:, None]
         self.sums += torch.cat([share.T @ gradient, squares, cubes, share.T @ values], dim=1)
@@ -199,18 +228,27 @@ class SufficientStatistics:
     def mean_square_gradient(self) -> Tensor:
         """Mean over the images of g², weighted by r², `[K + 1, P]`; 0 for rows without images."""
         square = self.sum("square_count")[:, None].clamp_min(torch.finfo(torch.float64).tiny)
-        return self._products.diagonal(dim1=1, dim2=2) / square
+        return self._products.diagonal(dim1=2, dim2=3).flatten(1)[:, : self.num_parameters] / square
 
     @property
     def gradient_scatter(self) -> Tensor:
         r"""How far the images' gradients differ: :math:`\sum r^2 (g - \bar g)(g - \bar g)^\top`, `[K + 1, P, P]`.
 
-        Over `freedom` times `count`, it is the covariance of the mean gradient :math:`\bar g = \sum r g / \sum r`.
+        Over `freedom` times `count`, it is the covariance of the mean gradient :math:`\bar g = \sum r g / \sum r`. 0
+        between parameters of different blocks.
         """
-        size, mean = self.num_parameters, self.mean_gradient
-        across = self.sums[:, size : 2 * size, None] * mean[:, None, :]
-        square = self.sum("square_count")[:, None, None]
-        return self._products - across - across.mT + square * mean[:, :, None] * mean[:, None, :]
+        scatter, size = self.block_scatter, self.num_parameters
+        if self.num_blocks == 1:
+            return scatter[:, 0]
+        return torch.stack([torch.block_diag(*row)[:size, :size] for row in scatter])
+
+    @property
+    def block_scatter(self) -> Tensor:
+        """`gradient_scatter` of each block, `[K + 1, N, S, S]`."""
+        size, mean = self.num_parameters, in_blocks(self.mean_gradient)
+        across = in_blocks(self.sums[:, size : 2 * size])[..., :, None] * mean[..., None, :]
+        square = self.sum("square_count")[:, None, None, None]
+        return self._products - across - across.mT + square * mean[..., :, None] * mean[..., None, :]
 
     @property
     def freedom(self) -> Tensor:
@@ -226,10 +264,33 @@ class SufficientStatistics:
 
     @property
     def _products(self) -> Tensor:
-        size = self.num_parameters
-        return self.sums[:, 2 * size : size * (size + 2)].unflatten(1, (size, size))
+        shape = (self.num_blocks, self.block_size, self.block_size)
+        return self.sums[:, 2 * self.num_parameters :][:, : math.prod(shape)].unflatten(1, shape)
 
     @property
     def finite(self) -> Tensor:
         """Whether every sum is finite, a boolean on the device."""
         return self.sums.isfinite().all() & self.latent.isfinite().all()
+
+
+def block_shape(num_parameters: int) -> tuple[int, int]:
+    """Number of blocks, and the parameters of each: as few and as equal as can be.
+
+    Example:
+        >>> block_shape(5), block_shape(1176)
+        ((1, 5), (37, 32))
+    """
+    count = max(1, math.ceil(num_parameters / MAX_BLOCK))
+    return count, math.ceil(num_parameters / count)
+
+
+def in_blocks(values: Tensor) -> Tensor:
+    """Numbers of all parameters, block by block; zeros fill up the last.
+
+    Shape:
+        - values: `[..., P]`
+        - output: `[..., N, S]`
+    """
+    count, size = block_shape(values.shape[-1])
+    padding = count * size - values.shape[-1]
+    return (F.pad(values, (0, padding)) if padding else values).unflatten(-1, (count, size))

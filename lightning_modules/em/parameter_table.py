@@ -13,16 +13,22 @@ from torch import Tensor, nn
 from lightning_modules._cached import cached_tensors
 from lightning_modules.em._anchor import Anchored
 from lightning_modules.em._float64 import Float64Buffers
+from lightning_modules.imaging import seeded_uniform
 from lightning_modules.operators.operator import ParameterSpec
 
 # Forwards of one step whose gradients are waited for.
 _MOST_LEAVES = 64
 # Part of a coordinate that a checkpoint in half precision may be off by.
 _ROUNDING = 0.01
+# Sets the sides that a pair of parameters takes apart from whatever else is drawn from an image's key.
+_PAIR_STREAM = 0x3C6E_F372
+# The same for the parameter that an image moves, of as many as are few.
+_PICK_STREAM = 0xA54F_F53A
+_FEW = 8
 
 
 class TableValues(NamedTuple):
-    """State of a `ParameterTable` in its coordinates: logarithms, and plain numbers for integers.
+    """State of a `ParameterTable` in its coordinates: logarithms; plain numbers for integers, and units of a `scale`.
 
     Attributes:
         shared: Coordinates g of the global set, float64 `[P]`.
@@ -33,6 +39,39 @@ class TableValues(NamedTuple):
     offsets: Tensor
 
 
+class ParameterPair(NamedTuple):
+    """Two sets of parameters for each image, on either side of the table's own.
+
+    Attributes:
+        plus: The one set, as `ParameterTable.forward` returns it.
+        minus: The other.
+        distance: How far the first is from the second in each coordinate, with its sign, over the number of those among
+            which one was drawn, float64 `[B, P]`; 0 for what is not moved.
+    """
+
+    plus: dict[str, Tensor | int]
+    minus: dict[str, Tensor | int]
+    distance: Tensor
+
+    def gradient(self, plus: Tensor, minus: Tensor) -> Tensor:
+        r"""Estimate of each image's gradient, :math:`(\ell^+ - \ell^-) / d_j` for each j that was moved.
+
+        Where several were, the other coordinates' part has expectation 0, for their sides are drawn independently
+        (simultaneous perturbation; Spall, IEEE TAC 37, 1992, equation 2.2).
+
+        Args:
+            plus: Value of each image under the one set.
+            minus: Value under the other, with all else equal.
+
+        Shape:
+            - plus, minus: `[B]`
+            - output: float64 `[B, P]`
+        """
+        apart = self.distance != 0
+        difference = (plus.double() - minus.double())[:, None]
+        return torch.where(apart, difference / torch.where(apart, self.distance, 1.0), 0.0)
+
+
 class ParameterTable(Float64Buffers):
     r"""Bounded parameters, one global set and one offset for each row, outside any optimizer's reach.
 
@@ -41,6 +80,8 @@ class ParameterTable(Float64Buffers):
     whoever loads it. `forward` hands out a fresh leaf for each image, whose gradient arrives with the backward pass
     that the network needs anyway; `pop_gradient` collects it. One scalar parameter of weight 0, `anchor`, lets DDP
     wrap, automatic mixed precision scale and an optimizer exist where nothing else is trainable.
+
+    Under a rule that needs no gradient, `pair_distance` is set, and a training step evaluates a `pair` instead.
 
     Which parameters there are is declared by an operator (`declare`, which `Reconstruction` calls); start values and
     bounds given here then override the declared ones by name. A table for a module of your own gives both for each of
@@ -99,6 +140,8 @@ class ParameterTable(Float64Buffers):
         self._sampled: TableValues | None = None
         #: whether the M-step moves the rows; where not, `project` keeps their offsets as they are
         self.rows_learn = True
+        #: half the distance, in each coordinate, of the pairs that a training step evaluates; None for gradients
+        self.pair_distance: Tensor | None = None
         for name in ("shared", "offsets", "lower", "upper", "layout"):
             self.register_buffer(name, torch.zeros(0, dtype=torch.float64), persistent=name not in ("lower", "upper"))
         self._specs: dict[str, ParameterSpec] = {}
@@ -122,7 +165,7 @@ class ParameterTable(Float64Buffers):
             ValueError: If a parameter is declared twice, a name given at construction is not declared, or a start value
                 is outside its bounds.
         """
-        layout = tuple((spec.name, spec.shape, spec.unit == "noise", spec.integer) for spec in specs)
+        layout = tuple((spec.name, spec.shape, spec.unit == "noise", spec.integer, spec.scale) for spec in specs)
         if self._declared == layout:
             return self
         if self._declared is not None:
@@ -221,9 +264,14 @@ class ParameterTable(Float64Buffers):
 
     @property
     def column_labels(self) -> list[str]:
-        """The columns' names in checkpoints, where a number in units of the noise is not taken for an absolute one."""
-        units = (self.units[name] for name, spec in self._specs.items() for _ in range(spec.size))
-        return [f"{n} × noise" if unit == "noise" else n for n, unit in zip(self.column_names, units, strict=True)]
+        """The columns' names in checkpoints, where a number in units of the noise is not taken for an absolute one,
+        nor one in units of a scale for a logarithm.
+        """
+        specs = (spec for spec in self._specs.values() for _ in range(spec.size))
+        return [
+            name + (" × noise" if spec.unit == "noise" else "") + (f" / {spec.scale:g}" if spec.scale else "")
+            for name, spec in zip(self.column_names, specs, strict=True)
+        ]
 
     @property
     def bounds(self) -> dict[str, tuple[float, float]]:
@@ -239,6 +287,16 @@ class ParameterTable(Float64Buffers):
     def units(self) -> dict[str, str]:
         """What the numbers count, by name; see `ParameterSpec`."""
         return {name: self._specs[name].unit for name in self.names}
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """Scale of the parameters that may be negative, by name; see `ParameterSpec`."""
+        return {name: spec.scale for name, spec in self._specs.items() if spec.scale is not None}
+
+    @property
+    def pictures(self) -> dict[str, tuple[int, int]]:
+        """Height and width of the pictures that a bank holds, by name; see `ParameterSpec`."""
+        return {name: spec.picture for name, spec in self._specs.items() if spec.picture is not None}
 
     @property
     def relative_steps(self) -> Tensor:
@@ -277,6 +335,42 @@ class ParameterTable(Float64Buffers):
             return self._hand_out_leaves(responsibilities)
         return self._by_name(self._coordinates_of(self.state, responsibilities))
 
+    def pair(self, responsibilities: Tensor, key: Tensor) -> ParameterPair:
+        """Two sets of parameters of each image, for a training step under a rule that needs no gradient.
+
+        Of few parameters each image moves one, drawn from its key, which then counts for all: what the others do is no
+        noise to it. Many differ at once, each to a side that is drawn: they cost no more evaluations than one. Whole
+        numbers are those next to the table's own, which may be in between.
+
+        Args:
+            responsibilities: As in `forward`.
+            key: Keys of the images; see `lightning_modules.imaging.ImageBatch`.
+
+        Shape:
+            - responsibilities: `[B, K]`
+            - key: `[B]`, int64
+        """
+        assert self.pair_distance is not None
+        here = self._coordinates_of(self._sampled or self.state, responsibilities).detach()
+        side = torch.where(seeded_uniform(key ^ _PAIR_STREAM, here.shape[1]) < 0.5, -1.0, 1.0)
+        apart = torch.where(self._mask(self.learned), side * self.pair_distance, 0.0)
+        ends = [(here + apart).clamp(self.lower, self.upper), (here - apart).clamp(self.lower, self.upper)]
+        whole = self._mask(self.integers) & self._mask(self.learned)
+        # Between n and n + 1 the function is taken to be linear. At a whole number the side is drawn.
+        floor = torch.where(here == here.round(), here + side.clamp_max(0), here.floor())
+        floor = torch.maximum(torch.minimum(floor, self.upper - 1), self.lower)
+        next_up = torch.minimum(floor + 1, self.upper)
+        neighbors = torch.where(side > 0, next_up, floor), torch.where(side > 0, floor, next_up)
+        plus, minus = (torch.where(whole, n, end) for n, end in zip(neighbors, ends, strict=True))
+        learned = self._mask(self.learned).nonzero()[:, 0]
+        distance = plus - minus
+        if len(learned) <= _FEW:
+            pick = learned[(seeded_uniform(key ^ _PICK_STREAM, 1)[:, 0] * len(learned)).long()]
+            picked = torch.nn.functional.one_hot(pick, here.shape[1]).bool()
+            plus, minus = (torch.where(picked, end, here) for end in (plus, minus))
+            distance = torch.where(picked, distance / len(learned), 0.0)
+        return ParameterPair(self._by_name(plus), self._by_name(minus), distance)
+
     @torch.compiler.disable  # the list of leaves is a side effect that a compiled region must not specialise on
     def _hand_out_leaves(self, responsibilities: Tensor) -> dict[str, Tensor | int]:
         if torch.compiler.is_compiling():  # an export
@@ -301,7 +395,8 @@ class ParameterTable(Float64Buffers):
             spec, column = self._specs[name], coordinates[:, self.columns(name)]
             column = column if spec.shape else column[:, 0]
             if not spec.integer:
-                theta[name] = Anchored.apply(column.exp().to(self.anchor.dtype), self.anchor)
+                column = column.exp() if spec.scale is None else column * spec.scale
+                theta[name] = Anchored.apply(column.to(self.anchor.dtype), self.anchor)
             elif name in self._constants and not spec.shape:
                 theta[name] = int(self._constants[name])
             else:
@@ -344,6 +439,30 @@ class ParameterTable(Float64Buffers):
         """Smallest value that a parameter can have in a run; see `upper_bound`."""
         value = self._constants.get(name, self.bounds[name][0])
         return float(min(value) if isinstance(value, list) else value)
+
+    def natural(self, coordinates: Tensor) -> Tensor:
+        """What coordinates are in natural units, clamped.
+
+        Shape:
+            - coordinates: float64 `[..., P]`
+            - output: float64 `[..., P]`
+        """
+        coordinates = coordinates.clamp(self.lower.to(coordinates), self.upper.to(coordinates))
+        whole = self._mask(self.integers).to(coordinates.device)
+        scale = self.vector(self.scales).to(coordinates.device)
+        real = torch.where(scale > 0, coordinates * scale, coordinates.exp())
+        return torch.where(whole, (coordinates + 0.5).floor(), real)
+
+    def slope(self, values: Tensor) -> Tensor:
+        """How much natural values change by a unit of their coordinates, to first order.
+
+        Shape:
+            - values: float64 `[..., P]`
+            - output: float64 `[..., P]`
+        """
+        scale = self.vector(self.scales).to(values.device)
+        slope = torch.where(scale > 0, scale, values)
+        return torch.where(self._mask(self.integers).to(values.device), 1.0, slope)
 
     # The M-step's side -------------------------------------------------------------------------------------------
 
@@ -495,10 +614,7 @@ class ParameterTable(Float64Buffers):
         return _constant(tuple(chosen), torch.bool, self.shared.device)
 
     def _natural(self, values: TableValues) -> Tensor:
-        coordinates = torch.cat([values.shared[None], values.shared + values.offsets])
-        coordinates = coordinates.clamp(self.lower.to(coordinates), self.upper.to(coordinates))
-        whole = self._mask(self.integers).to(coordinates.device)
-        return torch.where(whole, (coordinates + 0.5).floor(), coordinates.exp())
+        return self.natural(torch.cat([values.shared[None], values.shared + values.offsets]))
 
     def _named(self, values: TableValues, row: int | None) -> dict[str, Any]:
         if row is not None and not 0 <= row < len(self.row_names):
@@ -546,7 +662,9 @@ def _pair(bounds: Sequence[float]) -> tuple[float, float]:
 
 
 def _coordinate(spec: ParameterSpec, value: float) -> float:
-    return float(value) if spec.integer else math.log(value)
+    if spec.integer:
+        return float(value)
+    return math.log(value) if spec.scale is None else value / spec.scale
 
 
 def stored_columns(state_dict: Mapping[str, Any], prefix: str) -> list[str]:

@@ -44,6 +44,8 @@ class ImageBatch(TypedDict, total=False):
           augmentation. Keys change from epoch to epoch in training only.
         - index: `[B]`, int64, the sample's position in its data set.
         - name: list of B paths below the root of the data, by which results are called.
+        - noisy: like image, the noisy side of a pair whose clean side is image; left out where noise is to be added,
+          or where the images are noisy and have no clean side.
         - noise_std: `[B]`, floating point, the standard deviation of the noise that the images already have, where
           white is 1; left out where it is unknown.
         - clean: whether the images of a batch to predict are clean, so that the module's noise is added first; False,
@@ -58,6 +60,7 @@ class ImageBatch(TypedDict, total=False):
     key: Tensor
     index: Tensor
     name: list[str]
+    noisy: Tensor
     noise_std: Tensor
     clean: bool
     condition: str
@@ -144,6 +147,13 @@ def check_batch(batch: Mapping[str, Any], needed: Collection[str], image_channel
             )
     if "image" in batch:
         _check_image(batch["image"], image_channels)
+    if "noisy" in batch:
+        _check_image(batch["noisy"], image_channels, "noisy")
+        if batch["noisy"].shape != batch["image"].shape:
+            raise ValueError(
+                f"the two sides of a pair must have one shape, got noisy {list(batch['noisy'].shape)} and image "
+                f"{list(batch['image'].shape)}"
+            )
     size = len(batch["image"]) if "image" in batch else None
     for name in ("label", "key", "index", "weight", "name"):
         if name in batch:
@@ -169,22 +179,22 @@ def check_noise_std(value: float, name: str = "noise_std") -> None:
         raise ValueError(f"{name} must lie between 0 and 1, where white is 1, got {value}{hint}")
 
 
-def _check_image(image: Any, channels: int | None) -> None:
+def _check_image(image: Any, channels: int | None, name: str = "image") -> None:
     if not isinstance(image, Tensor):
-        raise TypeError(f"image must be a tensor [B, C, H, W], got {_describe(image)}")
+        raise TypeError(f"{name} must be a tensor [B, C, H, W], got {_describe(image)}")
     if not image.is_floating_point():
         raise TypeError(
-            f"image must be floating point, where white is 1, got {image.dtype}: divide bytes by 255 or "
+            f"{name} must be floating point, where white is 1, got {image.dtype}: divide bytes by 255 or "
             "subclass datamodules.ImageDataModule, which converts them on the device"
         )
     if image.ndim != 4:
-        raise ValueError(f"image must be [B, C, H, W], got {list(image.shape)}")
+        raise ValueError(f"{name} must be [B, C, H, W], got {list(image.shape)}")
     if image.numel() == 0:
-        raise ValueError(f"the batch is empty: image is {list(image.shape)}; leave it out, or look at the sampler")
+        raise ValueError(f"the batch is empty: {name} is {list(image.shape)}; leave it out, or look at the sampler")
     if channels is not None and image.shape[1] != channels:
-        raise ValueError(f"image must have {channels} channels, got {list(image.shape)}")
+        raise ValueError(f"{name} must have {channels} channels, got {list(image.shape)}")
     if image.device.type == "cpu" and not bool(image.isfinite().all()):
-        raise ValueError("image has NaN or infinite pixels: replace them, or leave the image out")
+        raise ValueError(f"{name} has NaN or infinite pixels: replace them, or leave the image out")
 
 
 def _check_entry(name: str, value: Any, size: int | None) -> None:

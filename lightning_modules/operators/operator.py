@@ -19,14 +19,18 @@ class ParameterSpec:
     Args:
         name: Keyword under which `RestorationOperator.forward` takes it.
         start: Start value; for a bank one number for all of its entries, or one for each.
-        bounds: Lower and upper bound, positive (an integer's lower bound may be 0).
+        bounds: Lower and upper bound, positive (an integer's lower bound may be 0, and with a `scale` any may).
         shape: `()` for a scalar, `(K,)` for a bank of K values that every image receives whole.
         unit: What the number counts, for reports. `"noise"`: multiples of the noise level; the operator multiplies.
         integer: Whether it takes whole numbers, which have no gradient and stay out of log space.
         relative_step: Relative step of `SignRule`.
+        scale: Of a number that may be negative, such as a filter's tap: how much of it counts as a factor e does in
+            others. It is learned in units of this, where others are learned as logarithms.
+        picture: Height and width of the pictures that a bank holds one after the other, such as filters; for reports.
 
     Raises:
-        ValueError: If the bounds are reversed or not positive, the start lies outside them, or the shape is impossible.
+        ValueError: If the bounds are reversed or not positive, the start is outside them, or the shape or the scale is
+            impossible.
 
     Example:
         >>> ParameterSpec("weight", start=0.1, bounds=(0.001, 1.0)).size
@@ -40,6 +44,8 @@ class ParameterSpec:
     unit: str = ""
     integer: bool = False
     relative_step: float = 0.05
+    scale: float | None = None
+    picture: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier() or self.name in ("noisy", "noise", "guide"):
@@ -50,12 +56,20 @@ class ParameterSpec:
             raise ValueError(f"the shape of {self.name!r} must be () or (K,) with K ≥ 1, got {self.shape}")
         if not 0 <= self.relative_step < 1:
             raise ValueError(f"relative_step of {self.name!r} must be in [0, 1), got {self.relative_step}")
+        if self.scale is not None and (not 0 < self.scale < math.inf or self.integer):
+            what = "is for numbers that are not whole" if self.integer else f"must be positive, got {self.scale}"
+            raise ValueError(f"the scale of {self.name!r} {what}")
+        if self.picture is not None and (min(self.picture) < 1 or self.size % math.prod(self.picture)):
+            raise ValueError(
+                f"{self.name!r} has {self.size} numbers, which are no whole number of pictures of {self.picture}"
+            )
         lower, upper = self.bounds
         if not (math.isfinite(lower) and math.isfinite(upper) and lower <= upper):
             raise ValueError(f"bounds of {self.name!r} must be finite with lower ≤ upper, got ({lower}, {upper})")
-        if lower < 0 or (lower == 0 and not self.integer):
+        if self.scale is None and (lower < 0 or (lower == 0 and not self.integer)):
             raise ValueError(
-                f"bounds of {self.name!r} must be positive, got ({lower}, {upper}): it is learned as a logarithm"
+                f"bounds of {self.name!r} must be positive, got ({lower}, {upper}): it is learned as a logarithm; a "
+                "number that may be negative has a scale"
             )
         if not isinstance(self.start, float | int) and len(self.start) != self.size:
             raise ValueError(

@@ -110,7 +110,7 @@ def test_what_the_risk_cannot_do_without() -> None:
     assert make(add_noise=False).objective == "sure"
     with pytest.raises(ValueError, match=r"no clean images.*leave perceptual out"):
         make(perceptual=nn.Identity())
-    with pytest.raises(ValueError, match="objective must be 'supervised' or 'sure', got 'stein'"):
+    with pytest.raises(ValueError, match="objective must be 'supervised', 'sure' or 'j_invariant', got 'stein'"):
         GraphDiffusionReconstruction(GraphDiffusion(), ParameterTable(), objective="stein")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"may be negative: leave loss at 'mse'"):
         make(loss="log_mse")

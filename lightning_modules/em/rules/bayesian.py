@@ -5,13 +5,14 @@ import os
 import torch
 from torch import Tensor
 
-from lightning_modules.em.e_step import SufficientStatistics
+from lightning_modules.em.e_step import MAX_BLOCK, SufficientStatistics
 from lightning_modules.em.parameter_table import ParameterTable, TableValues
 from lightning_modules.em.rules.kalman_curvature import (
     LEAST_RADIUS,
     TINY,
     Model,
     checked_distances,
+    grouped,
     initial_state,
     observe,
 )
@@ -101,7 +102,12 @@ class BayesianRule(Rule):
 
     def initial_state(self, table: ParameterTable) -> RuleState:
         """Filters of the global set and of each row, pooling variances, steps; see `Rule.initial_state`."""
-        rows = len(table.row_names) + 1
+        rows, size = len(table.row_names) + 1, len(table.shared)
+        if size > MAX_BLOCK:
+            raise ValueError(
+                f"a posterior over {size} parameters together is more than BayesianRule can hold ({MAX_BLOCK}): choose "
+                "NewtonRule, which takes them in blocks, or GradientRule"
+            )
         return {
             **initial_state(table, self.trust_radius),
             "pooling_variance": torch.full_like(table.shared, _FIRST_POOLING_VARIANCE),
@@ -120,13 +126,13 @@ class BayesianRule(Rule):
         sampled = self.sampled_values(table, state)
         theta = mean if sampled is None else theta_of(*sampled, table.lower, table.upper)
         model, filters = observe(
-            state, statistics, theta, mean, self.trust_radius, self.curvature_length_scale, cautious=True
+            state, grouped(statistics), theta, mean, self.trust_radius, self.curvature_length_scale, cautious=True
         )
         model = _pooled(model)
         back = model.curvature @ (mean - theta)[..., None]
         model = model._replace(gradient=model.gradient + back[..., 0])
         trust = torch.stack([model.trust_radius, torch.full_like(mean, torch.inf)])
-        step, wanted = bounded_step(table, statistics, model, mean, trust, self.trust_radius)
+        step, wanted = bounded_step(table, statistics.count, model, mean, trust, self.trust_radius)
 
         variance = optimum_variance(model, table.upper - table.lower)
         seen, met = statistics.count[1:, None] > 0, (filters["images"][1:] > 0).double()

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_modules.em.e_step import SufficientStatistics
+from lightning_modules.em.e_step import SufficientStatistics, in_blocks
 from lightning_modules.em.parameter_table import ParameterTable
 from lightning_modules.em.rules.rule import RuleState
 
@@ -24,15 +24,17 @@ TINY = 1e-60
 
 
 class Model(NamedTuple):
-    """Gradient and curvature where the gradients were taken last, for the global set (row 0) and each row.
+    """Gradient and curvature where the gradients were taken last, for each group.
+
+    A group is a row of the table, the global set first, or a block of one.
 
     Attributes:
-        gradient: Filtered gradient, `[K + 1, P]`.
-        curvature: Symmetric curvature, `[K + 1, P, P]`.
-        covariance: Covariance of the filtered gradient, `[K + 1, P, P]`.
-        hessian_variance: Variance of each entry of the curvature, `[K + 1, P, P]`.
-        scale: Root mean square of the images' gradients, `[K + 1, P]`; 0 where nothing has a gradient.
-        trust_radius: In log units, `[K + 1, P]`.
+        gradient: Filtered gradient, `[G, S]`.
+        curvature: Symmetric curvature, `[G, S, S]`.
+        covariance: Covariance of the filtered gradient, `[G, S, S]`.
+        hessian_variance: Variance of each entry of the curvature, `[G, S, S]`.
+        scale: Root mean square of the images' gradients, `[G, S]`; 0 where nothing has a gradient.
+        trust_radius: In log units, `[G, S]`.
     """
 
     gradient: Tensor
@@ -65,12 +67,64 @@ def checked_distances(
     return trust_radius, curvature_length_scale
 
 
+class Observations(NamedTuple):
+    """What a step has observed of each group of parameters that are filtered together: of each row of the table, and
+    within it of each block; see `SufficientStatistics`, whose properties these are.
+
+    Shape:
+        - count, effective_count, freedom: `[G]` for G groups
+        - mean_gradient, mean_square_gradient: `[G, S]` for S parameters in a group
+        - gradient_scatter: `[G, S, S]`
+    """
+
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count
+    effective_count: Tensor
+    freedom: Tensor
+    mean_gradient: Tensor
+    mean_square_gradient: Tensor
+    gradient_scatter: Tensor
+
+
+def grouped(statistics: SufficientStatistics) -> Observations:
+    """The statistics of a step by groups: the rows' blocks, row by row."""
+    blocks = statistics.num_blocks
+    return Observations(
+        statistics.count.repeat_interleave(blocks),
+        statistics.effective_count.repeat_interleave(blocks),
+        statistics.freedom.repeat_interleave(blocks),
+        to_groups(statistics.mean_gradient),
+        to_groups(statistics.mean_square_gradient),
+        statistics.block_scatter.flatten(0, 1),
+    )
+
+
+def to_groups(values: Tensor) -> Tensor:
+    """Numbers of each row of the table by groups.
+
+    Shape:
+        - values: `[K + 1, P]`
+        - output: `[G, S]`
+    """
+    return in_blocks(values).flatten(0, 1)
+
+
+def from_groups(values: Tensor, rows: int, num_parameters: int) -> Tensor:
+    """Inverse of `to_groups`.
+
+    Shape:
+        - values: `[..., G, S]`
+        - output: `[..., K + 1, P]`
+    """
+    return values.unflatten(-2, (rows, -1)).flatten(-2)[..., :num_parameters]
+
+
 def initial_state(table: ParameterTable, trust_radius: float) -> RuleState:
     """Tensors of the filter before the first evaluation."""
-    rows, size = len(table.row_names) + 1, len(table.shared)
+    radii = to_groups(torch.full_like(table.shared, trust_radius).expand(len(table.row_names) + 1, -1))
+    groups, size = radii.shape
 
     def zeros(*shape: int) -> Tensor:
-        return torch.zeros((rows, *shape), dtype=torch.float64, device=table.shared.device)
+        return radii.new_zeros((groups, *shape))
 
     return {
         "images": zeros(1),
@@ -81,13 +135,13 @@ def initial_state(table: ParameterTable, trust_radius: float) -> RuleState:
         "square": zeros(size),
         "scatter": zeros(size, size),
         "freedom": zeros(1),
-        "trust_radius": zeros(size) + trust_radius,
+        "trust_radius": radii.clone(),
     }
 
 
 def observe(
     state: RuleState,
-    statistics: SufficientStatistics,
+    statistics: Observations,
     theta: Tensor,
     mean: Tensor,
     trust_radius: float,
@@ -114,7 +168,7 @@ def observe(
 
     Args:
         state: State of the filter.
-        statistics: Sums over the images of the step.
+        statistics: What the step has observed.
         theta: Coordinates at which the gradients were taken.
         mean: Coordinates about which they are drawn: curvature drifts as this moves, not as draws scatter.
         trust_radius: First trust radius; before anything is known a step has this length.
@@ -123,7 +177,7 @@ def observe(
             where steps have one image each, and makes such steps slow where there is no noise.
 
     Shape:
-        - theta, mean: `[K + 1, P]`
+        - theta, mean: `[G, S]`
     """
     count, gradient = statistics.count[:, None], statistics.mean_gradient
     square = statistics.mean_square_gradient
@@ -200,7 +254,7 @@ def model_of(state: RuleState) -> Model:
 
 def _scatter(
     state: RuleState,
-    statistics: SufficientStatistics,
+    statistics: Observations,
     surprise: Tensor,
     explained: Tensor,
     first_seen: Tensor,

@@ -1,12 +1,21 @@
 """M-step by Newton's method in a trust region."""
 
 import torch
+from torch import Tensor
 
 from lightning_modules.em.e_step import SufficientStatistics
 from lightning_modules.em.parameter_table import ParameterTable, TableValues
-from lightning_modules.em.rules.kalman_curvature import checked_distances, initial_state, observe
+from lightning_modules.em.rules.kalman_curvature import (
+    checked_distances,
+    from_groups,
+    grouped,
+    initial_state,
+    model_of,
+    observe,
+    to_groups,
+)
 from lightning_modules.em.rules.rule import Rule, RuleState, centered
-from lightning_modules.em.rules.trust_region import bounded_step, theta_of
+from lightning_modules.em.rules.trust_region import bounded_step, optimum_variance, theta_of
 
 
 class NewtonRule(Rule):
@@ -19,6 +28,9 @@ class NewtonRule(Rule):
     coordinate grows while the gradient goes on pointing the way of the last step and halves where it has turned. A
     coordinate that is pushed against its bound is left out of the solve. There is no learning rate, and the rule does
     not mind the scale of the loss.
+
+    More than 32 parameters, such as a bank of filters, are filtered in blocks of about as many, between which the
+    curvature is taken for 0: time and memory grow with the number of parameters, not with its square.
 
     Rows have filters of their own. A row moves with the global set, and by the share n/(n+m) of what its own step
     differs from the global one, where n counts the images it has seen: one that has seen few borrows strength.
@@ -73,12 +85,25 @@ class NewtonRule(Rule):
         self, table: ParameterTable, statistics: SufficientStatistics, state: RuleState
     ) -> tuple[TableValues, RuleState]:
         """One step for the global set and for every row that has images; see `Rule.m_step`."""
-        theta = theta_of(table.shared, table.offsets, table.lower, table.upper)
+        theta = to_groups(theta_of(table.shared, table.offsets, table.lower, table.upper))
+        observed = grouped(statistics)
         model, state = observe(
-            state, statistics, theta, theta, self.trust_radius, self.curvature_length_scale, cautious=False
+            state, observed, theta, theta, self.trust_radius, self.curvature_length_scale, cautious=False
         )
-        step = bounded_step(table, statistics, model, theta, model.trust_radius, self.trust_radius)
-        share = state["images"] / (state["images"] + self.pseudo_count).clamp_min(torch.finfo(torch.float64).tiny)
+        moves = bounded_step(table, observed.count, model, theta, model.trust_radius, self.trust_radius)
+        step = from_groups(moves, len(table.row_names) + 1, len(table.shared))
+        images = state["images"][:: statistics.num_blocks]
+        share = images / (images + self.pseudo_count).clamp_min(torch.finfo(torch.float64).tiny)
         moved = (statistics.count[1:, None] > 0) & ~table.mask(table.integers)
         offsets = table.offsets + torch.where(moved, share[1:] * (step[1:] - step[0]), 0.0)
-        return centered(table, TableValues(table.shared + step[0], offsets), state["images"]), state
+        return centered(table, TableValues(table.shared + step[0], offsets), images), state
+
+    def standard_deviation(self, table: ParameterTable, state: RuleState) -> Tensor:
+        """How far the θ at which the gradient vanishes is known, in log units; see `Rule.standard_deviation`."""
+        rows, size = len(table.row_names) + 1, len(table.shared)
+        width = to_groups((table.upper - table.lower).expand(rows, -1))
+        variance = from_groups(optimum_variance(model_of(state), width), rows, size)
+        # What has no rows is as uncertain in a row as it is in the global set.
+        own = torch.where(table.mask(table.learned_per_row), variance[1:], variance[:1])
+        moving = table.mask(table.learned) & ~table.mask(table.integers)
+        return torch.where(moving, torch.cat([variance[:1], own]).sqrt(), torch.nan)

@@ -72,6 +72,17 @@ class Rule(ABC):
         """
         return None
 
+    def pair_distance(self, table: ParameterTable, state: RuleState) -> Tensor | None:
+        """Half the distance of the pairs that the next training step shall evaluate, in each coordinate.
+
+        None, unless a rule overrides it: gradients come with the backward pass. With a distance, the training step
+        asks the table for a `pair` of parameters and hands in `EStep.gradient`. Without waiting.
+
+        Shape:
+            - output: float64 `[P]`
+        """
+        return None
+
     def __init_subclass__(cls, **options: Any) -> None:
         """Lets rules of the version before work on: those that define `step`, and those who call it."""
         super().__init_subclass__(**options)

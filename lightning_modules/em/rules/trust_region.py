@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from lightning_modules.em.e_step import SufficientStatistics
 from lightning_modules.em.parameter_table import ParameterTable
-from lightning_modules.em.rules.kalman_curvature import LEAST_NOISE, TINY, Model
+from lightning_modules.em.rules.kalman_curvature import LEAST_NOISE, TINY, Model, to_groups
 
 # Least curvature of a direction, in units of the curvature that is assumed before anything is known.
 _FLOOR = 0.125
@@ -15,7 +14,7 @@ _VARIANCE_STEPS = 10
 
 def bounded_step(
     table: ParameterTable,
-    statistics: SufficientStatistics,
+    count: Tensor,
     model: Model,
     theta: Tensor,
     trust: Tensor,
@@ -25,21 +24,24 @@ def bounded_step(
 
     Args:
         table: The table, for its bounds and for what has rows.
-        statistics: Sums over the images of the step.
+        count: Images of the step.
         model: Gradient and curvature at θ.
         theta: Coordinates to step from.
         trust: Most that each coordinate may move; several such boxes may be given side by side.
         trust_radius: First trust radius.
 
     Shape:
-        - theta: `[K + 1, P]`
-        - trust, output: `[..., K + 1, P]`
+        - count: `[G]`
+        - theta: `[G, S]`
+        - trust, output: `[..., G, S]`
     """
     # What has no rows moves with the global set alone.
-    own = torch.cat([torch.ones_like(theta[:1]), table.mask(table.learned_per_row).expand_as(theta[1:]).double()])
-    lower = own * torch.maximum(-trust, table.lower - theta)
-    upper = own * torch.minimum(trust, table.upper - theta)
-    return torch.where(statistics.count[:, None] > 0, step_within(model, lower, upper, trust_radius), 0.0)
+    rows, has_rows = len(table.row_names), table.mask(table.learned_per_row).double()
+    own = to_groups(torch.stack([torch.ones_like(has_rows), *[has_rows] * rows]))
+    least, most = (to_groups(bound.expand(rows + 1, -1)) for bound in (table.lower, table.upper))
+    lower = own * torch.maximum(-trust, least - theta)
+    upper = own * torch.minimum(trust, most - theta)
+    return torch.where(count[:, None] > 0, step_within(model, lower, upper, trust_radius), 0.0)
 
 
 def step_within(model: Model, lower: Tensor, upper: Tensor, trust_radius: float) -> Tensor:
@@ -55,8 +57,8 @@ def step_within(model: Model, lower: Tensor, upper: Tensor, trust_radius: float)
         trust_radius: First trust radius; sets the least curvature μ.
 
     Shape:
-        - lower, upper: `[..., K + 1, P]`
-        - output: `[..., K + 1, P]`; 0 where nothing has a gradient
+        - lower, upper: `[..., G, S]`
+        - output: `[..., G, S]`; 0 where nothing has a gradient
     """
     root = model.scale.clamp_min(TINY**0.5).sqrt()
     abs_hessian = magnitude(model.curvature / (root[:, :, None] * root[:, None, :]), _FLOOR / trust_radius)
@@ -103,8 +105,8 @@ def optimum_variance(model: Model, width: Tensor) -> Tensor:
         width: Distance between the bounds: no variance exceeds that of the uniform distribution between them.
 
     Shape:
-        - width: `[P]`
-        - output: `[K + 1, P]`
+        - width: `[S]` or `[G, S]`
+        - output: `[G, S]`
     """
     root = model.scale.clamp_min(TINY**0.5).sqrt()
     pair = root[:, :, None] * root[:, None, :]
