@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         ResidualDenoiser,
         TraceNetwork,
     )
+    from lightning_modules.noise import NoiseModel
     from lightning_modules.operators import BilateralFilter, ParameterSpec, RestorationOperator, TotalVariation
     from lightning_modules.patch_mixture import PatchMixture
     from lightning_modules.reconstruction import GraphDiffusionReconstruction, Reconstruction
@@ -51,6 +52,7 @@ _HOME = {
     "KMeans": "mixtures",
     "KMeansEstimator": "mixtures",
     "NeighborDifferences": "detection",
+    "NoiseModel": "noise",
     "ParameterSpec": "operators",
     "ParameterTable": "em",
     "PatchMixture": "patch_mixture",
@@ -84,6 +86,7 @@ __all__ = [
     "KMeans",
     "KMeansEstimator",
     "NeighborDifferences",
+    "NoiseModel",
     "ParameterSpec",
     "ParameterTable",
     "PatchMixture",
