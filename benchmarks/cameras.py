@@ -1,7 +1,7 @@
-"""Noise of cameras and microscopes: how well it is estimated from the noisy image alone, and what is restored with it.
+"""Noise of cameras and microscopes: how well the noisy image alone shows it, and what is restored with it.
 
-Real pairs of a noisy photograph and the mean of hundreds of shots (CC15; PolyU, of which every second pair was looked at
-when settings were chosen, and is reported apart). Simulated on photographs, scaled down: variance a·x + b, noise that a
+Real pairs of a noisy photograph and the mean of hundreds of shots (CC15; PolyU, of which every second pair was looked
+at when settings were chosen, and is reported apart). Simulated on photographs, scaled down: variance a·x + b, noise that a
 blur has correlated, white noise, none; on gray images of 16 bits: photons. CBM3D beside ours is told the true level.
 
     OMP_NUM_THREADS=1 python benchmarks/cameras.py --json cameras.json
@@ -74,7 +74,7 @@ def blurred_noise() -> NoiseModel:
 
 
 def photon_noise(photons: int) -> Iterator[Pair]:
-    """Gray images of 16 bits, of which white is so many photons, and a reading noise of one tenth of the root of them."""
+    """Gray images of 16 bits, of which white is so many photons, and reading noise of a tenth of their root."""
     from skimage import data
 
     for number, name in enumerate(("cell", "moon", "camera", "coins")):
@@ -94,7 +94,7 @@ def restored(noisy: Tensor, noise: NoiseLike) -> Tensor:
     picture, _ = restore_picture(
         Picture(noisy[0]), lambda *given, **named: load_operator("auto", *given, **named), noise
     )
-    return ((255 * picture.pixels).round() / 255)[None]
+    return picture.pixels[None]
 
 
 def measure(name: str, pairs: Iterator[Pair], told: NoiseModel | None = None, peer: bool = False) -> Iterator[Row]:
@@ -116,9 +116,9 @@ def measure(name: str, pairs: Iterator[Pair], told: NoiseModel | None = None, pe
             "intercept": float(found.intercept.mean()),
             "correlation": float(found.neighbor_correlation),
             "seconds": seconds,
-            "psnr noisy": psnr(noisy, clean),
-            "psnr": psnr(restored(noisy, "auto"), clean),
-            "psnr as white": psnr(restored(noisy, "white"), clean),
+            "psnr noisy": min(psnr(noisy, clean), 100.0),
+            "psnr": min(psnr(restored(noisy, "auto"), clean), 100.0),
+            "psnr as white": min(psnr(restored(noisy, "white"), clean), 100.0),
         }
         if told is not None:
             row["psnr told"] = psnr(restored(noisy, told), clean)
@@ -142,12 +142,13 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.set_defaults(threads=1)
     parser.add_argument("--images", type=int, default=10, help="photographs under simulated noise")
-    sets: dict[str, Callable[[], Iterator[Row]]] = {}
     parser.add_argument("--sets", nargs="*", help="which of them; all by default")
     parser.add_argument("--peer", action="store_true", help="CBM3D beside ours on the real pairs: half a minute each")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     polyu, cc15 = args.data / "real_noise" / "PolyU", args.data / "real_noise" / "CC15"
+
+    sets: dict[str, Callable[[], Iterator[Row]]] = {}
 
     def some() -> Iterator[tuple[str, Tensor]]:
         return photographs(args.data / "photos", args.images)

@@ -196,7 +196,9 @@ def restore_picture(
     elif found.is_uncorrelated:
         restored = _stabilized(pixels, operator(len(pixels)), found, progress)
     else:
-        restored = _in_tiles(pixels, operator(len(pixels), camera=True), _level_map(pixels, found), progress)
+        chosen = operator(len(pixels), camera=True)
+        gain = 1.0 if getattr(chosen, "knows_correlation", False) else float(found.low_frequency_gain)
+        restored = _in_tiles(pixels, chosen, (gain * _level_map(pixels, found)).clamp_max(1), progress)
     return Restored(replace(picture, pixels=restored), found)
 
 

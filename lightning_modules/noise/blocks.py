@@ -11,7 +11,7 @@ from lightning_modules.noise.estimate import distinct_patches, equal_neighbors
 
 # Side of the blocks: several times as far as a camera's noise is correlated. Small images have smaller ones.
 _SIZE, _SMALL_SIZE, _SMALL = 16, 8, 96
-_MAX_BLOCKS = 4096
+_MAX_BLOCKS = 3072
 # A block is left out with more of its pixels at black or white, or of its neighbors exactly equal.
 _MAX_CLIPPED, _MAX_EQUAL = 0.02, 0.25
 # Rings of frequencies by their edges, in units of half the sampling rate. Under the first there is shading.
@@ -49,7 +49,8 @@ class Blocks(NamedTuple):
         Shape:
             - output: `[N, C, F]`
         """
-        return self.coefficients.square().flatten(2) @ bands.member.flatten(0, 1) / bands.count
+        member = bands.member.flatten(0, 1).to(self.coefficients)
+        return (self.coefficients.square().flatten(2) @ member).to(bands.count) / bands.count
 
 
 def read_blocks(image: Tensor) -> Blocks:

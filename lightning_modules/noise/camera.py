@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_modules.noise.blocks import Bands, Blocks, frequency_bands, read_blocks
 from lightning_modules.noise.em import (
+    LEAST_VARIANCE,
     NoiseParameters,
     class_shares,
     fit_noise,
@@ -15,10 +16,10 @@ from lightning_modules.noise.em import (
     prior_statistics,
     start_parameters,
 )
-from lightning_modules.noise.estimate import estimate_noise_std
+from lightning_modules.noise.estimate import COLORS, estimate_noise_std
 from lightning_modules.noise.model import NoiseModel
 
-_STEPS = 30
+_STEPS = 20
 # How many blocks as flat as the start has found them count as a prior, against slopes that few brightnesses show.
 _PRIOR_BLOCKS = 8.0
 # Of a group's blocks, the flattest shares of 1, 1/2, ... 1/64 are averaged, but no fewer than so many.
@@ -32,6 +33,21 @@ _AGREEMENT = 2.0
 _ABOVE = 0.25
 _MAX_FLAT = 1024  # blocks without texture that the spectrum is taken from
 _FILTER_RADIUS = 5
+# High frequencies, in units of half the sampling rate, where there is little texture.
+_FINE = 0.4
+# Colors show noise where at least this share of the blocks has no texture, and the flattest of them differ no more than
+# by this factor beyond chance; the whole shows a camera's where this share has none and the flattest are as flat.
+_ALIKE, _MAX_SPREAD = 0.25, 2.2
+_CAMERA_ALIKE, _MAX_DECLINE = 0.18, 1.3
+# Less noise than this is none; more than that in the colors is more than a camera leaves there.
+_LEAST_LEVEL, _MAX_CAMERA_COLOR = 0.6 / 255, 2.5 / 255
+# White noise is about as strong at low frequencies as at high ones, and in the light as in the dark.
+_MAX_WHITE_RATIO, _MIN_VARIANCE_RATIO = 1.8, 1.35
+# What the estimate of white noise says of it, at least, in units of what the colors show.
+_WHITE_SHARE = 0.7
+# Power of the frequency with which independent noise falls, at most, where shading begins.
+_GENTLEST = 0.5
+_MAX_FITTED = 1024  # blocks, evenly spread, that EM looks at
 
 
 class _Evidence(NamedTuple):
@@ -48,7 +64,7 @@ def _look(image: Tensor) -> _Evidence | None:
     bands = frequency_bands(blocks.coefficients.shape[-1], image.device, torch.float64)
     if len(blocks.means) < _MIN_BLOCKS or not len(bands.count):
         return None
-    blocks = Blocks(blocks.means.double(), blocks.coefficients.double())
+    blocks = Blocks(blocks.means.double(), blocks.coefficients.float())
     return _Evidence(blocks.means, blocks.energies(bands), blocks, bands)
 
 
@@ -65,7 +81,8 @@ def _flattest(chooser: Tensor, measured: Tensor) -> Tensor:
     means = torch.stack([values[:count].mean() for count in counts])
     errors = _OVERLAP * torch.stack([values[:count].std() / count**0.5 for count in counts])
     agrees = means - _AGREEMENT * errors <= (means + _AGREEMENT * errors).min()
-    return order[: max(count for count, agree in zip(counts, agrees.tolist(), strict=True) if agree)]
+    agreeing = [count for count, agree in zip(counts, agrees.tolist(), strict=True) if agree]
+    return order[: max(agreeing, default=counts[0])]
 
 
 def _start(evidence: _Evidence) -> NoiseParameters:
@@ -74,12 +91,7 @@ def _start(evidence: _Evidence) -> NoiseParameters:
     Frequencies of noise are nearly independent, so that the choice leaves what is measured as it is.
     """
     means, _, blocks, bands = evidence
-    step = torch.arange(blocks.coefficients.shape[-1], device=means.device)
-    even = ((step[:, None] + step) % 2 == 0).to(means)
-    halves = [
-        bands._replace(member=bands.member * part[..., None], count=torch.einsum("uvf,uv->f", bands.member, part))
-        for part in (even, 1 - even)
-    ]
+    halves = _halves(bands)
     energies = [blocks.energies(half) for half in halves]
     share = bands.count / bands.count.sum()
     light = means.mean(1)
@@ -104,6 +116,7 @@ def _start(evidence: _Evidence) -> NoiseParameters:
             chosen = _flattest((chooser * weight).sum(-1).mean(1), (measured * weight).sum(-1).mean(1))
             found.append(measured[chosen].mean(0))
         spectrum = limit_slope(torch.stack(found).mean(0), bands)
+        spectrum = spectrum.clamp_min(1e-4 * spectrum.amax(1, keepdim=True)).clamp_min(1e-12)
         scale = (spectrum * share).sum(1)
         spectrum, ends = spectrum / scale[:, None], ends * scale
     return start_parameters(ends, spectrum, bands)
@@ -118,7 +131,7 @@ def _lower_line(light: Tensor, floor: Tensor) -> Tensor:
         - output: `[2, C]`
     """
     ends = []
-    for x, y in zip(light.T, floor.clamp_min(1e-12).T, strict=True):
+    for x, y in zip(light.T, floor.clamp_min(LEAST_VARIANCE).T, strict=True):
         first, second = (
             torch.combinations(torch.arange(len(x)), 2).T if len(x) > 1 else (torch.tensor([], dtype=torch.long),) * 2
         )
@@ -140,19 +153,22 @@ def _lower_line(light: Tensor, floor: Tensor) -> Tensor:
 def _fit(
     evidence: Sequence[_Evidence], start: NoiseParameters, prior: NoiseParameters, num_blocks: float
 ) -> NoiseParameters:
-    pairs = [(each.means, each.energies) for each in evidence]
+    pairs = []
+    for each in evidence:
+        few = torch.linspace(0, len(each.means) - 1, min(len(each.means), _MAX_FITTED)).long()
+        pairs.append((each.means[few], each.energies[few]))
     bands = evidence[0].bands
     return fit_noise(pairs, bands, start, prior_statistics(prior, num_blocks), _STEPS)[0]
 
 
-def _model(evidence: _Evidence, parameters: NoiseParameters, brightness: Tensor) -> NoiseModel:
+def _model(evidence: _Evidence, parameters: NoiseParameters, brightness: Tensor, steepest: float = 1.0) -> NoiseModel:
     """The noise model of EM's parameters, with the spectrum of the blocks that have no texture."""
     means, energies, blocks, bands = evidence
     share = class_shares(means, energies, bands, parameters)[:, 0]
     flattest = share.topk(min(len(share), _MAX_FLAT)).indices
     share, means = share[flattest], means[flattest]
     variance = parameters.ends[0] * (1 - means) + parameters.ends[1] * means
-    unit = blocks.coefficients[flattest] / variance.sqrt()[..., None, None]
+    unit = blocks.coefficients[flattest].double() / variance.sqrt()[..., None, None]
     unit = unit * ((share + 1e-9) / (share + 1e-9).sum()).sqrt()[:, None, None, None]
     power = torch.einsum("ncuv,nduv->cduv", unit, unit)
     # each ring has the power that EM has found
@@ -165,7 +181,7 @@ def _model(evidence: _Evidence, parameters: NoiseParameters, brightness: Tensor)
     frequency = (step.square() + step[:, None].square()).sqrt().clamp_min(0.5) / size
     first = torch.einsum("cduv,uv->cd", power, bands.member[..., 0]) / bands.count[0]
     slope = parameters.spectrum[:, 0].mean().log() - parameters.spectrum[:, 1].mean().log()
-    slope = (slope / (bands.frequency[1] / bands.frequency[0]).log()).clamp(0, 1)
+    slope = (slope / (bands.frequency[1] / bands.frequency[0]).log()).clamp(0, steepest)
     inner = first[..., None, None] * (bands.frequency[0] / frequency) ** slope
     power = torch.where(bands.member.sum(-1) > 0, power, inner)
     total = torch.einsum("ccuv->c", power) / size**2
@@ -223,17 +239,120 @@ def estimate_noise_model(images: Tensor, kind: str = "auto") -> NoiseModel:
 
 
 def _of_image(image: Tensor, white: NoiseModel, kind: str) -> NoiseModel:
+    """White noise, noise of its own in each channel, or a camera's, by what the colors and the whole show.
+
+    Opponent colors hold little texture: noise that is alike in all flat blocks there, and no weaker than in the whole,
+    is independent from channel to channel, and they show what it is. A camera smooths colors away, and its noise is
+    seen in the whole only.
+    """
     evidence = _look(image)
     if evidence is None:
         return white
-    start = _start(evidence)
-    found = _fit([evidence], start, start, _PRIOR_BLOCKS)
-    model = _model(evidence, found, image.mean((1, 2)).double())
-    return model if kind == "camera" or _is_camera(model, white) else white
+    brightness = image.mean((1, 2)).double()
+    colors, whole = _views(evidence)
+    seen, common = (
+        _fit([view], start, start, _PRIOR_BLOCKS) for view, start in ((v, _start(v)) for v in (colors, whole))
+    )
+    level, common_level = (_mean_level(view, found) for view, found in ((colors, seen), (whole, common)))
+    spread, decline = _unevenness(colors, seen)[0], _unevenness(whole, common)[1]
+    is_alike = float(seen.weight[0]) > _ALIKE and spread < _MAX_SPREAD and level > _LEAST_LEVEL
+    is_camera = float(common.weight[0]) > _CAMERA_ALIKE and decline < _MAX_DECLINE
+    is_camera = is_camera and common_level > max(1.3 * float(white.level), 2 * _LEAST_LEVEL)
+    is_colored = not _is_flat(colors, seen) and level < _MAX_CAMERA_COLOR
+    if is_alike and not (is_camera and common_level > 2 * level and is_colored):
+        return _independent(colors, seen, brightness, white)
+    if is_camera or kind == "camera":
+        start = _start(evidence)
+        return _model(evidence, _fit([evidence], start, start, _PRIOR_BLOCKS), brightness)
+    return white
 
 
-def _is_camera(model: NoiseModel, white: NoiseModel) -> bool:
-    return bool(model.level > 1.3 * white.level)
+def _views(evidence: _Evidence) -> tuple[_Evidence, _Evidence]:
+    """The opponent colors, and their sum; of gray images the high frequencies, and all."""
+    means, energies, blocks, bands = evidence
+    if means.shape[1] != 3:
+        fine = bands.frequency > _FINE
+        part = Bands(bands.member[..., fine], bands.count[fine], bands.frequency[fine])
+        return _Evidence(means, energies[..., fine], blocks, part), evidence
+    axes = torch.tensor(COLORS).to(means)
+    views = []
+    for rows in (axes[1:], axes[:1]):
+        mixed = Blocks(
+            means @ rows.square().T, torch.einsum("kc,ncuv->nkuv", rows.to(blocks.coefficients), blocks.coefficients)
+        )
+        views.append(_Evidence(mixed.means, mixed.energies(bands), mixed, bands))
+    return views[0], views[1]
+
+
+def _mean_level(evidence: _Evidence, found: NoiseParameters) -> float:
+    variance = found.ends[0] * (1 - evidence.means) + found.ends[1] * evidence.means
+    return float(variance.mean().sqrt())
+
+
+def _unevenness(evidence: _Evidence, found: NoiseParameters) -> tuple[float, float]:
+    """How much more the flattest blocks differ than noise of this model does, the least of three shares; and by which
+    factor their energy falls from an eighth of the blocks to a sixteenth.
+
+    Flattest by half of the frequencies, compared by the others, as in `_start`.
+    """
+    means, _, blocks, bands = evidence
+    first, second = _halves(bands)
+    variance = found.ends[0] * (1 - means) + found.ends[1] * means
+    chooser, measured = (
+        ((blocks.energies(half) / variance[..., None] / found.spectrum) @ half.count).sum(1) for half in (first, second)
+    )
+    degrees = float(second.count.sum()) * means.shape[1]
+    order = chooser.argsort(stable=True)
+    values = [measured[order[: max(len(order) // part, _MIN_BLOCKS)]] for part in (4, 8, 16)]
+    spread = min(float((each.std() / each.mean()) ** 2) * degrees / 2 for each in values)
+    return spread, float(values[1].mean() / values[2].mean())
+
+
+def _halves(bands: Bands) -> tuple[Bands, Bands]:
+    """Every second frequency of each ring, and the others."""
+    step = torch.arange(bands.member.shape[0], device=bands.member.device)
+    even = ((step[:, None] + step) % 2 == 0).to(bands.member)
+    first, second = (
+        bands._replace(
+            member=bands.member * part[..., None], count=torch.einsum("uvf,uv->f", bands.member, part).clamp_min(1)
+        )
+        for part in (even, 1 - even)
+    )
+    return first, second
+
+
+def _is_flat(evidence: _Evidence, found: NoiseParameters) -> bool:
+    """Whether noise is about as strong at middling frequencies as at high ones."""
+    frequency = evidence.bands.frequency
+    middling, high = (found.spectrum[:, part] for part in ((frequency > 0.3) & (frequency < 0.45), frequency > 0.75))
+    return not middling.numel() or bool(middling.mean() < _MAX_WHITE_RATIO * high.mean())
+
+
+def _independent(colors: _Evidence, seen: NoiseParameters, brightness: Tensor, white: NoiseModel) -> NoiseModel:
+    """Noise that each channel has of its own: white, as strong everywhere or not, or correlated from pixel to pixel."""
+    bands, channels = colors.bands, len(brightness)
+    fine = bands.frequency > _FINE
+    power = (seen.spectrum * bands.count * fine).sum(1) / (bands.count * fine).sum()
+    is_flat = float(white.level) > _WHITE_SHARE * _mean_level(colors, seen) or _is_flat(colors, seen)
+    if is_flat:
+        ends = (seen.ends * power).mean(1)
+        light = torch.quantile(colors.means.mean(1), torch.tensor([0.05, 0.95]).to(ends))
+        variance = ends[0] * (1 - light) + ends[1] * light
+        if float(variance.amax() / variance.amin()) < _MIN_VARIANCE_RATIO:
+            return white
+        kernel = white.kernel
+    else:
+        spectrum = seen.spectrum.clone()
+        gentle = (bands.frequency[1] / bands.frequency[0]) ** _GENTLEST
+        spectrum[:, 0] = torch.minimum(spectrum[:, 0], gentle * spectrum[:, 1])
+        model = _model(colors, seen._replace(spectrum=spectrum), colors.means.mean(0), steepest=0.0)
+        ends = torch.stack([model.intercept, model.intercept + model.slope]).mean((1, 2)).double()
+        shape = model.kernel.diagonal(dim1=1, dim2=2).mean(-1)
+        shape = shape / shape.square().sum((1, 2), keepdim=True).sqrt()
+        kernel = torch.eye(channels)[None, ..., None, None].to(shape) * shape[:, None, None]
+    each = torch.ones(1, channels, device=ends.device)
+    slope, intercept = ((ends[1] - ends[0]) * each).float(), (ends[0] * each).float()
+    return NoiseModel(slope, intercept, brightness[None].float(), kernel)
 
 
 def _stack(models: list[NoiseModel]) -> NoiseModel:

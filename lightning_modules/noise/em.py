@@ -17,7 +17,7 @@ _LOW_FREQUENCY, _STEEPEST = 0.36, 1.2
 # Steps on the variances in an M-step, each of which improves the objective.
 _VARIANCE_STEPS = 10
 # Under this variance, that of a fiftieth of what 8 bits count, nothing divides by it.
-_LEAST_VARIANCE = (0.02 / 255) ** 2
+LEAST_VARIANCE = (0.02 / 255) ** 2
 
 
 class NoiseParameters(NamedTuple):
@@ -167,7 +167,7 @@ def m_step(statistics: NoiseStatistics, bands: Bands, parameters: NoiseParameter
     for _ in range(_VARIANCE_STEPS):
         variances = _variances(ends)
         up, down = (energy / variances.square()) @ ramps.T, (count / variances) @ ramps.T
-        ends = (ends * (up / down.clamp_min(1e-300)).sqrt().T).clamp_min(_LEAST_VARIANCE)
+        ends = (ends * (up / down.clamp_min(1e-300)).sqrt().T).clamp_min(LEAST_VARIANCE)
     # a class that has lost its blocks stays where it is
     texture = statistics.texture / statistics.weight.clamp_min(1e-12)[:, None, None]
     texture = torch.where((statistics.weight > 1e-6)[:, None, None], texture, parameters.texture)

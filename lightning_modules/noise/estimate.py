@@ -28,7 +28,7 @@ _MAX_SLOPE = 0.12
 # What texture alone makes the channels show, at most, where the opponent colors show nothing.
 _MAX_TEXTURE = 3 / 255
 # Orthonormal: gray, red against blue, green against both.
-_COLORS = ((3**-0.5, 3**-0.5, 3**-0.5), (0.5**0.5, 0.0, -(0.5**0.5)), (6**-0.5, -2 * 6**-0.5, 6**-0.5))
+COLORS = ((3**-0.5, 3**-0.5, 3**-0.5), (0.5**0.5, 0.0, -(0.5**0.5)), (6**-0.5, -2 * 6**-0.5, 6**-0.5))
 
 
 @torch.no_grad()
@@ -191,7 +191,7 @@ def _constants(size: int, device: torch.device, dtype: torch.dtype) -> tuple[Ten
     # the high frequencies from the antidiagonal on, or from one or two further on
     members = torch.stack([total < size, *(total >= first for first in range(size, min(size + 3, 2 * size - 1)))], 1)
     bands = members / members.sum(0, dtype=torch.float64)
-    colors = torch.tensor(_COLORS)
+    colors = torch.tensor(COLORS)
     return (
         colors.to(device, dtype),
         frequencies.to(device, dtype),

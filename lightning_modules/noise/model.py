@@ -80,6 +80,17 @@ class NoiseModel:
         same = self.correlation().diagonal(dim1=1, dim2=2)  # [B, 2K - 1, 2K - 1, C]
         return (same[:, middle, middle + 1] + same[:, middle + 1, middle]).mean(1) / 2
 
+    @property
+    def low_frequency_gain(self) -> Tensor:
+        """Level of the white noise that is as strong at the lower half of the frequencies, over this one's level, `[B]`.
+
+        That much is what an operator made for white noise has to be told of it.
+        """
+        response = torch.fft.fft2(self.kernel, s=(32, 32))
+        power = response.abs().square().sum(2).mean(1)
+        low = torch.fft.fftfreq(32, device=power.device).abs() <= 0.25
+        return power[:, low][..., low].mean((1, 2)).sqrt()
+
     def variance(self, images: Tensor) -> Tensor:
         """Noise variance of each pixel, before clipping.
 
@@ -178,7 +189,7 @@ class NoiseModel:
         """
         slope, constant = self._stabilizer(images)
         root = (slope * images + constant).clamp_min(0).sqrt()
-        inside = torch.where(slope == 0, images, (root.square() - constant) / torch.where(slope == 0, 1, slope))
+        inside = torch.where(root > 0, images, -constant / torch.where(slope == 0, 1, slope))
         return 2 * inside / (root + constant.sqrt()).clamp_min(torch.finfo(images.dtype).tiny)
 
     def unstabilize(self, images: Tensor) -> Tensor:
