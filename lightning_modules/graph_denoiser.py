@@ -191,8 +191,8 @@ class GraphDenoiser(RestorationOperator):
         """A trained denoiser, ready for use.
 
         Args:
-            name: `"color"`, `"gray"` or `"camera"` for weights that ship with the package, or the path of a file of weights or of
-                the folder that `save_pretrained` wrote.
+            name: `"color"`, `"gray"` or `"camera"` for weights that ship with the package, or the path of a file
+                of weights or of the folder that `save_pretrained` wrote.
 
         Raises:
             FileNotFoundError: If there is no such file.

@@ -51,7 +51,7 @@ _MAX_FITTED = 1024  # blocks, evenly spread, that EM looks at
 
 
 class _Evidence(NamedTuple):
-    """What an image shows: mean colors and energies of its blocks in rings of frequencies, and the blocks themselves."""
+    """What an image shows: its blocks, their mean colors, and their energies in rings of frequencies."""
 
     means: Tensor
     energies: Tensor

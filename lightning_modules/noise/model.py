@@ -16,8 +16,8 @@ class NoiseModel:
 
     .. math:: y_c = x_c + \sqrt{a_c x_c + b_c}\; (h_c * w), \qquad w \sim \mathcal N(0, I)
 
-    The variance is that of photons and of reading (Foi, Trimeche, Katkovnik & Egiazarian, IEEE TIP 17, 2008); a camera's
-    tone curve can turn its slope a negative. The filter h, whose rows have the norm 1, is what demosaicking, sharpening
+    The variance is that of photons and of reading (Foi, Trimeche, Katkovnik & Egiazarian, IEEE TIP 17, 2008); a
+    camera's tone curve can turn its slope a negative. The filter h, whose rows have the norm 1, is what demosaicking, sharpening
     and compression do to white noise. It describes noise to operators, as `operators.operator.NoiseDescription`.
 
     Attributes:
@@ -82,7 +82,7 @@ class NoiseModel:
 
     @property
     def low_frequency_gain(self) -> Tensor:
-        """Level of the white noise that is as strong at the lower half of the frequencies, over this one's level, `[B]`.
+        """Level of white noise that is as strong at the lower half of the frequencies, over this one's level, `[B]`.
 
         That much is what an operator made for white noise has to be told of it.
         """
@@ -105,7 +105,7 @@ class NoiseModel:
         return (slope * images.clamp(0, 1) + intercept).clamp_min(0)
 
     def correlation(self) -> Tensor:
-        r"""Correlation of the noise at two pixels, :math:`R_{cd}(\delta) = E[n_c(p)\, n_d(p + \delta)]` for unit variance.
+        r"""Correlation of the noise at two pixels, :math:`E[n_c(p)\, n_d(p + \delta)]` for noise of variance 1.
 
         Shape:
             - output: `[B, C, C, 2K - 1, 2K - 1]`, δ = 0 in the middle
