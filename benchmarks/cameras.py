@@ -2,7 +2,8 @@
 
 Real pairs of a noisy photograph and the mean of hundreds of shots (CC15; PolyU, of which every second pair was looked
 at when settings were chosen, and is reported apart). Simulated on photographs, scaled down: variance a·x + b, noise
-that a blur has correlated, white noise, none; on gray images of 16 bits: photons. CBM3D beside ours is told the true level.
+that a blur has correlated, white noise, none; on gray images of 16 bits: photons. CBM3D
+beside ours is told the true level.
 
     OMP_NUM_THREADS=1 python benchmarks/cameras.py --json cameras.json
 """

@@ -23,12 +23,12 @@ class Bands(NamedTuple):
 
     Attributes:
         member: Which frequencies belong to which ring, `[n, n, F]`, 0 or 1.
-        count: How many there are in each, `[F]`.
+        width: How many there are in each, `[F]`.
         frequency: Their mean frequency, in units of half the sampling rate, `[F]`.
     """
 
     member: Tensor
-    count: Tensor
+    width: Tensor
     frequency: Tensor
 
 
@@ -50,7 +50,7 @@ class Blocks(NamedTuple):
             - output: `[N, C, F]`
         """
         member = bands.member.flatten(0, 1).to(self.coefficients)
-        return (self.coefficients.square().flatten(2) @ member).to(bands.count) / bands.count
+        return (self.coefficients.square().flatten(2) @ member).to(bands.width) / bands.width
 
 
 def read_blocks(image: Tensor) -> Blocks:

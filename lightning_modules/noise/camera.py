@@ -22,6 +22,9 @@ from lightning_modules.noise.model import NoiseModel
 _STEPS = 20
 # How many blocks as flat as the start has found them count as a prior, against slopes that few brightnesses show.
 _PRIOR_BLOCKS = 8.0
+# A camera's tone curve leaves less between black and white: lines of variances are no steeper, and this share of
+# the blocks holds them level.
+_STEEPEST_LINE, _CAMERA_SHARE = 10.0, 0.01
 # Of a group's blocks, the flattest shares of 1, 1/2, ... 1/64 are averaged, but no fewer than so many.
 _NUM_SHARES, _MIN_BLOCKS = 7, 24
 # Brightnesses are grouped by so many blocks.
@@ -38,7 +41,9 @@ _FINE = 0.4
 # Colors show noise where at least this share of the blocks has no texture, and the flattest of them differ no more than
 # by this factor beyond chance; the whole shows a camera's where this share has none and the flattest are as flat.
 _ALIKE, _MAX_SPREAD = 0.25, 2.2
-_CAMERA_ALIKE, _MAX_DECLINE = 0.18, 1.3
+_CAMERA_ALIKE, _MAX_DECLINE, _MAX_CAMERA_SPREAD = 0.18, 1.25, 10.0
+# What a camera has left at high frequencies, at most, in units of the mean.
+_MAX_FINE = 0.25
 # Less noise than this is none; more than that in the colors is more than a camera leaves there.
 _LEAST_LEVEL, _MAX_CAMERA_COLOR = 0.6 / 255, 2.5 / 255
 # White noise is about as strong at low frequencies as at high ones, and in the light as in the dark.
@@ -62,7 +67,7 @@ class _Evidence(NamedTuple):
 def _look(image: Tensor) -> _Evidence | None:
     blocks = read_blocks(image)
     bands = frequency_bands(blocks.coefficients.shape[-1], image.device, torch.float64)
-    if len(blocks.means) < _MIN_BLOCKS or not len(bands.count):
+    if len(blocks.means) < _MIN_BLOCKS or not len(bands.width):
         return None
     blocks = Blocks(blocks.means.double(), blocks.coefficients.float())
     return _Evidence(blocks.means, blocks.energies(bands), blocks, bands)
@@ -85,7 +90,7 @@ def _flattest(chooser: Tensor, measured: Tensor) -> Tensor:
     return order[: max(agreeing, default=counts[0])]
 
 
-def _start(evidence: _Evidence) -> NoiseParameters:
+def _start(evidence: _Evidence, steepest: float = 1e6) -> NoiseParameters:
     """Noise of the flattest blocks of each brightness: chosen by half of the frequencies, measured by the others.
 
     Frequencies of noise are nearly independent, so that the choice leaves what is measured as it is.
@@ -93,7 +98,7 @@ def _start(evidence: _Evidence) -> NoiseParameters:
     means, _, blocks, bands = evidence
     halves = _halves(bands)
     energies = [blocks.energies(half) for half in halves]
-    share = bands.count / bands.count.sum()
+    share = bands.width / bands.width.sum()
     light = means.mean(1)
     num_groups = min(max(len(light) // _GROUP_SIZE, 1), _MAX_GROUPS)
     groups = light.argsort(stable=True).tensor_split(num_groups)
@@ -108,7 +113,7 @@ def _start(evidence: _Evidence) -> NoiseParameters:
                 floors.append((measured[chosen] * share).sum(-1).mean(0))
                 lights.append(means[chosen].mean(0))
                 sizes.append(len(chosen))
-        ends = _lower_line(torch.stack(lights), torch.stack(floors))
+        ends = _lower_line(torch.stack(lights), torch.stack(floors), steepest)
         variance = ends[0] * (1 - means) + ends[1] * means
         unit = [each / variance[..., None] for each in energies]
         found = []
@@ -122,7 +127,7 @@ def _start(evidence: _Evidence) -> NoiseParameters:
     return start_parameters(ends, spectrum, bands)
 
 
-def _lower_line(light: Tensor, floor: Tensor) -> Tensor:
+def _lower_line(light: Tensor, floor: Tensor, steepest: float) -> Tensor:
     """Variances at black and at white of the line under the floors: of those through two of them, and of the level
     ones, the one that floors under it and, less, floors above it are nearest to.
 
@@ -145,6 +150,8 @@ def _lower_line(light: Tensor, floor: Tensor) -> Tensor:
         line = black[:, None] * (1 - x) + white[:, None] * x
         distance = (y / line).log()
         cost = torch.where(distance > 0, _ABOVE * distance, -distance).sum(1)
+        ratio = torch.maximum(black / white, white / black)
+        cost = cost.masked_fill(ratio > steepest, torch.inf)
         best = cost.argmin()
         ends.append(torch.stack([black[best], white[best]]))
     return torch.stack(ends, 1)
@@ -172,14 +179,14 @@ def _model(evidence: _Evidence, parameters: NoiseParameters, brightness: Tensor,
     unit = unit * ((share + 1e-9) / (share + 1e-9).sum()).sqrt()[:, None, None, None]
     power = torch.einsum("ncuv,nduv->cduv", unit, unit)
     # each ring has the power that EM has found
-    seen = torch.einsum("ccuv,uvf->cf", power, bands.member) / bands.count
+    seen = torch.einsum("ccuv,uvf->cf", power, bands.member) / bands.width
     factor = torch.einsum("cf,uvf->cuv", (parameters.spectrum / seen.clamp_min(1e-12)).sqrt(), bands.member)
     power = power * factor[:, None] * factor
     # and what is under them, where there is shading, goes on as they begin
     size = power.shape[-1]
     step = torch.arange(size).to(means)
     frequency = (step.square() + step[:, None].square()).sqrt().clamp_min(0.5) / size
-    first = torch.einsum("cduv,uv->cd", power, bands.member[..., 0]) / bands.count[0]
+    first = torch.einsum("cduv,uv->cd", power, bands.member[..., 0]) / bands.width[0]
     slope = parameters.spectrum[:, 0].mean().log() - parameters.spectrum[:, 1].mean().log()
     slope = (slope / (bands.frequency[1] / bands.frequency[0]).log()).clamp(0, steepest)
     inner = first[..., None, None] * (bands.frequency[0] / frequency) ** slope
@@ -187,8 +194,8 @@ def _model(evidence: _Evidence, parameters: NoiseParameters, brightness: Tensor,
     total = torch.einsum("ccuv->c", power) / size**2
     ends = parameters.ends * total
     kernel = _filter(power / (total[:, None] * total).sqrt()[..., None, None])
-    numbers = (ends[1] - ends[0], ends[0], brightness)
-    return NoiseModel(*(number[None].float() for number in numbers), kernel[None].float())
+    slope, intercept = (ends[1] - ends[0])[None].float(), ends[:1].float()
+    return NoiseModel(slope, intercept, brightness[None].float(), kernel[None].float())
 
 
 def _filter(power: Tensor) -> Tensor:
@@ -250,21 +257,36 @@ def _of_image(image: Tensor, white: NoiseModel, kind: str) -> NoiseModel:
         return white
     brightness = image.mean((1, 2)).double()
     colors, whole = _views(evidence)
-    seen, common = (
-        _fit([view], start, start, _PRIOR_BLOCKS) for view, start in ((v, _start(v)) for v in (colors, whole))
-    )
-    level, common_level = (_mean_level(view, found) for view, found in ((colors, seen), (whole, common)))
-    spread, decline = _unevenness(colors, seen)[0], _unevenness(whole, common)[1]
-    is_alike = float(seen.weight[0]) > _ALIKE and spread < _MAX_SPREAD and level > _LEAST_LEVEL
-    is_camera = float(common.weight[0]) > _CAMERA_ALIKE and decline < _MAX_DECLINE
-    is_camera = is_camera and common_level > max(1.3 * float(white.level), 2 * _LEAST_LEVEL)
-    is_colored = not _is_flat(colors, seen) and level < _MAX_CAMERA_COLOR
-    if is_alike and not (is_camera and common_level > 2 * level and is_colored):
+    start = _start(colors)
+    seen = _fit([colors], start, start, _PRIOR_BLOCKS)
+    level = _mean_level(colors, seen)
+    is_alike = float(seen.weight[0]) > _ALIKE and level > _LEAST_LEVEL
+    is_alike = is_alike and _unevenness(colors, seen)[0] < _MAX_SPREAD
+    if is_alike and (_is_flat(colors, seen) or level > _MAX_CAMERA_COLOR):
+        return _independent(colors, seen, brightness, white)
+    start = _start(whole)
+    common = _fit([whole], start, start, _PRIOR_BLOCKS)
+    least = max(1.3 * float(white.level), 2 * _LEAST_LEVEL, 2 * level * is_alike)
+    is_camera = float(common.weight[0]) > _CAMERA_ALIKE and _mean_level(whole, common) > least
+    spread, decline = _unevenness(whole, common)
+    is_camera = is_camera and spread < _MAX_CAMERA_SPREAD and decline < _MAX_DECLINE
+    is_camera = is_camera and float(common.spectrum[:, whole.bands.frequency > 0.7].mean()) < _MAX_FINE
+    if is_alike and not is_camera:
         return _independent(colors, seen, brightness, white)
     if is_camera or kind == "camera":
-        start = _start(evidence)
-        return _model(evidence, _fit([evidence], start, start, _PRIOR_BLOCKS), brightness)
+        start = _start(evidence, _STEEPEST_LINE)
+        return _model(
+            evidence,
+            _fit([evidence], start, _level_line(evidence, start), _CAMERA_SHARE * len(evidence.means)),
+            brightness,
+        )
     return white
+
+
+def _level_line(evidence: _Evidence, start: NoiseParameters) -> NoiseParameters:
+    """The same noise, as strong everywhere."""
+    variance = start.ends[0] * (1 - evidence.means) + start.ends[1] * evidence.means
+    return start._replace(ends=variance.mean(0).expand(2, -1))
 
 
 def _views(evidence: _Evidence) -> tuple[_Evidence, _Evidence]:
@@ -272,7 +294,7 @@ def _views(evidence: _Evidence) -> tuple[_Evidence, _Evidence]:
     means, energies, blocks, bands = evidence
     if means.shape[1] != 3:
         fine = bands.frequency > _FINE
-        part = Bands(bands.member[..., fine], bands.count[fine], bands.frequency[fine])
+        part = Bands(bands.member[..., fine], bands.width[fine], bands.frequency[fine])
         return _Evidence(means, energies[..., fine], blocks, part), evidence
     axes = torch.tensor(COLORS).to(means)
     views = []
@@ -299,9 +321,9 @@ def _unevenness(evidence: _Evidence, found: NoiseParameters) -> tuple[float, flo
     first, second = _halves(bands)
     variance = found.ends[0] * (1 - means) + found.ends[1] * means
     chooser, measured = (
-        ((blocks.energies(half) / variance[..., None] / found.spectrum) @ half.count).sum(1) for half in (first, second)
+        ((blocks.energies(half) / variance[..., None] / found.spectrum) @ half.width).sum(1) for half in (first, second)
     )
-    degrees = float(second.count.sum()) * means.shape[1]
+    degrees = float(second.width.sum()) * means.shape[1]
     order = chooser.argsort(stable=True)
     values = [measured[order[: max(len(order) // part, _MIN_BLOCKS)]] for part in (4, 8, 16)]
     spread = min(float((each.std() / each.mean()) ** 2) * degrees / 2 for each in values)
@@ -314,7 +336,7 @@ def _halves(bands: Bands) -> tuple[Bands, Bands]:
     even = ((step[:, None] + step) % 2 == 0).to(bands.member)
     first, second = (
         bands._replace(
-            member=bands.member * part[..., None], count=torch.einsum("uvf,uv->f", bands.member, part).clamp_min(1)
+            member=bands.member * part[..., None], width=torch.einsum("uvf,uv->f", bands.member, part).clamp_min(1)
         )
         for part in (even, 1 - even)
     )
@@ -332,7 +354,7 @@ def _independent(colors: _Evidence, seen: NoiseParameters, brightness: Tensor, w
     """Noise that each channel has of its own: white, as strong everywhere or not, or correlated from pixel to pixel."""
     bands, channels = colors.bands, len(brightness)
     fine = bands.frequency > _FINE
-    power = (seen.spectrum * bands.count * fine).sum(1) / (bands.count * fine).sum()
+    power = (seen.spectrum * bands.width * fine).sum(1) / (bands.width * fine).sum()
     is_flat = float(white.level) > _WHITE_SHARE * _mean_level(colors, seen) or _is_flat(colors, seen)
     if is_flat:
         ends = (seen.ends * power).mean(1)
@@ -362,5 +384,7 @@ def _stack(models: list[NoiseModel]) -> NoiseModel:
     for model in models:
         around = (side - model.kernel.shape[-1]) // 2
         kernels.append(torch.nn.functional.pad(model.kernel, (around,) * 4))
-    numbers = zip(*((model.slope, model.intercept, model.brightness) for model in models), strict=True)
-    return NoiseModel(*(torch.cat(number) for number in numbers), torch.cat(kernels))
+    slope, intercept, brightness = (
+        torch.cat([getattr(model, name) for model in models]) for name in ("slope", "intercept", "brightness")
+    )
+    return NoiseModel(slope, intercept, brightness, torch.cat(kernels))

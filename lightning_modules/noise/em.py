@@ -44,14 +44,14 @@ class NoiseStatistics(NamedTuple):
         weight: How many blocks are in each class, `[K]`.
         texture: Energy of the texture, `[K, C, F]`.
         noise: Energy of the noise by brightness, `[C, J, F]`.
-        count: How many blocks have each brightness, `[C, J]`.
+        num_blocks: How many blocks have each brightness, `[C, J]`.
     """
 
     objective: Tensor
     weight: Tensor
     texture: Tensor
     noise: Tensor
-    count: Tensor
+    num_blocks: Tensor
 
     def add(self, other: "NoiseStatistics") -> "NoiseStatistics":
         """The sums over both.
@@ -77,8 +77,8 @@ def start_parameters(ends: Tensor, spectrum: Tensor, bands: Bands) -> NoiseParam
     """
     step = torch.arange(bands.member.shape[0]).to(ends)
     square = (step.square() + step[:, None].square()).clamp_min(1)
-    falling = torch.einsum("uvf,uv->f", bands.member, 1 / square) / bands.count
-    falling = falling * bands.count.sum() / (falling * bands.count).sum()
+    falling = torch.einsum("uvf,uv->f", bands.member, 1 / square) / bands.width
+    falling = falling * bands.width.sum() / (falling * bands.width).sum()
     factors = ends.mean() * torch.tensor((0.0, *_TEXTURES)).to(ends)
     texture = factors.view(-1, 1, 1) * falling.expand(ends.shape[1], -1)
     return NoiseParameters(ends, spectrum, texture, torch.full_like(factors, 1 / len(factors)))
@@ -155,14 +155,14 @@ def m_step(statistics: NoiseStatistics, bands: Bands, parameters: NoiseParameter
     Shape:
         - output: four tensors
     """
-    noise, count = statistics.noise, statistics.count
-    num_frequencies = bands.count.sum()
+    noise, count = statistics.noise, statistics.num_blocks
+    num_frequencies = bands.width.sum()
     variances = _variances(parameters.ends)
     spectrum = limit_slope((noise / variances[..., None]).sum(1) / count.sum(1)[:, None], bands)
     spectrum = spectrum.clamp_min(1e-6 * spectrum.amax(1, keepdim=True))
-    scale = (spectrum * bands.count).sum(1, keepdim=True) / num_frequencies
+    scale = (spectrum * bands.width).sum(1, keepdim=True) / num_frequencies
     spectrum, ends = spectrum / scale, parameters.ends * scale.T
-    energy = torch.einsum("cjf,cf->cj", noise, bands.count / spectrum) / num_frequencies
+    energy = torch.einsum("cjf,cf->cj", noise, bands.width / spectrum) / num_frequencies
     ramps = _ramps(ends)
     for _ in range(_VARIANCE_STEPS):
         variances = _variances(ends)
@@ -190,7 +190,7 @@ def limit_slope(spectrum: Tensor, bands: Bands) -> Tensor:
     rows = []
     for row in spectrum:
         pools: list[tuple[float, float, int]] = []
-        for value, weight in zip((row[:number] / steepest).tolist(), bands.count.tolist(), strict=False):
+        for value, weight in zip((row[:number] / steepest).tolist(), bands.width.tolist(), strict=False):
             pool = (value, weight, 1)
             while pools and pools[-1][0] > pool[0]:
                 mean, mass, length = pools.pop()
@@ -198,7 +198,7 @@ def limit_slope(spectrum: Tensor, bands: Bands) -> Tensor:
                 pool = ((mean * mass + pool[0] * pool[1]) / total, total, length + pool[2])
             pools.append(pool)
         level = [mean for mean, _, length in pools for _ in range(length)]
-        rows.append(torch.cat([steepest * torch.tensor(level).to(row), row[number:]]))
+        rows.append(torch.cat([steepest * row.new_tensor(level), row[number:]]))
     return torch.stack(rows)
 
 
@@ -223,8 +223,8 @@ def log_prior(prior: NoiseStatistics, bands: Bands, parameters: NoiseParameters)
         - output: `[]`
     """
     total = _variances(parameters.ends)[..., None] * parameters.spectrum[:, None]
-    each = prior.count[..., None] * total.log() + prior.noise / total
-    return -0.5 * (each @ bands.count).sum() / len(each)
+    each = prior.num_blocks[..., None] * total.log() + prior.noise / total
+    return -0.5 * (each @ bands.width).sum() / len(each)
 
 
 def fit_noise(
@@ -281,5 +281,5 @@ def _densities(
     """Power of the noise `[N, C, F]` and of all `[N, K, C, F]`, and log density of each block and class `[N, K]`."""
     noise = _variances(parameters.ends).gather(1, _bins(means).T).T[..., None] * parameters.spectrum
     total = noise[:, None] + parameters.texture
-    each = (total.log() + energies[:, None] / total) @ bands.count
+    each = (total.log() + energies[:, None] / total) @ bands.width
     return noise, total, parameters.weight.log() - 0.5 * each.mean(2)

@@ -17,8 +17,8 @@ class NoiseModel:
     .. math:: y_c = x_c + \sqrt{a_c x_c + b_c}\; (h_c * w), \qquad w \sim \mathcal N(0, I)
 
     The variance is that of photons and of reading (Foi, Trimeche, Katkovnik & Egiazarian, IEEE TIP 17, 2008); a
-    camera's tone curve can turn its slope a negative. The filter h, whose rows have the norm 1, is what demosaicking, sharpening
-    and compression do to white noise. It describes noise to operators, as `operators.operator.NoiseDescription`.
+    camera's tone curve can turn its slope a negative. The filter h, whose rows have the norm 1, is what demosaicking,
+    sharpening and compression do to white noise. To operators it is an `operators.operator.NoiseDescription`.
 
     Attributes:
         slope: a, `[B, C]`: variance for each unit of light, where white is 1.
