@@ -110,9 +110,9 @@ def test_expected_energies_are_those_of_a_numerical_integral() -> None:
 
 
 def test_em_finds_the_noise_among_texture() -> None:
-    means, energies, truth = sampled(3, count=4000)
-    start = start_parameters(0.6 * truth.ends.mean(0).expand(2, -1), torch.ones_like(truth.spectrum), BANDS)
-    found, _ = fit_noise([(means, energies)], BANDS, start, prior_statistics(start, 0.0), 150)
+    means, energies, truth = sampled(3, count=1500)
+    start = start_parameters(1.4 * truth.ends.mean(0).expand(2, -1), torch.ones_like(truth.spectrum), BANDS)
+    found, _ = fit_noise([(means, energies)], BANDS, start, prior_statistics(start, 0.0), 120)
     torch.testing.assert_close(found.ends.mean(0), truth.ends.mean(0), rtol=0.1, atol=0)
     torch.testing.assert_close(found.spectrum, truth.spectrum, rtol=0.1, atol=0)
 
