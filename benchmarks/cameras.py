@@ -122,7 +122,7 @@ def measure(name: str, pairs: Iterator[Pair], told: NoiseModel | None = None, pe
             "psnr as white": min(psnr(restored(noisy, "white"), clean), 100.0),
         }
         if told is not None:
-            row["psnr told"] = psnr(restored(noisy, told), clean)
+            row["psnr told"] = min(psnr(restored(noisy, told), clean), 100.0)
         if cbm3d is not None:
             row["psnr CBM3D"] = psnr(cbm3d.restore(noisy, true_level(noisy, clean), 1.0, False), clean)
         rows.append(row)

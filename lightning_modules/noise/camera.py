@@ -52,6 +52,7 @@ _MAX_WHITE_RATIO, _MIN_VARIANCE_RATIO = 1.8, 1.35
 _WHITE_SHARE = 0.7
 # Power of the frequency with which independent noise falls, at most, where shading begins.
 _GENTLEST = 0.5
+_POOLED_BLOCKS = 256.0  # of one image, that the noise of all images of its camera counts as
 _MAX_FITTED = 1024  # blocks, evenly spread, that EM looks at
 
 
@@ -243,6 +244,61 @@ def estimate_noise_model(images: Tensor, kind: str = "auto") -> NoiseModel:
     if kind == "white":
         return white
     return _stack([_of_image(image, white.of(index), kind) for index, image in enumerate(images)])
+
+
+@torch.no_grad()
+def estimate_noise_models(images: Sequence[Tensor], cameras: Sequence[str]) -> list[NoiseModel]:
+    """The noise of each image, where images of one camera share what they show of it.
+
+    Of a camera most of whose images have a camera's noise, EM first finds the noise of all blocks together, and then
+    that of each image, for which the first counts as `_POOLED_BLOCKS` blocks of its own: an image of few flat blocks
+    borrows from the others. Images of no camera have a model of their own, as in `estimate_noise_model`.
+
+    Args:
+        images: Noisy images, of any size.
+        cameras: Camera and sensitivity of each, such as `imaging.camera_of` names them; "" where unknown.
+
+    Shape:
+        - images: `[C, H, W]` each
+        - output: a model of one image each
+
+    Raises:
+        ValueError: If there are not as many names as images, or as `estimate_noise_model`.
+    """
+    if len(images) != len(cameras):
+        raise ValueError(f"each image needs the name of its camera, or '', got {len(cameras)} for {len(images)} images")
+    models = [estimate_noise_model(image[None]) for image in images]
+    for camera in sorted({name for name in cameras if name}):
+        members = [index for index, name in enumerate(cameras) if name == camera]
+        correlated = [index for index in members if not _has_independent_channels(models[index])]
+        if 2 * len(correlated) <= len(members) or len(members) < 2:
+            continue
+        seen = {index: evidence for index in members if (evidence := _look(images[index])) is not None}
+        for key in {(len(each.bands.width), each.means.shape[1]) for each in seen.values()}:
+            alike = {i: each for i, each in seen.items() if (len(each.bands.width), each.means.shape[1]) == key}
+            models_of = _pooled(alike, {i: images[i].mean((1, 2)).double() for i in alike})
+            for index, model in models_of.items():
+                models[index] = model
+    return models
+
+
+def _has_independent_channels(model: NoiseModel) -> bool:
+    channels = model.kernel.shape[1]
+    others = model.kernel * (1 - torch.eye(channels)).to(model.kernel)[None, :, :, None, None]
+    return channels > 1 and not bool(others.any())
+
+
+def _pooled(evidence: dict[int, _Evidence], brightness: dict[int, Tensor]) -> dict[int, NoiseModel]:
+    """Models of images with as many rings of frequencies and channels."""
+    starts = [_start(each, _STEEPEST_LINE) for each in evidence.values()]
+    bands = next(iter(evidence.values())).bands
+    ends, spectrum = (torch.stack([getattr(s, name) for s in starts]).median(0).values for name in ("ends", "spectrum"))
+    start = start_parameters(ends, spectrum, bands)
+    together = _fit(list(evidence.values()), start, start, _PRIOR_BLOCKS)
+    return {
+        index: _model(each, _fit([each], together, together, _POOLED_BLOCKS), brightness[index])
+        for index, each in evidence.items()
+    }
 
 
 def _of_image(image: Tensor, white: NoiseModel, kind: str) -> NoiseModel:

@@ -220,7 +220,7 @@ class NoiseModel:
         """The same in the precision and on the device of images.
 
         Shape:
-            - images: any
+            - images: `[...]`
         """
         return replace(self, **{name: value.to(images) for name, value in vars(self).items()})
 

@@ -12,7 +12,7 @@ from skimage import data
 from torch import Tensor
 
 from lightning_modules import restore
-from lightning_modules.noise import NoiseModel, estimate_noise_model, estimate_noise_std
+from lightning_modules.noise import NoiseModel, estimate_noise_model, estimate_noise_models, estimate_noise_std
 from lightning_modules.operators import TotalVariation
 
 
@@ -136,3 +136,34 @@ def test_restore_takes_what_it_finds_and_what_it_is_given(true: NoiseModel) -> N
     assert found < 0.8 * error(noisy[0])
     assert found < 1.1 * told
     assert found < white
+
+
+def cameras_noise(level: float) -> NoiseModel:
+    """Noise that the channels have in common, but for a little, and that is correlated far."""
+    filtered = model(0.0, (level / 255) ** 2, 1.0)
+    mixed = 0.9 * torch.ones(3, 3) / 3**0.5 + 0.1 * torch.eye(3)
+    kernel = mixed[None, :, :, None, None] * filtered.kernel[:, 0, 0]
+    kernel = kernel / kernel.square().sum((2, 3, 4), keepdim=True).sqrt()
+    return NoiseModel(filtered.slope, filtered.intercept, filtered.brightness, kernel)
+
+
+def test_images_of_a_camera_share_their_noise() -> None:
+    true = cameras_noise(6)
+    clean = [
+        torch.full((1, 3, 160, 160), 0.4),
+        torch.full((1, 3, 160, 160), 0.6),
+        photograph("coffee")[..., :160, :160],
+    ]
+    noisy = [through_8_bits(true.sample(image, torch.tensor([key])))[0] for key, image in enumerate(clean)]
+    alone = estimate_noise_models(noisy, ["", "", ""])
+    for image, own in zip(noisy, alone, strict=True):
+        torch.testing.assert_close(own.level, estimate_noise_model(image[None]).level)
+    together = estimate_noise_models(noisy, ["A, ISO 800"] * 3)
+    errors = [[abs(float(each.level) * 255 / 6 - 1) for each in models] for models in (alone, together)]
+    assert max(errors[1]) < max(*errors[0], 0.15) + 1e-6
+    assert errors[1][2] < 0.2
+    mixed = estimate_noise_models(noisy, ["A", "B", "C"])  # nothing to share
+    for own, other in zip(alone, mixed, strict=True):
+        torch.testing.assert_close(own.level, other.level)
+    with pytest.raises(ValueError, match="got 1 for 3 images"):
+        estimate_noise_models(noisy, ["A"])
