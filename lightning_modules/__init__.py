@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         ResidualDenoiser,
         TraceNetwork,
     )
+    from lightning_modules.noise import NoiseModel
     from lightning_modules.operators import (
         BilateralFilter,
         FieldOfExperts,
@@ -61,6 +62,7 @@ _HOME = {
     "KMeans": "mixtures",
     "KMeansEstimator": "mixtures",
     "NeighborDifferences": "detection",
+    "NoiseModel": "noise",
     "ParameterSpec": "operators",
     "ParameterTable": "em",
     "PatchMixture": "patch_mixture",
@@ -97,6 +99,7 @@ __all__ = [
     "KMeans",
     "KMeansEstimator",
     "NeighborDifferences",
+    "NoiseModel",
     "ParameterSpec",
     "ParameterTable",
     "PatchMixture",

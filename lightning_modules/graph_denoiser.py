@@ -26,7 +26,7 @@ from lightning_modules.operators.operator import (
 
 WEIGHTS = Path(__file__).parent / "weights"
 # Names under which shipped weights are found, in either spelling.
-_SHIPPED = {"color": "color", "colour": "color", "gray": "gray", "grey": "gray"}
+_SHIPPED = {"color": "color", "colour": "color", "gray": "gray", "grey": "gray", "camera": "camera"}
 _FORMAT = "lightning-em graph denoiser 1"
 
 _BANK: dict[str, list[float]] = {
@@ -71,6 +71,8 @@ class GraphDenoiser(RestorationOperator):
 
     #: how far, in pixels, a restored pixel looks: beyond, the weights of what it sees have died away
     halo = 48
+    #: whether it has learned to know correlated noise by its level, and not only white noise
+    knows_correlation = False
 
     def __init__(
         self,
@@ -189,8 +191,8 @@ class GraphDenoiser(RestorationOperator):
         """A trained denoiser, ready for use.
 
         Args:
-            name: `"color"` or `"gray"` for weights that ship with the package, or the path of a file of weights or of
-                the folder that `save_pretrained` wrote.
+            name: `"color"`, `"gray"` or `"camera"` for weights that ship with the package, or the path of a file
+                of weights or of the folder that `save_pretrained` wrote.
 
         Raises:
             FileNotFoundError: If there is no such file.
@@ -221,4 +223,5 @@ class GraphDenoiser(RestorationOperator):
             denoiser.load_state_dict({key: value.float() for key, value in load_safetensors(content).items()})
         except (SafetensorError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{path} does not fit {config_path.name}: {error}") from error
+        denoiser.knows_correlation = path.parent == WEIGHTS / "camera"
         return denoiser.eval().requires_grad_(False)

@@ -1,5 +1,6 @@
 """`restore`: any photograph, in memory or in a file, by the denoiser that comes with the package or by any operator."""
 
+import math
 import os
 import time
 import warnings
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_modules.imaging import (
     Picture,
@@ -28,18 +30,22 @@ from lightning_modules.imaging import (
     to_picture,
     write_picture,
 )
-from lightning_modules.noise import estimate_noise_std
+from lightning_modules.noise import NoiseModel, estimate_noise_model
 from lightning_modules.operators import RestorationOperator
 
 Progress = Callable[[float], Any]
+NoiseLike = float | str | NoiseModel
 Model = str | Path | RestorationOperator
-OperatorFor = Callable[[int], RestorationOperator]  # by the number of channels
+OperatorFor = Callable[..., RestorationOperator]  # by the number of channels, and whether the noise is a camera's
+NOISES = ("auto", "white", "camera")
+NOISES_IN_WORDS = "'auto', 'white' or 'camera'"
 
 _TILE_SIZE = 512
 _HALO = 32  # of an operator that does not say how far a restored pixel looks
 _ALIGNMENT = 16  # tiles begin where a network of several scales would begin its coarsest pixels
 # Of more pixels than the first number, the noise level is read off crops from all over the picture.
 _SAMPLE_ABOVE, _SAMPLE_SIZE, _SAMPLE_SIDE = 2**21, 256, 4
+_LIGHT_SIZE = 5  # pixels over which the brightness is averaged that a camera's noise depends on
 _TAG = ".restored"
 
 
@@ -48,17 +54,17 @@ class Restored(NamedTuple):
 
     Attributes:
         picture: The picture.
-        noise_std: Standard deviation of its noise where white is 1, told or estimated.
+        noise: Its noise, told or estimated.
     """
 
     picture: Picture
-    noise_std: float
+    noise: NoiseModel
 
 
 def restore(
     source: Any,
     *,
-    noise: float | str = "auto",
+    noise: NoiseLike = "auto",
     model: Model = "auto",
     output: str | Path | None = None,
     overwrite: bool = False,
@@ -70,7 +76,8 @@ def restore(
     Args:
         source: Path of an image; `PIL.Image`; array `[H, W]`, `[H, W, C]` or `[C, H, W]`, or tensor `[H, W]`,
             `[C, H, W]` or `[B, C, H, W]`, of whole numbers, or of floating point in [0, 1] or [0, 255].
-        noise: Standard deviation of the noise where white is 1, such as `25 / 255`; by default it is estimated.
+        noise: Standard deviation of the noise where white is 1, such as `25 / 255`, or a `NoiseModel`; or what to
+            estimate it as: `"white"`, a camera's (`"camera"`), or, by default, whichever it is.
         model: The operator, or the file of a `GraphDenoiser`; by default the one that comes with the package, for color
             or gray. An operator restores under the start values of its parameters.
         output: File to write where the source is a file; by default `photo.restored.jpg` beside `photo.jpg`.
@@ -135,7 +142,7 @@ def restore_file(
     source: Path,
     target: Path,
     operator: OperatorFor,
-    noise: float | str = "auto",
+    noise: NoiseLike = "auto",
     quality: int | None = None,
     progress: Progress | None = None,
     write: bool = True,
@@ -157,19 +164,19 @@ def restore_file(
     picture = _reading(source, target, is_named)
     height, width = picture.pixels.shape[-2:]
     if write:
-        picture, noise_std = restore_picture(picture, operator, noise, progress)
+        picture, found = restore_picture(picture, operator, noise, progress)
         write_picture(picture, target, quality)
     else:
-        picture, noise_std = _level(picture, noise)
+        picture, found = _estimate(picture, noise)
     seconds = f"{time.perf_counter() - start:.2f}"
-    described = {"noise_std": f"{noise_std:.6f}", "seconds": seconds, "size": f"{width}x{height}"}
+    described = {"noise": _kind(noise, found), **_numbers(found), "seconds": seconds, "size": f"{width}x{height}"}
     return described | {"note": "; ".join(picture.notes)}
 
 
 def restore_picture(
     picture: Picture,
     operator: OperatorFor,
-    noise: float | str = "auto",
+    noise: NoiseLike = "auto",
     progress: Progress | None = None,
 ) -> Restored:
     """Restores a picture; its notes say where it was left as it is.
@@ -180,21 +187,28 @@ def restore_picture(
         noise: As in `restore`.
         progress: As in `restore`.
     """
-    picture, noise_std = _level(picture, noise)
-    if noise_std == 0:
-        return Restored(picture, 0.0)
-    return Restored(
-        replace(picture, pixels=_in_tiles(picture.pixels, operator(len(picture.pixels)), noise_std, progress)),
-        noise_std,
-    )
+    picture, found = _estimate(picture, noise)
+    pixels = picture.pixels
+    if not found.level > 0:
+        return Restored(picture, found)
+    if found.is_white:
+        restored = _in_tiles(pixels, operator(len(pixels)), float(found.level), progress)
+    elif found.is_uncorrelated:
+        restored = _stabilized(pixels, operator(len(pixels)), found, progress)
+    else:
+        chosen = operator(len(pixels), camera=True)
+        gain = 1.0 if getattr(chosen, "knows_correlation", False) else float(found.low_frequency_gain)
+        restored = _in_tiles(pixels, chosen, (gain * _level_map(pixels, found)).clamp_max(1), progress)
+    return Restored(replace(picture, pixels=restored), found)
 
 
-def load_operator(model: Model, channels: int) -> RestorationOperator:
+def load_operator(model: Model, channels: int, camera: bool = False) -> RestorationOperator:
     """The operator that a user has named, for images of so many channels.
 
     Args:
         model: As `restore` takes it.
         channels: 1 for gray, 3 for color.
+        camera: Whether their noise is correlated, as a camera's.
     """
     if isinstance(model, RestorationOperator):
         return model
@@ -203,6 +217,7 @@ def load_operator(model: Model, channels: int) -> RestorationOperator:
     home = import_module("lightning_modules.graph_denoiser")  # when it is needed: it loads the graph, and weights
     if model == "auto":  # without weights for gray, those for color restore the three equal channels
         model = "gray" if channels == 1 and (home.WEIGHTS / "gray").is_dir() else "color"
+        model = "camera" if camera and (home.WEIGHTS / "camera").is_dir() else model
     denoiser: RestorationOperator = home.GraphDenoiser.from_pretrained(model)
     return denoiser
 
@@ -216,7 +231,7 @@ def _reading(source: Path, target: Path, is_named: bool) -> Picture:
     return picture if not is_named and kind_of(source) == kind else replace(picture, kind=kind)
 
 
-def _restore(picture: Picture, noise: float | str, operator: OperatorFor, progress: Progress | None) -> Picture:
+def _restore(picture: Picture, noise: NoiseLike, operator: OperatorFor, progress: Progress | None) -> Picture:
     restored, _ = restore_picture(picture, operator, noise, progress)
     for note in restored.notes:
         warnings.warn(note, stacklevel=3)
@@ -224,7 +239,7 @@ def _restore(picture: Picture, noise: float | str, operator: OperatorFor, progre
 
 
 def _restore_array(
-    array: np.ndarray, noise: float | str, operator: OperatorFor, progress: Progress | None, white: float | None = None
+    array: np.ndarray, noise: NoiseLike, operator: OperatorFor, progress: Progress | None, white: float | None = None
 ) -> np.ndarray:
     """Restores [H, W] or [H, W, C]."""
     if array.dtype.kind not in "biuf":
@@ -236,7 +251,7 @@ def _restore_array(
     return restored if array.ndim == 3 else restored[..., 0]
 
 
-def _restore_tensor(images: Tensor, noise: float | str, operator: OperatorFor, progress: Progress | None) -> Tensor:
+def _restore_tensor(images: Tensor, noise: NoiseLike, operator: OperatorFor, progress: Progress | None) -> Tensor:
     if images.ndim not in (2, 3, 4) or 0 in images.shape:
         raise ValueError(f"a tensor must be [H, W], [C, H, W] or [B, C, H, W], with pixels, got {list(images.shape)}")
     if images.is_complex():
@@ -258,41 +273,90 @@ def _without_channel(array: np.ndarray) -> np.ndarray:
 
 
 def _check_noise(noise: Any) -> None:
-    if isinstance(noise, str) and noise == "auto":
+    if isinstance(noise, NoiseModel) or (isinstance(noise, str) and noise in NOISES):
         return
     try:
         if isinstance(noise, str | bool | np.bool_):
             raise TypeError
         level = float(noise)
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"the noise level must be a number or 'auto', got {noise!r}") from None
+        raise ValueError(f"the noise level must be a number or {NOISES_IN_WORDS}, got {noise!r}") from None
     check_noise_std(level)
 
 
-def _level(picture: Picture, noise: float | str) -> Restored:
-    """The noise level that was told or is estimated; 0, with a note, where there is nothing to estimate it from."""
+def _estimate(picture: Picture, noise: NoiseLike) -> Restored:
+    """The noise that was told or is estimated; none, with a note, where there is nothing to estimate it from."""
     _check_noise(noise)
+    channels = len(picture.pixels)
+    if isinstance(noise, NoiseModel):
+        return Restored(picture, noise)
     if not isinstance(noise, str):
-        return Restored(picture, float(noise))
+        return Restored(picture, NoiseModel.white(torch.tensor([float(noise)]), channels))
     pixels = picture.pixels[None]
     if pixels[0, 0].numel() > _SAMPLE_ABOVE and min(pixels.shape[-2:]) >= _SAMPLE_SIZE:
         crops = fixed_crops(picture.pixels, _SAMPLE_SIZE, _SAMPLE_SIDE**2)
         pixels = torch.cat([torch.cat(list(row), dim=-1) for row in crops.split(_SAMPLE_SIDE)], dim=-2)[None]
     try:
-        return Restored(picture, min(float(estimate_noise_std(pixels)), 1.0))
+        return Restored(picture, estimate_noise_model(pixels, noise))
     except ValueError as error:
-        return Restored(replace(picture, notes=(*picture.notes, f"left as it is: {error}")), 0.0)
+        left = replace(picture, notes=(*picture.notes, f"left as it is: {error}"))
+        return Restored(left, NoiseModel.white(torch.zeros(1), channels))
+
+
+def _kind(noise: NoiseLike, found: NoiseModel) -> str:
+    """What the noise is called in a table."""
+    return "told" if not isinstance(noise, str) else "white" if found.is_white else "camera"
+
+
+def _numbers(noise: NoiseModel) -> dict[str, str]:
+    """The noise in numbers, means over the channels: level, slope and intercept of its variance, correlation."""
+    numbers = {
+        "noise_std": noise.level,
+        "slope": noise.slope.mean(),
+        "intercept": noise.intercept.mean(),
+        "correlation": noise.neighbor_correlation,
+    }
+    return {name: f"{float(number):.6f}" for name, number in numbers.items()}
+
+
+def _level_map(pixels: Tensor, noise: NoiseModel) -> Tensor:
+    """Noise level of each pixel, `[1, 1, H, W]`: the brightness is that of a neighborhood, which has less noise."""
+    side = _LIGHT_SIZE
+    light = F.avg_pool2d(pixels[None], side, 1, side // 2, count_include_pad=False)
+    return noise.variance(light).mean(1, keepdim=True).sqrt()
+
+
+def _stabilized(pixels: Tensor, operator: RestorationOperator, noise: NoiseModel, progress: Progress | None) -> Tensor:
+    """Restores an image whose noise is white but not as strong everywhere, between a transform that makes it so and
+    the way back.
+
+    Shape:
+        - pixels: `[C, H, W]`
+        - output: `[C, H, W]` in [0, 1]
+    """
+    ends = noise.stabilize(torch.stack([torch.zeros_like(pixels[:, :1, :1]), torch.ones_like(pixels[:, :1, :1])]))
+    scale = 1 / (ends[1] - ends[0]).amax()
+    stable = noise.stabilize(pixels[None])[0] - ends[0]
+    restored = _in_tiles(stable * scale, operator, float(scale), progress, limits=(-math.inf, math.inf))
+    return noise.unstabilize((restored / scale + ends[0])[None])[0].clamp(0, 1)
 
 
 @torch.inference_mode()
-def _in_tiles(pixels: Tensor, operator: RestorationOperator, level: float, progress: Progress | None) -> Tensor:
+def _in_tiles(
+    pixels: Tensor,
+    operator: RestorationOperator,
+    level: float | Tensor,
+    progress: Progress | None,
+    limits: tuple[float, float] = (0.0, 1.0),
+) -> Tensor:
     """Restores an image of any size in bounded memory: in tiles, each with a halo that is computed and thrown away.
 
     A denoiser of color restores gray as color, and one of gray restores each channel.
 
     Shape:
         - pixels: `[C, H, W]`
-        - output: `[C, H, W]` in [0, 1]
+        - level: a number, or `[1, 1, H, W]`
+        - output: `[C, H, W]` between the limits
     """
     parameters = {spec.name: list(spec.starts) if spec.shape else spec.starts[0] for spec in operator.parameter_specs}
     device = next((tensor.device for tensor in operator.state_dict().values()), pixels.device)
@@ -305,14 +369,15 @@ def _in_tiles(pixels: Tensor, operator: RestorationOperator, level: float, progr
         rows = slice(max(top - halo, 0), min(top + _TILE_SIZE + halo, height))
         columns = slice(max(left - halo, 0), min(left + _TILE_SIZE + halo, width))
         part = pixels[:, rows, columns].to(device)[None]
+        noise = level[..., rows, columns].to(device) if isinstance(level, Tensor) else level
         if channels == 3 and len(pixels) == 1:
-            restored = operator(part.expand(-1, 3, -1, -1), noise=level, **parameters).mean(1)
+            restored = operator(part.expand(-1, 3, -1, -1), noise=noise, **parameters).mean(1)
         elif channels == 1:
-            restored = operator(part.transpose(0, 1), noise=level, **parameters)[:, 0]
+            restored = operator(part.transpose(0, 1), noise=noise, **parameters)[:, 0]
         else:
-            restored = operator(part, noise=level, **parameters)[0]
+            restored = operator(part, noise=noise, **parameters)[0]
         inside = restored[:, top - rows.start :, left - columns.start :][:, :_TILE_SIZE, :_TILE_SIZE]
-        output[:, top : top + _TILE_SIZE, left : left + _TILE_SIZE] = inside.clamp(0, 1)
+        output[:, top : top + _TILE_SIZE, left : left + _TILE_SIZE] = inside.clamp(*limits)
         if progress is not None:
             progress(done / len(corners))
     return output

@@ -181,7 +181,7 @@ def test_the_smallest_and_the_longest_images(shape: tuple[int, ...]) -> None:
         ({}, {}, "got dict"),
         (np.zeros((9, 9), np.uint8), {"noise": 25}, "25 of 255 is 0.0980"),
         (np.zeros((9, 9), np.uint8), {"noise": float("nan")}, "must lie between 0 and 1"),
-        (np.zeros((9, 9), np.uint8), {"noise": "much"}, "must be a number or 'auto', got 'much'"),
+        (np.zeros((9, 9), np.uint8), {"noise": "much"}, "must be a number or 'auto', 'white' or 'camera', got 'much'"),
         (np.zeros((9, 9), np.uint8), {"output": "a.png"}, "output is for files"),
         *((np.zeros((9, 9), np.uint8), {"noise": level}, "must be a number or 'auto'") for level in (True, None, [])),
         *((np.zeros((9, 9), np.uint8), {"quality": each}, "from 1 to 100") for each in (500, 0, -1, True, "9", 2.5)),
@@ -273,7 +273,7 @@ print(before, peak())
 @pytest.fixture
 def total_variation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Total variation in place of the denoiser."""
-    monkeypatch.setattr(command, "load_operator", lambda model, channels: TotalVariation(5))
+    monkeypatch.setattr(command, "load_operator", lambda model, channels, camera=False: TotalVariation(5))
 
 
 @pytest.fixture
@@ -313,7 +313,9 @@ def test_a_folder_is_mirrored_and_described(folder: Path, tmp_path: Path) -> Non
     assert files(tmp_path / "out") == sorted([*RESULTS, "restored.csv"])
     table = rows(tmp_path / "out")
     assert [row["output"] for row in table] == RESULTS
-    assert list(table[0]) == ["name", "output", "noise_std", "seconds", "size", "note", "source"]
+    columns = ("name", "output", "noise", "noise_std", "slope", "intercept", "correlation", "seconds", "size", "note")
+    assert list(table[0]) == [*columns, "source"]
+    assert {row["noise"] for row in table} <= {"white", "camera"}
     assert table[0]["name"] == "a.jpg"
     assert table[0]["size"] == "47x61"
     assert float(table[1]["noise_std"]) == pytest.approx(LEVEL, rel=0.25)

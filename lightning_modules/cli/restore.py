@@ -18,10 +18,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lightning_modules.imaging import check_noise_std, find_images, restored_name, write_whole
-from lightning_modules.restoration import load_operator, restore_file
+from lightning_modules.restoration import NOISES, NOISES_IN_WORDS, load_operator, restore_file
 
 TABLE_NAME = "restored.csv"
-_COLUMNS = ("name", "output", "noise_std", "seconds", "size", "note", "source")
+_COLUMNS = (
+    *("name", "output", "noise", "noise_std", "slope", "intercept", "correlation"),
+    *("seconds", "size", "note", "source"),
+)
+# Without these, a table is not one of this command; others have come since.
+_FIRST_COLUMNS = {"name", "output", "noise_std", "seconds", "size", "note", "source"}
 _CHARACTERS: dict[str, Any] = {
     "encoding": "utf-8",
     "errors": "surrogateescape",
@@ -67,14 +72,14 @@ class Table:
         self._time = self.path.stat().st_mtime
         with self.path.open(newline="", **_CHARACTERS) as file:
             reader = csv.DictReader(file)
-            if tuple(reader.fieldnames or ()) != _COLUMNS:
+            if not _FIRST_COLUMNS <= set(reader.fieldnames or ()) <= set(_COLUMNS):
                 raise ValueError(f"{self.path} is not a table of this command: name another folder with -o")
             for row in reader:
                 # The last line of a run that was killed may be half there; what it names is looked at again.
                 is_whole = row["source"] is not None
                 self._is_cut |= not is_whole
                 if is_whole and (self.path.parent / row["output"]).is_file():
-                    self.rows[row["output"]] = {column: row[column] for column in _COLUMNS}
+                    self.rows[row["output"]] = {column: row.get(column, "") for column in _COLUMNS}
         self.write()
 
     def source(self, source: Path) -> str:
@@ -178,7 +183,7 @@ def run(words: list[str]) -> int:
         outcome.fail(str(table.path), error)
     if len(jobs) == 1 and outcome.done:
         row = table.rows[table.output(jobs[0])]
-        level = f"noise {255 * float(row['noise_std']):.1f}/255"
+        level = f"{row['noise'].replace('told', '')} noise {255 * float(row['noise_std']):.1f}/255".strip()
         console.print(", ".join(filter(None, (f"{jobs[0].target}: {level}", f"{row['seconds']} s", row["note"]))))
     outcome.report(console, len(jobs))
     return 130 if outcome.is_stopped else int(bool(outcome.failures))
@@ -244,7 +249,8 @@ def _parser() -> argparse.ArgumentParser:
         type=_noise,
         default="auto",
         metavar="LEVEL",
-        help="standard deviation of the noise where white is 1, such as 25/255 or 0.1; auto (default) estimates it",
+        help="standard deviation of the noise where white is 1, such as 25/255 or 0.1; or what it is estimated as: "
+        "white, camera (grows with the light, correlated), or auto (default), whichever it is",
     )
     parser.add_argument("--model", default="auto", metavar="FILE", help="weights that save_pretrained has written")
     parser.add_argument("--overwrite", action="store_true", help="restore again what is there already")
@@ -259,13 +265,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _noise(text: str) -> float | str:
-    if text == "auto":
+    if text in NOISES:
         return text
     numerator, _, denominator = text.partition("/")
     try:
         level = float(numerator) / float(denominator or 1)
     except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number, such as 25/255 or 0.1, nor auto") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a number, such as 25/255 or 0.1, nor {NOISES_IN_WORDS}"
+        ) from None
     try:
         check_noise_std(level)
     except ValueError as error:

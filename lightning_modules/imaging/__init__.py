@@ -11,6 +11,7 @@ from lightning_modules.imaging.batch import (
 from lightning_modules.imaging.counters import draw, mix, permutation, seeded_normal, seeded_uniform, stream
 from lightning_modules.imaging.crops import corner, cut_crop, fixed_crops, fixed_places, mirror
 from lightning_modules.imaging.decoding import (
+    camera_of,
     decode_image,
     find_white,
     read_image,
@@ -36,6 +37,7 @@ __all__ = [
     "ImageBatch",
     "Picture",
     "as_batch",
+    "camera_of",
     "check_batch",
     "check_noise_std",
     "check_quality",

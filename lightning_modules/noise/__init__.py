@@ -1,5 +1,7 @@
-"""Noise of images: its level."""
+"""Noise of images: its level, and models of what cameras add."""
 
+from lightning_modules.noise.camera import estimate_noise_model, estimate_noise_models
 from lightning_modules.noise.estimate import estimate_noise_std
+from lightning_modules.noise.model import NoiseModel
 
-__all__ = ["estimate_noise_std"]
+__all__ = ["NoiseModel", "estimate_noise_model", "estimate_noise_models", "estimate_noise_std"]

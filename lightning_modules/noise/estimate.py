@@ -28,7 +28,7 @@ _MAX_SLOPE = 0.12
 # What texture alone makes the channels show, at most, where the opponent colors show nothing.
 _MAX_TEXTURE = 3 / 255
 # Orthonormal: gray, red against blue, green against both.
-_COLORS = ((3**-0.5, 3**-0.5, 3**-0.5), (0.5**0.5, 0.0, -(0.5**0.5)), (6**-0.5, -2 * 6**-0.5, 6**-0.5))
+COLORS = ((3**-0.5, 3**-0.5, 3**-0.5), (0.5**0.5, 0.0, -(0.5**0.5)), (6**-0.5, -2 * 6**-0.5, 6**-0.5))
 
 
 @torch.no_grad()
@@ -68,10 +68,11 @@ def estimate_noise_std(images: Tensor) -> Tensor:
         raise ValueError(f"a noise level cannot be read off images of {height}×{width} pixels")
     pixels = images if images.dtype == torch.float64 else images.float()
     size = min(_PATCH_SIZE, height, width)
-    patches, kept, overlap = _distinct_patches(pixels, size)
+    patches, kept, overlap = distinct_patches(pixels, size)
     clipped = ((patches == 0) | (patches == 1)).to(pixels.dtype).mean(-1)
     gray = (pixels == pixels[:, :1]).flatten(1).all(1)
-    kept = kept & (clipped.mean(1) <= _MAX_CLIPPED_BUT_FEW) & ~_flat(patches, size, gray)
+    most_equal = torch.where(gray, _MAX_EQUAL_GRAY, _MAX_EQUAL)[:, None]
+    kept = kept & (clipped.mean(1) <= _MAX_CLIPPED_BUT_FEW) & (equal_neighbors(patches, size) <= most_equal)
     mildly = kept & (clipped.mean(1) <= _MAX_CLIPPED)
     kept = torch.where(mildly.sum(1, keepdim=True) >= _ENOUGH * kept.sum(1, keepdim=True), mildly, kept)
     scaled = patches * 255
@@ -125,14 +126,14 @@ def estimate_noise_std(images: Tensor) -> Tensor:
     return (variance.clamp_min(0).sqrt() * (num_kept[:, 0] > 0)).to(images.dtype)
 
 
-def _distinct_patches(images: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+def distinct_patches(images: Tensor, size: int, most: int = _MAX_PATCHES) -> tuple[Tensor, Tensor, Tensor]:
     """Patches between rows and columns that hold something new: `[B, C, N, D]`, which exist, how many share a pixel."""
     height, width = images.shape[-2:]
     rows, num_rows = _distinct_lines(images)
     columns, num_columns = _distinct_lines(images.mT)
     num_rows, num_columns = num_rows - size + 1, num_columns - size + 1
     available = num_rows.clamp_min(0) * num_columns.clamp_min(0)
-    num_patches = min(_MAX_PATCHES, (height - size + 1) * (width - size + 1))
+    num_patches = min(most, (height - size + 1) * (width - size + 1))
 
     # all of them in order, or points of a two-dimensional low-discrepancy sequence: not a function of the frame around
     index = torch.arange(num_patches, device=images.device)
@@ -162,13 +163,12 @@ def _distinct_lines(images: Tensor) -> tuple[Tensor, Tensor]:
     return (~distinct).to(torch.uint8).argsort(dim=1, stable=True), distinct.sum(1, keepdim=True)
 
 
-def _flat(patches: Tensor, size: int, gray: Tensor) -> Tensor:
-    """Which patches have too many neighbors of exactly equal color, in images that are gray or not."""
+def equal_neighbors(patches: Tensor, size: int) -> Tensor:
+    """Share of each patch's neighbors, by rows or by columns, that have exactly the same color."""
     grid = patches.unflatten(-1, (size, size))
     down = (grid[..., 1:, :] == grid[..., :-1, :]).all(1).flatten(2)
     right = (grid[..., 1:] == grid[..., :-1]).all(1).flatten(2)
-    equal = torch.maximum(down.to(patches.dtype).mean(-1), right.to(patches.dtype).mean(-1))
-    return equal > torch.where(gray, _MAX_EQUAL_GRAY, _MAX_EQUAL)[:, None]
+    return torch.maximum(down.to(patches.dtype).mean(-1), right.to(patches.dtype).mean(-1))
 
 
 def _clipped_variance(share: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ def _constants(size: int, device: torch.device, dtype: torch.dtype) -> tuple[Ten
     # the high frequencies from the antidiagonal on, or from one or two further on
     members = torch.stack([total < size, *(total >= first for first in range(size, min(size + 3, 2 * size - 1)))], 1)
     bands = members / members.sum(0, dtype=torch.float64)
-    colors = torch.tensor(_COLORS)
+    colors = torch.tensor(COLORS)
     return (
         colors.to(device, dtype),
         frequencies.to(device, dtype),
