@@ -360,8 +360,8 @@ class GeneratedImageDetector(CheckpointedModule):
 
     def _evaluate(self, batch: Batch, buffer: PredictionBuffer) -> dict[str, Any]:
         output, features = self._predict(batch)
-        unseen = batch.get("unseen", torch.zeros_like(batch["label"]))
-        buffer.update(batch["index"], output["logit"], batch["label"], features, unseen, batch["weight"])
+        columns = (batch["index"], output["logit"], batch["label"], features, batch["weight"], batch.get("unseen"))
+        buffer.update(*columns)
         return {**output, "ood_score": self.densities.ood_score(features)}
 
     def _with_verdicts(self, images: Tensor, output: dict[str, Any]) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class PredictionBuffer(Metric):
     Example:
         >>> buffer = PredictionBuffer()
         >>> index, label, weight = torch.tensor([1, 0, 0]), torch.tensor([1, 0, 0]), torch.tensor([1.0, 1.0, 0.0])
-        >>> buffer.update(index, torch.tensor([2.0, -1.0, -1.0]), label, torch.zeros(3, 4), label > 0, weight)
+        >>> buffer.update(index, torch.tensor([2.0, -1.0, -1.0]), label, torch.zeros(3, 4), weight)
         >>> buffer.compute().logit.tolist()
         [-1.0, 2.0]
     """
@@ -76,12 +76,18 @@ class PredictionBuffer(Metric):
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
     def update(
-        self, index: Tensor, logit: Tensor, label: Tensor, features: Tensor, unseen: Tensor, weight: Tensor
+        self,
+        index: Tensor,
+        logit: Tensor,
+        label: Tensor,
+        features: Tensor,
+        weight: Tensor,
+        unseen: Tensor | None = None,
     ) -> None:
-        """Adds a batch.
+        """Adds a batch; its sources are all trained on where nothing else is said.
 
         Shape:
-            - index, logit, label, unseen, weight: `[B]`
+            - index, logit, label, weight, unseen: `[B]`
             - features: `[B, F]`
         """
         counted = (weight > 0) & (label >= 0)
@@ -90,7 +96,7 @@ class PredictionBuffer(Metric):
             (self.logit, logit),
             (self.label, label),
             (self.features, features),
-            (self.unseen, unseen.long()),
+            (self.unseen, torch.zeros_like(label) if unseen is None else unseen.long()),
         ):
             kept.append(values[counted])
 
