@@ -32,9 +32,11 @@ def prediction_lines(owner: object, step: str, output: Any, dataloader_idx: int)
         raise TypeError(f"{type(owner).__name__} needs a dict with {', '.join(wanted)} from {step}; got {got}.")
     columns = {
         column: output[column].detach().cpu().tolist()
-        for column in ("probability", "index", "weight", "label", "ood_score")
+        for column in ("probability", "index", "weight", "label", "ood_score", "verdict")
         if column in output
     }
+    if "reason" in output:
+        columns["reason"] = list(output["reason"])
     return [
         {"order": (dataloader_idx, columns["index"][i]), "path": name}
         | {column: values[i] for column, values in columns.items()}

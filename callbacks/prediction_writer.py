@@ -1,5 +1,6 @@
 """Table of what `predict` returns for each image."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,18 @@ from callbacks._tables import Line, gather, keep_predictions, require_directory,
 
 TABLE_NAME = "predictions.csv"
 
+_UNSURE = "unsure"
+# Images from which on all with one label is worth a remark.
+_MANY = 10
+
 
 class PredictionWriter(BasePredictionWriter):
     """Writes `predictions.csv`: path, label and probability of each image, in the order of the files.
 
     It takes what `predict_step` returns, `{"probability": [B], "name": list[str], "index": [B], "weight": [B]}`, and
-    adds a column where there is an `"ood_score": [B]`. The label is the second of the DataModule's `class_names` where
-    the probability is above the threshold, and the first elsewhere. Probabilities have all their digits, by which
+    adds columns where there is an `"ood_score": [B]` or, with a `"verdict": [B]`, a `"reason": list[str]`. The label is
+    `unsure` where the verdict is −1, else the second of the DataModule's `class_names` where the probability is above
+    the threshold, and the first elsewhere. Probabilities have all their digits, by which
     images keep their order however certain the module is. The table is there when it is complete: an interrupted run
     leaves none, and an earlier one as it was.
 
@@ -75,12 +81,18 @@ class PredictionWriter(BasePredictionWriter):
         self._lines = []
         threshold = decision_threshold(pl_module) if self.threshold is None else self.threshold
         for line in lines:
-            line["label"] = self._class_names[line["probability"] > threshold]
-        columns = ["path", "label", "probability"] + ["ood_score"] * any("ood_score" in line for line in lines)
+            is_unsure = line.get("verdict", 0) < 0
+            line["label"] = _UNSURE if is_unsure else self._class_names[line["probability"] > threshold]
+        known = [column for column in ("ood_score", "reason") if any(column in line for line in lines)]
         if trainer.is_global_zero:
-            write_table(lines, self._path, columns)
-        predicted = sum(line["label"] == self._class_names[1] for line in lines)
+            write_table(lines, self._path, ["path", "label", "probability", *known])
+        counts = Counter(line["label"] for line in lines)
+        found = ", ".join(f"{number} {label}" for label, number in sorted(counts.items()))
         rank_zero_info(
-            f"{predicted} of {len(lines)} images are predicted to be {self._class_names[1]} "
-            f"(probability above {threshold:.3g}): {self._path}"
+            f"{found or 'no image'} (probability above {threshold:.3g}: {self._class_names[1]}): {self._path}"
         )
+        if len(counts) == 1 and len(lines) >= _MANY:
+            rank_zero_info(
+                f"all {len(lines)} images are labelled {next(iter(counts))}: where they are known to be mixed, the "
+                "detector does not reach them"
+            )

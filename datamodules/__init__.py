@@ -8,9 +8,11 @@ from datamodules.image_folder import ImageFolderDataModule
 from datamodules.image_set import ImageSetDataModule
 from datamodules.patches import PatchDataModule
 from datamodules.photo_crops import PhotoCropsDataModule
+from datamodules.twins import AutoencoderTwins
 from lightning_modules.imaging import decode_image, read_image
 
 __all__ = [
+    "AutoencoderTwins",
     "BatchDataset",
     "CIFAR10DataModule",
     "GeneratedImagesDataModule",

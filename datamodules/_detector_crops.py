@@ -1,4 +1,4 @@
-"""The crops by which a detector sees an image: at random and degraded at random, or always the same ones."""
+"""The crops by which a detector sees an image: with a random history, or as it is under a condition."""
 
 import math
 from dataclasses import dataclass
@@ -7,11 +7,26 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from datamodules._degradation import Degradation, degrade
-from lightning_modules.imaging import corner, cut_crop, draw, fixed_places, mix
+from lightning_modules.imaging import (
+    RESAMPLINGS,
+    Degradation,
+    Encoding,
+    History,
+    corner,
+    cut_crop,
+    degrade,
+    draw,
+    fixed_places,
+    mix,
+    relive,
+)
 
 _STREAM = 0xDE7E_C708  # sets the crops' numbers apart from what else is derived from a key
-_DRAWS = 8
+_BLOCK = 16  # pixels after which the blocks of an encoding recur
+# How often a picture is encoded once, and twice; the others are not encoded.
+_ONCE, _TWICE = 0.5, 0.3
+_KINDS = ("JPEG", "WEBP")
+_DRAWS = 17
 
 
 class View(Protocol):
@@ -27,63 +42,78 @@ class View(Protocol):
 
 
 @dataclass(frozen=True)
-class RandomDegradation:
-    """Rescaling, blur and JPEG, each with a probability and a range from which its strength is drawn evenly.
+class RandomHistory:
+    """Rescaling by a random kernel, now and then blur, cropping, JPEG or WebP, none, one or two of them.
 
     Args:
-        rescale_probability: How often the image is rescaled.
         rescale: Smallest and largest factor.
         blur_probability: How often it is blurred.
         blur_sigma: Smallest and largest standard deviation, in pixels.
-        jpeg_probability: How often it is encoded.
-        jpeg_quality: Lowest and highest quality.
+        quality: Lowest and highest quality of an encoding.
     """
 
-    rescale_probability: float
     rescale: tuple[float, float]
     blur_probability: float
     blur_sigma: tuple[float, float]
-    jpeg_probability: float
-    jpeg_quality: tuple[int, int]
+    quality: tuple[int, int]
 
     def __post_init__(self) -> None:
-        for name in ("rescale_probability", "blur_probability", "jpeg_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
-        for name, argument in (("rescale", "rescale"), ("blur_sigma", "blur"), ("jpeg_quality", "quality")):
+        if not 0 <= self.blur_probability <= 1:
+            raise ValueError(f"blur_probability must lie between 0 and 1, got {self.blur_probability}")
+        for name, lower, upper in (("rescale", 0.01, 1), ("blur_sigma", 0, 100), ("quality", 1, 100)):
             least, most = getattr(self, name)
-            if least > most:
-                raise ValueError(f"{name} must be the smallest and the largest value, got {least} and {most}")
-            for value in (least, most):
-                try:
-                    Degradation(**{argument: value})
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from error
+            if not lower <= least <= most <= upper:
+                raise ValueError(
+                    f"{name} must be the smallest and the largest value, between {lower} and {upper}, got {least} and "
+                    f"{most}"
+                )
 
-    def draw(self, numbers: list[float]) -> Degradation:
-        """Chooses by six numbers in [0, 1)."""
-        values = {}
-        if numbers[0] < self.rescale_probability:
-            values["rescale"] = self.rescale[0] + numbers[1] * (self.rescale[1] - self.rescale[0])
-        if numbers[2] < self.blur_probability:
-            values["blur"] = self.blur_sigma[0] + numbers[3] * (self.blur_sigma[1] - self.blur_sigma[0])
-        if numbers[4] < self.jpeg_probability:
-            least, most = self.jpeg_quality
-            values["quality"] = least + math.floor(numbers[5] * (most - least + 1))
-        return Degradation(**values)  # type: ignore[arg-type]
+    def draw(self, key: int) -> tuple[History, tuple[float, float]]:
+        """Chooses a history, and the place of a crop, by a key."""
+        bits = draw(mix(torch.tensor(key + _STREAM)), torch.arange(_DRAWS))
+        down, right, factor, kernel, blurred, sigma, times, *rest = ((bits >> 9).double() / 2**53).tolist()
+        least, most = self.quality
+        cuts = [(math.floor(_BLOCK * rest[i]), math.floor(_BLOCK * rest[i + 1])) for i in (0, 2, 4)]
+        encodings = [
+            Encoding(_KINDS[int(2 * rest[i])], least + math.floor(rest[i + 1] * (most - least + 1)), cut)
+            for i, cut in zip((6, 8), cuts[:2], strict=True)
+        ]
+        count = 2 if times < _TWICE else int(times < _TWICE + _ONCE)
+        history = History(
+            rescale=self.rescale[0] + factor * (self.rescale[1] - self.rescale[0]),
+            resampling=RESAMPLINGS[int(len(RESAMPLINGS) * kernel)],
+            blur=0.0
+            if blurred >= self.blur_probability
+            else self.blur_sigma[0] + sigma * (self.blur_sigma[1] - self.blur_sigma[0]),
+            encodings=tuple(encodings[:count]),
+            cut=cuts[2] if count else (0, 0),
+        )
+        return history, (down, right)
 
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """One crop, at a random place of the randomly degraded image."""
+    """One crop, at a random place of an image with a random history."""
 
     size: int
-    degradation: RandomDegradation
+    history: RandomHistory
 
     def __call__(self, image: Tensor, key: int) -> Tensor:
-        bits = draw(mix(torch.tensor(key + _STREAM)), torch.arange(_DRAWS))
-        numbers = ((bits >> 9).double() / 2**53).tolist()
-        return _crop(image, self.size, self.degradation.draw(numbers[2:]), (numbers[0], numbers[1]))[None]
+        history, place = self.history.draw(key)
+        return relive(image, history, self.size, place)[None]
+
+
+@dataclass(frozen=True)
+class HistoryCrops:
+    """Crops at the places of `FixedCrops`, all with one random history."""
+
+    size: int
+    count: int
+    history: RandomHistory
+
+    def __call__(self, image: Tensor, key: int) -> Tensor:
+        history, _ = self.history.draw(key)
+        return torch.stack([relive(image, history, self.size, place) for place in fixed_places(self.count)])
 
 
 @dataclass(frozen=True)
@@ -98,12 +128,11 @@ class FixedCrops:
     degradation: Degradation
 
     def __call__(self, image: Tensor, key: int) -> Tensor:
-        return torch.stack([_crop(image, self.size, self.degradation, place) for place in fixed_places(self.count)])
+        return torch.stack([self._crop(image, place) for place in fixed_places(self.count)])
 
-
-def _crop(image: Tensor, size: int, degradation: Degradation, place: tuple[float, float]) -> Tensor:
-    """Cuts a crop out of the degraded image, its place given as a part of the way; a small image is mirrored out."""
-    height, width = degradation.size(*image.shape[1:])
-    top, left = corner(place, height, width, size)
-    window = (top, min(top + size, height)), (left, min(left + size, width))
-    return cut_crop(degrade(image, degradation, window), 0, 0, size)
+    def _crop(self, image: Tensor, place: tuple[float, float]) -> Tensor:
+        """Cuts a crop out of the degraded image; a small image is mirrored out."""
+        height, width = self.degradation.size(*image.shape[1:])
+        top, left = corner(place, height, width, self.size)
+        window = (top, min(top + self.size, height)), (left, min(left + self.size, width))
+        return cut_crop(degrade(image, self.degradation, window), 0, 0, self.size)

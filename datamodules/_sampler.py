@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
-from lightning_modules.imaging import ImageBatch, draw, key_stream, permutation
+from lightning_modules.imaging import ImageBatch, draw, key_stream, permutation, stream
 
-_ORDER = 0  # the stream of an epoch's order; the others are those of its keys
+# The streams of an epoch's order, and of an order by groups; the others are those of its keys.
+_ORDER, _GROUPS = 0, 2
 
 
 class SampleBatch(NamedTuple):
@@ -78,7 +79,8 @@ class EpochBatches(DistributedSampler[Any]):
         done: Callable[[], int] | None = None,
     ) -> None:
         super().__init__(range(length), num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
-        self.length = length
+        self.length = length  # of an epoch
+        self.samples = length
         self.batch_size = batch_size
         self.accumulation = accumulation
         self.done = done
@@ -89,23 +91,64 @@ class EpochBatches(DistributedSampler[Any]):
 
     def __iter__(self) -> Iterator[SampleBatch]:
         # a generator: nothing is fixed before the first batch is asked for
-        order = permutation(self.length, self.seed, self.epoch, _ORDER) if self.shuffle else torch.arange(self.length)
+        order = self._order()
         keys = key_stream(self.seed, self.epoch)
         accumulate, cut = self.accumulation() if self.accumulation else (1, math.inf)
         last_batch = int(min(len(self), cut))
         for batch in range(self.first_batch, len(self)):
             begin, end = self._span(batch, batch + 1)
             position = torch.arange(begin, end) * self.num_replicas + self.rank
-            index = order[position % self.length]
+            place = order[position % self.length]
             group = batch // accumulate * accumulate
             group_begin, group_end = self._span(group, max(min(group + accumulate, last_batch), batch + 1))
             valid = min(self.length, group_end * self.num_replicas) - group_begin * self.num_replicas
             weight = (position < self.length) * ((end - begin) * self.num_replicas * accumulate / valid)
-            yield SampleBatch(index, weight.float(), draw(keys, index))
+            yield SampleBatch(place % self.samples, weight.float(), draw(keys, place))
+
+    def _order(self) -> Tensor:
+        """Places of an epoch's samples, in order: a sample's position, and beyond the last one that of a repeat."""
+        if not self.shuffle:
+            return torch.arange(self.length)
+        return permutation(self.length, self.seed, self.epoch, _ORDER)
 
     def _span(self, first: int, last: int) -> tuple[int, int]:
         """Returns which of a rank's samples the batches from `first` up to `last` cover."""
         return first * self.batch_size, min(last * self.batch_size, self.num_samples)
+
+
+class BalancedBatches(EpochBatches):
+    """Shuffled batches in which every group of samples has its equal part, however few it has.
+
+    An epoch has about as many samples as there are. Each round of it takes one sample of each group, the groups in an
+    order drawn anew, so that every rank sees all of them; a group begins again, in another order and with other keys,
+    when its samples are spent.
+
+    Args:
+        groups: Number of each sample's group, from 0 without a gap.
+        batch_size: See `EpochBatches`.
+        options: Keywords of `EpochBatches`.
+
+    Shape:
+        - groups: `[N]`, int64
+    """
+
+    def __init__(self, groups: Tensor, batch_size: int, **options: Any) -> None:
+        members = [(groups == group).nonzero()[:, 0] for group in range(int(groups.max()) + 1)]
+        rounds = math.ceil(len(groups) / len(members))
+        super().__init__(rounds * len(members), batch_size, **options)
+        self.samples, self.members, self.rounds = len(groups), members, rounds
+
+    def _order(self) -> Tensor:
+        columns = []
+        for group, members in enumerate(self.members):
+            passes = [
+                members[permutation(len(members), self.seed, self.epoch, _GROUPS, group, number)]
+                + number * self.samples
+                for number in range(math.ceil(self.rounds / len(members)))
+            ]
+            columns.append(torch.cat(passes)[: self.rounds])
+        within = draw(stream(self.seed, self.epoch, _GROUPS), torch.arange(self.length)).view(self.rounds, -1)
+        return torch.stack(columns, dim=1).gather(1, within.argsort(dim=1, stable=True)).flatten()
 
 
 class FixedBatches(EpochBatches, SequentialSampler):  # type: ignore[misc]

@@ -3,7 +3,7 @@
 import operator
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -162,7 +162,7 @@ class ImageDataModule(GuardedCheckpoint, L.LightningDataModule, ABC):
             self._data[split] = data if isinstance(data, BatchDataset) else _Samples(data)
         return self._data[split]
 
-    def _training_loader(self, sampler: type[EpochBatches], shuffle: bool) -> DataLoader[Any]:
+    def _training_loader(self, sampler: Callable[..., EpochBatches], shuffle: bool) -> DataLoader[Any]:
         return self._loader(
             "train", EpochLoader, sampler, shuffle=shuffle, accumulation=self._accumulation, done=self._batches_done
         )
@@ -171,7 +171,7 @@ class ImageDataModule(GuardedCheckpoint, L.LightningDataModule, ABC):
         self,
         split: Split,
         loader: type[DataLoader[Any]],
-        sampler: type[EpochBatches],
+        sampler: Callable[..., EpochBatches],
         data: "BatchDataset | None" = None,
         **options: Any,
     ) -> DataLoader[Any]:

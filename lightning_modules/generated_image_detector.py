@@ -1,6 +1,6 @@
 """Detector of generated images, by the traces that a restoration leaves behind."""
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from lightning_modules.checkpoints.module import CheckpointedModule
 from lightning_modules.detection import (
+    UNSURE,
     BufferedPredictions,
     Calibration,
     ClassDensities,
@@ -17,9 +18,12 @@ from lightning_modules.detection import (
     DetectorInputs,
     PredictionBuffer,
     RestorationResidual,
+    changed_views,
     cross_fit,
+    decide,
     evaluate,
     fixed_crops,
+    probability_scores,
     scores,
     to_pixels,
 )
@@ -36,6 +40,22 @@ _PASSED_ON = ("label", "index", "weight", "name", "condition")
 _CROPS_AT_ONCE = 32
 
 
+class Verdict(NamedTuple):
+    """What a detector makes of an image.
+
+    Attributes:
+        label: `photographic`, `generated` or `unsure`.
+        probability: Calibrated probability of `generated`, whatever the label.
+        ood_score: Above 0 for an image that is unlike those of either class; NaN where that is unknown.
+        reason: Why it is unsure; empty where it is not.
+    """
+
+    label: str
+    probability: float
+    ood_score: float
+    reason: str
+
+
 class GeneratedImageDetector(CheckpointedModule):
     r"""Distinguishes generated images from photographs by crops at native resolution.
 
@@ -45,10 +65,15 @@ class GeneratedImageDetector(CheckpointedModule):
     does not depend on how many crops there are. A maximum would let the oddest crop decide, a mean of probabilities
     forgets how sure each is.
 
-    At the end of every validation in a fit, temperature, threshold and one Gaussian mixture a class (on the features)
-    are fitted to the validation images: images of the training set would not do, for the network has seen them. What
-    is logged under `val/` as `ece`, `accuracy_at_threshold` and `generative_accuracy` is cross-fitted, each half of the
-    images evaluated by a fit to the other, and is NaN where a half has too few. `test/` uses the fit in the checkpoint.
+    At the end of every validation in a fit, temperature and threshold are fitted to the validation images of sources
+    that are not trained on (`unseen` in the batches; all validation images where there is none), and one Gaussian
+    mixture a class, on the features, to all validation images: images of the training set would not do, for the network
+    has seen them. `val/` is about the images that temperature and threshold are fitted to. What is logged there as
+    `ece`, `accuracy_at_threshold` and `generative_accuracy` is cross-fitted, each half of them evaluated by a fit to
+    the other, and is NaN where a half has too few. `test/` uses the fit in the checkpoint.
+
+    A prediction comes with a verdict, which is unsure where it changes when the image is saved again, rescaled or
+    blurred, or where the mixtures explain the image by neither class.
 
     Args:
         inputs: What the network sees of a crop, side by side; the restoration's residual by default.
@@ -139,6 +164,16 @@ class GeneratedImageDetector(CheckpointedModule):
         return None if residual is None else residual.em_parameters
 
     @property
+    def warning(self) -> str | None:
+        """What has to be known before its verdicts are used, where they are worth little."""
+        if not self.calibration.at_chance:
+            return None
+        return (
+            f"on the images that it was calibrated on this detector has an AUROC of "
+            f"{float(self.calibration.auroc):.2f}: it is at chance, and its verdicts mean nothing on other images"
+        )
+
+    @property
     def threshold(self) -> float:
         """Probability above which predicting "generated" was most accurate in validation; 0.5 before one."""
         return float(self.calibration.threshold)
@@ -193,18 +228,21 @@ class GeneratedImageDetector(CheckpointedModule):
         return self._evaluate(batch, self._seen)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """Evaluates images under one condition."""
+        """Evaluates images under one condition; under the first, with verdicts."""
         if batch_idx == dataloader_idx == 0:
             self._compare_crops(batch["image"])
         buffer = self._seen_by_condition.setdefault(batch["condition"], PredictionBuffer().to(self.device))
-        return self._evaluate(batch, buffer)
+        output = self._evaluate(batch, buffer)
+        return self._with_verdicts(batch["image"], output) if dataloader_idx == 0 else output
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """Predicts images, and scores which are like nothing that was seen before (`ood_score` above 0)."""
+        """Predicts images, with verdicts, and scores which are like nothing seen before (`ood_score` above 0)."""
         if batch_idx == 0:
             self._compare_crops(batch["image"])
+            if self.warning:
+                rank_zero_warn(self.warning)
         output, features = self._predict(batch)
-        return {**output, "ood_score": self.densities.ood_score(features)}
+        return self._with_verdicts(batch["image"], {**output, "ood_score": self.densities.ood_score(features)})
 
     def on_validation_epoch_end(self) -> None:
         """Logs what was seen; in a fit, calibrates by it."""
@@ -212,7 +250,12 @@ class GeneratedImageDetector(CheckpointedModule):
         self._seen.reset()
         if self.trainer.sanity_checking:
             return
-        values = scores(seen, cross_fit(seen, self.calibration, self.densities))
+        calibrating = seen.calibrating
+        values = scores(calibrating, cross_fit(calibrating, self.calibration, self.densities))
+        if len(calibrating.label) < len(seen.label):
+            trained = seen.select(~seen.unseen)
+            probability = self.calibration(trained.logit)
+            values["auroc_trained_sources"] = probability_scores(probability, trained.label)["auroc"]
         self._log("val", values)
         if undefined := [f"val/{name}" for name, value in values.items() if value.isnan()]:
             rank_zero_warn(
@@ -244,6 +287,27 @@ class GeneratedImageDetector(CheckpointedModule):
         return optimizer_config(self.parameters(), self.optimizer, self.lr_scheduler, self.lr_interval, self.lr)
 
     @torch.no_grad()
+    def verdict(self, image: Any) -> Verdict:
+        """Verdict on an image, by the crops that validation looked at.
+
+        Args:
+            image: See `predict_image`.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it cannot be read or is not an image; the message names it.
+        """
+        crops = self._fixed_crops(image)[None]
+        training = self.training
+        self.eval()
+        output, features = self._predict({"image": crops})
+        output = self._with_verdicts(crops, {**output, "ood_score": self.densities.ood_score(features)})
+        self.train(training)
+        number = int(output["verdict"])
+        label = "unsure" if number == UNSURE else ("photographic", "generated")[number]
+        return Verdict(label, float(output["probability"]), float(output["ood_score"]), output["reason"][0])
+
+    @torch.no_grad()
     def predict_image(self, image: Any) -> float:
         """Calibrated probability that an image is generated, by the crops that validation looked at.
 
@@ -254,13 +318,16 @@ class GeneratedImageDetector(CheckpointedModule):
             FileNotFoundError: If there is no such file.
             ValueError: If it cannot be read or is not an image; the message names it.
         """
-        count, size = self.crops.tolist()
-        crops = fixed_crops(to_pixels(image).to(self.device), size, count)
+        crops = self._fixed_crops(image)
         training = self.training
         self.eval()
         logits = [self(part[None])[0].double() * len(part) for part in crops.split(_CROPS_AT_ONCE)]
         self.train(training)
-        return float(self.calibration(torch.stack(logits).sum() / count))
+        return float(self.calibration(torch.stack(logits).sum() / len(crops)))
+
+    def _fixed_crops(self, image: Any) -> Tensor:
+        count, size = self.crops.tolist()
+        return fixed_crops(to_pixels(image).to(self.device), size, count)
 
     @torch.no_grad()
     def residual(self, images: Tensor) -> Tensor:
@@ -293,8 +360,17 @@ class GeneratedImageDetector(CheckpointedModule):
 
     def _evaluate(self, batch: Batch, buffer: PredictionBuffer) -> dict[str, Any]:
         output, features = self._predict(batch)
-        buffer.update(batch["index"], output["logit"], batch["label"], features, batch["weight"])
-        return output
+        columns = (batch["index"], output["logit"], batch["label"], features, batch["weight"], batch.get("unseen"))
+        buffer.update(*columns)
+        return {**output, "ood_score": self.densities.ood_score(features)}
+
+    def _with_verdicts(self, images: Tensor, output: dict[str, Any]) -> dict[str, Any]:
+        """What was predicted, with `verdict`, 0, 1 or `UNSURE`, and `reason`, a list."""
+        pixels = (images.float() * 255).round().to(torch.uint8).cpu()
+        views = [torch.stack(view) for view in zip(*map(changed_views, pixels), strict=True)]
+        logits = [output["logit"], *(self(view.to(images.device) / 255)[0] for view in views)]
+        verdict, reasons = decide(torch.stack(logits, dim=1), self.calibration, output["ood_score"])
+        return {**output, "verdict": verdict, "reason": reasons}
 
     def _log(self, prefix: str, values: dict[str, Tensor]) -> None:
         # equal on every process, for all have evaluated the images of all
@@ -307,7 +383,7 @@ class GeneratedImageDetector(CheckpointedModule):
             return
         # Not in the steps: a callback that averages weights has other buffers in place during them.
         self.crops.copy_(torch.tensor(self._shape))
-        self.calibration.fit(seen.logit, seen.label)
+        self.calibration.fit(seen.calibrating.logit, seen.calibrating.label)
         self.log("val/temperature", self.calibration.temperature.float(), sync_dist=True)
         self.log("val/threshold", self.calibration.threshold.float(), sync_dist=True)
         if not self.densities.fit(seen.features, seen.label):

@@ -1,6 +1,7 @@
 """Every configuration runs, and so does every verb of the command on the demo."""
 
 import csv
+import itertools
 import os
 import subprocess
 import sys
@@ -287,3 +288,37 @@ def test_the_textbook_configuration_passes_messages_and_equals_the_dense_form(
         results.append((command.model(batch["image"], noise_std=0.1), step["em"].proxy, gradient))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_each_source_is_left_out_and_the_same_command_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generator = np.random.default_rng(0)
+    for name, kind, number in itertools.product("abcd", ("photographic", "generated"), range(12)):
+        path = tmp_path / "data" / name / kind / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise = generator.integers(0, 256, (40, 44, 3), dtype=np.uint8)
+        Image.fromarray(noise // (1 if kind == "generated" else 2)).save(path)
+    words = ["test", "-c", str(PROJECT / "configs" / "detector.yaml"), f"--data.root={tmp_path / 'data'}"]
+    words += ["--data.crop_size=32", "--data.eval_crops=1", "--data.conditions=[history]", "--trainer.max_epochs=1"]
+    words += ["--trainer.check_val_every_n_epoch=1", "--trainer.enable_progress_bar=false"]
+    words += ["--trainer.enable_model_summary=false", "--leave_one_source_out", "true"]
+    main(words)
+    (table,) = Path("logs").rglob("leave_one_source_out.csv")
+    lines = {row["left_out"]: row for row in csv.DictReader(table.open())}
+    assert list(lines) == ["a", "b", "c", "d"]
+    assert all(row["n"] == "2" and row["color_auroc"] == "1.0" for row in lines.values())
+    report = table.parent / "without_b" / "detector_report.csv"
+    assert "Each source left out" in capsys.readouterr().out
+    config = (report.parent / "config.yaml").read_text()
+    assert "test_sources:\n    - b\n" in config
+    assert "val_sources:\n    - c\n" in config
+    times = {path: path.stat().st_mtime_ns for path in table.parent.rglob("detector_report.csv")}
+    report.unlink()
+    main(words)
+    again = {path: path.stat().st_mtime_ns for path in table.parent.rglob("detector_report.csv")}
+    assert {path for path, when in again.items() if times[path] != when} == {report}, (
+        "its fit is there, its test is done"
+    )
+    with pytest.raises(SystemExit, match="has one source, a: there is none to leave out"):
+        main([word.replace(str(tmp_path / "data"), str(tmp_path / "data" / "a")) for word in words])

@@ -22,6 +22,7 @@ class Files(Protocol):
     paths: list[Path]
     names: list[str]
     labels: Tensor  # [N], int64
+    sources: list[str]
 
 
 class DetectorData(Protocol):
@@ -48,11 +49,13 @@ class Evaluation:
         index: Positions in the list of test files, `[N]`, int64.
         probability: Of the second class, `[N]`, float64.
         label: `[N]`, int64.
+        verdict: 0, 1, or −1 for unsure, `[N]`, int64; None where the module gives none.
     """
 
     index: Tensor
     probability: Tensor
     label: Tensor
+    verdict: Tensor | None = None
 
 
 def evaluations(lines: list[Line], conditions: list[str]) -> dict[str, Evaluation]:
@@ -65,6 +68,7 @@ def evaluations(lines: list[Line], conditions: list[str]) -> dict[str, Evaluatio
                 torch.tensor([line["order"][1] for line in found]),
                 torch.tensor([line["probability"] for line in found], dtype=torch.float64),
                 torch.tensor([line["label"] for line in found]),
+                torch.tensor([line["verdict"] for line in found]) if "verdict" in found[0] else None,
             )
     return result
 
@@ -95,6 +99,21 @@ def score(probability: Tensor, label: Tensor, threshold: float = 0.5) -> dict[st
         "accuracy_at_threshold": float(accuracy(probability, label, threshold)),
         "accuracy_best": float(best),
         "best_threshold": float(where.clamp(0, 1)),
+    }
+
+
+def verdict_scores(verdict: Tensor, label: Tensor) -> dict[str, float]:
+    """Scores verdicts: `unsure`, the share of those that are; accuracy of the others, and of all, unsure as wrong.
+
+    Shape:
+        - verdict: `[N]`, int64: 0, 1, or −1 for unsure
+        - label: `[N]`, int64, 0 or 1
+    """
+    right, sure = (verdict == label).double(), verdict >= 0
+    return {
+        "unsure": float((~sure).double().mean()),
+        "accuracy_sure": float(right[sure].mean()),
+        "accuracy_verdict": float(right.mean()),
     }
 
 

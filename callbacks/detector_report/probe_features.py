@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from lightning_modules.networks import PerceptualLoss
 
 _THUMBNAIL = 8  # pixels
+_BINS = 7  # of a histogram of one colour
 _SEMANTIC_SIDES = 256, 224  # pixels: the middle square is reduced to the one and cut to the other, as is the custom
 
 
@@ -34,15 +35,20 @@ def file_format(path: Path) -> tuple[str, tuple[int, int]]:
             return "TIFF", (page.imagewidth, page.imagelength)
 
 
-def file_features(path: Path) -> dict[str, Any]:
-    """Describes a file by its format, its image's size, and its bytes a pixel."""
-    name, (width, height) = file_format(path)
+def file_features(path: Path, image: Tensor) -> dict[str, Any]:
+    """Describes a file by its format and its bytes a pixel, and its image by the size at which it is looked at.
+
+    Shape:
+        - image: `[3, H, W]`
+    """
+    name, (stored_width, stored_height) = file_format(path)
+    height, width = image.shape[1:]
     return {
         "format": name,
         "size": f"{width}×{height}",  # as a name: one fixed size need not be larger or smaller than the others
         "width": math.log2(width),
         "height": math.log2(height),
-        "bytes": math.log2(max(path.stat().st_size, 1) / (width * height)),
+        "bytes": math.log2(max(path.stat().st_size, 1) / (stored_width * stored_height)),
     }
 
 
@@ -56,6 +62,22 @@ def thumbnail_features(image: Tensor) -> NDArray[np.float64]:
     pixels = image[None].double() / 255
     thumbnail = F.interpolate(pixels, (_THUMBNAIL, _THUMBNAIL), mode="area")
     return torch.cat([pixels.mean((0, 2, 3)), thumbnail.flatten()]).numpy()
+
+
+def color_features(image: Tensor) -> NDArray[np.float64]:
+    """Describes an image by its colours: mean, spread and skewness of each, how they go together, and a histogram.
+
+    Shape:
+        - image: `[3, H, W]`, uint8
+        - output: `[34]`
+    """
+    pixels = image.double().flatten(1) / 255
+    mean, spread = pixels.mean(1), pixels.std(1, correction=0)
+    standard = (pixels - mean[:, None]) / spread.clamp_min(1e-6)[:, None]
+    together = (standard @ standard.T / pixels.shape[1])[torch.triu_indices(3, 3, 1).unbind()]
+    saturation = (pixels.amax(0) - pixels.amin(0)).mean()[None]
+    histogram = torch.stack([torch.histc(channel, _BINS, 0, 1) for channel in pixels]) / pixels.shape[1]
+    return torch.cat([mean, spread, standard.pow(3).mean(1), together, saturation, histogram.flatten()]).numpy()
 
 
 def semantic_features(weights: str) -> Callable[[Tensor], NDArray[np.float64]]:

@@ -1,22 +1,31 @@
 """Report of a detector's test: scores by condition, size and format, beside those of shortcut probes."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich import get_console
 from torch import Tensor
 
 from callbacks._display import run_directory, tensorboard_loggers
 from callbacks._predictions import decision_threshold, prediction_lines, two_classes
 from callbacks._tables import Line, gather, write_table
-from callbacks.detector_report.evaluation import DetectorData, Evaluation, evaluations, score, slices, top_losses
+from callbacks.detector_report.evaluation import (
+    DetectorData,
+    Evaluation,
+    evaluations,
+    score,
+    slices,
+    top_losses,
+    verdict_scores,
+)
 from callbacks.detector_report.figures import beside_residual, reliability_figure, roc_figure, tile
 from callbacks.detector_report.probe_features import file_format, semantic_features
-from callbacks.detector_report.shortcut_probes import PROBES, ShortcutProbes
+from callbacks.detector_report.shortcut_probes import PROBES, ShortcutProbes, shortcuts_of_sources
 from callbacks.detector_report.tables import markdown, remarks, report_table
 from callbacks.em_dashboard import render
 from lightning_modules.detection.scores import accuracy
@@ -28,18 +37,24 @@ LOSSES_NAME = "top_losses"
 _NUM_TOP_LOSSES = 16
 _LONGEST_NAME = 50  # letters of up to four bytes; file systems take 255 bytes
 _LARGEST_SIDE = 512  # pixels of an image that are shown, from its middle
+_NO_VERDICTS = dict.fromkeys(("unsure", "accuracy_sure", "accuracy_verdict"), math.nan)
 
 
 class DetectorReport(Callback):
     """Writes an honest account of `test`: `detector_report.csv`, `top_losses/`, a table on the screen, TensorBoard.
 
     The CSV has a line for each condition of the test and each part of the images: all, by shorter side, by file format.
-    Beside the detector's scores are those of three *shortcut probes*, linear classifiers trained on the training
-    images, which look at nothing that a detector should look at: at format and size of the file (`file`); at mean
-    colour and a thumbnail of 8×8 pixels (`thumbnail`); and at what an ImageNet network recognises (`semantic`). Where a
-    probe comes near the detector on the same images (`accuracy_beside_probes`), the data cannot show whether the
-    detector has learned more than it. `mirrored` counts the images that are smaller than a crop and were continued by
-    their mirror image, `mirrored_positive` those of them that are generated: a seam that can give a class away.
+    Beside the detector's scores are those of four *shortcut probes*, linear classifiers trained on the same training
+    images, which look at nothing that a detector should look at: at format and size of the file (`file`); at a
+    thumbnail of 8×8 pixels (`thumbnail`); at the statistics of the colours (`color`); and at what an ImageNet network
+    recognises (`semantic`). `file_wrong_accuracy` is the detector's accuracy on the images that the probe of the file
+    mistakes, and so on. Where a probe comes near the detector on the same images (`accuracy_beside_probes`), the data
+    cannot show whether the detector has learned more than it. `mirrored` counts the images that are smaller than a crop
+    and were continued by their mirror image, `mirrored_positive` those of them that are generated: a seam that can give
+    a class away. `unsure` is the share of such verdicts, `accuracy_sure` the accuracy of the others, and
+    `accuracy_verdict` that of all, where unsure counts as wrong.
+
+    Before a fit the probes are fitted to each training source, and what they tell apart is named with its remedy.
 
     It takes what `test_step` returns, `{"probability", "label", "index", "weight": [B], "name": list[str]}`, one
     loader for each of the DataModule's `conditions`, and the DataModule's `files`, `read` and `mirrors`. Pictures show
@@ -66,6 +81,13 @@ class DetectorReport(Callback):
         self._probes: ShortcutProbes | None = None
         self._lines: list[Line] = []
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Names the sources whose classes differ in more than a generator's traces, before hours are spent on them."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if trainer.is_global_zero and hasattr(data, "files") and hasattr(data, "read"):
+            for remark in shortcuts_of_sources(data, self.probe_images, self._semantic()):
+                rank_zero_warn(remark)
+
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds the directory, on every rank, checks that the data can be reported on, and trains the probes."""
         self._directory = Path(run_directory(trainer) or trainer.default_root_dir)
@@ -80,8 +102,10 @@ class DetectorReport(Callback):
         # now: weights or a training image that cannot be read must not be found out after an hour of testing
         if trainer.is_global_zero:
             rank_zero_info("training the shortcut probes, to which the detector is compared")
-            semantic = None if self.semantic_weights is None else semantic_features(self.semantic_weights)
-            self._probes = ShortcutProbes(data, self.probe_images, semantic)
+            self._probes = ShortcutProbes(data, self.probe_images, self._semantic())
+
+    def _semantic(self) -> Callable[[Tensor], Any] | None:
+        return None if self.semantic_weights is None else semantic_features(self.semantic_weights)
 
     def on_test_batch_end(
         self,
@@ -179,6 +203,7 @@ def report_lines(
         for name, part in slices(sizes, formats).items():
             line: Line = {"condition": condition, "slice": name}
             line |= score(one.probability[part], one.label[part], threshold)
+            line |= _NO_VERDICTS if one.verdict is None else verdict_scores(one.verdict[part], one.label[part])
             line |= {"mirrored": int(mirrored[part].sum()), "mirrored_positive": int(one.label[part & mirrored].sum())}
             line |= _beside(one, by_probe[condition], part)
             lines.append({column: _entry(value) for column, value in line.items()})
@@ -189,11 +214,13 @@ def _beside(evaluation: Evaluation, by_probe: dict[str, Tensor], part: Tensor) -
     """Returns the probes' scores on a part of the images, and the detector's accuracy on the same images."""
     line: Line = {"accuracy_beside_probes": math.nan}
     for name in PROBES:
-        line |= {f"{name}_{column}": math.nan for column in ("n", "accuracy", "auroc")}
+        line |= {f"{name}_{column}": math.nan for column in ("n", "accuracy", "auroc", "wrong_accuracy")}
     for name, probability in by_probe.items():
         tested = part & probability.isfinite()  # the same for each of them
         scores = score(probability[tested], evaluation.label[tested])
         line |= {f"{name}_{column}": scores[column] for column in ("n", "accuracy", "auroc")}
+        wrong = tested & ((probability > 0.5) != (evaluation.label == 1))
+        line[f"{name}_wrong_accuracy"] = float(accuracy(evaluation.probability[wrong], evaluation.label[wrong]))
         line["accuracy_beside_probes"] = float(accuracy(evaluation.probability[tested], evaluation.label[tested]))
     return line
 

@@ -15,10 +15,10 @@ _WIDTH = 80  # letters
 _COLUMNS = {
     "n": "images",
     "accuracy": "accuracy",
-    "accuracy_at_threshold": "own",
+    "accuracy_sure": "sure",
+    "unsure": "unsure",
     "auroc": "AUROC",
-    "ece": "ECE",
-    **{f"{name}_accuracy": name for name in PROBES},
+    **{f"{name}_accuracy": {"thumbnail": "thumb", "semantic": "scene"}.get(name, name) for name in PROBES},
 }
 
 
@@ -26,8 +26,8 @@ def report_table(lines: list[Line]) -> Table:
     """Builds the table for the screen: every condition, then the parts of the first."""
     table = Table(
         title="What the detector is worth",
-        caption="accuracy above one half, and above the detector's own threshold; then the accuracy that probes of "
-        "nothing but file, thumbnail or content reach. More is in the CSV.",
+        caption="accuracy above one half, and of verdicts that are sure; then that of probes of nothing but file, "
+        "thumbnail, color or what is shown. More is in the CSV.",
         caption_justify="left",
         box=SIMPLE_HEAD,
         padding=0,  # on a screen of 80 letters nothing is cut off

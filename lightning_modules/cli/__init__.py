@@ -1,4 +1,4 @@
-"""The command `lightning-em`: `fit`, `validate`, `test` and `predict` by Lightning, `restore` without it."""
+"""The command `lightning-em`: `fit`, `validate`, `test` and `predict` by Lightning; `restore` and `detect`."""
 
 import os
 import sys
@@ -22,10 +22,13 @@ def main(args: list[str] | None = None) -> None:
 
         print(package_version())
     elif words[:1] == ["restore"]:
-        from lightning_modules.cli.restore import run
+        from lightning_modules.cli.restore import run as restore
 
-        if code := run(words[1:]):
-            raise SystemExit(code)
+        _exit(restore(words[1:]))
+    elif words[:1] == ["detect"]:
+        from lightning_modules.cli.detect import run as detect
+
+        _exit(detect(words[1:]))
     else:
         if os.environ.get("LOCAL_RANK", "0") != "0":  # before Lightning is loaded, which takes seconds
             from lightning_modules.cli.processes import end_with_parent
@@ -34,6 +37,11 @@ def main(args: list[str] | None = None) -> None:
         from lightning_modules.cli.training import build
 
         build(args, run=True)
+
+
+def _exit(code: int) -> None:
+    if code:
+        raise SystemExit(code)
 
 
 def __getattr__(name: str) -> Any:

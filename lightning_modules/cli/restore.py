@@ -5,8 +5,7 @@ import csv
 import errno
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
 from io import StringIO
@@ -15,8 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lightning_modules.cli.walk import error_console, real_path, reason_of, show_progress
 from lightning_modules.imaging import check_noise_std, find_images, restored_name, write_whole
 from lightning_modules.restoration import NOISES, NOISES_IN_WORDS, load_operator, restore_file
 
@@ -86,7 +85,7 @@ class Table:
         """What it calls a source."""
         if self.path is None:
             return str(source)
-        return Path(os.path.relpath(_real(source), _real(self.path.parent))).as_posix()
+        return Path(os.path.relpath(real_path(source), real_path(self.path.parent))).as_posix()
 
     def holds(self, job: Job) -> bool:
         """Whether a job is done, of which the target is there.
@@ -148,7 +147,7 @@ def run(words: list[str]) -> int:
         The exit code: 0 where everything is done, 1 where something is not, 130 where the user has stopped it.
     """
     options = _parser().parse_args(words)
-    console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False, emoji=False)
+    console = error_console()
     output = None if options.output is None else Path(options.output).expanduser()
     outcome = Outcome()
     try:
@@ -164,11 +163,11 @@ def run(words: list[str]) -> int:
         if jobs:
             operator(3)  # a model that cannot be read is one error, not one for each file
     except (OSError, ValueError) as error:
-        console.print(f"lightning-em restore: {_reason(error)}")
+        console.print(f"lightning-em restore: {reason_of(error)}")
         return 1
     try:
         # Libraries warn of damaged metadata without a name; what we have to say is in the table.
-        with _progress(console, len(jobs)) as show, warnings.catch_warnings(action="ignore"):
+        with show_progress(console, len(jobs)) as show, warnings.catch_warnings(action="ignore"):
             for place, job in enumerate(jobs):
                 show(place, job.name)
                 progress = partial(_inside, show, place, job.name)
@@ -201,7 +200,7 @@ class Outcome:
 
     def fail(self, name: str, error: Exception) -> None:
         """Counts a failure."""
-        self.failures.append((name, _reason(error)))
+        self.failures.append((name, reason_of(error)))
         self.is_disk_full |= isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
     def report(self, console: Console, count: int) -> None:
@@ -288,7 +287,7 @@ def _jobs(paths: list[str], output: Path | None, outcome: Outcome) -> tuple[list
     inputs = [path for path in inputs if path.exists()]
     is_file = len(paths) == 1 and not any(path.is_dir() for path in inputs)
     if is_file and output is not None and output.suffix and not output.is_dir():
-        if any(_real(output) == _real(path) for path in inputs):
+        if any(real_path(output) == real_path(path) for path in inputs):
             raise ValueError(f"the result would replace the photograph {output}: name another file with -o")
         return [Job(path.name, path, output, is_named=True) for path in inputs], None
     jobs: list[Job] = []
@@ -297,12 +296,12 @@ def _jobs(paths: list[str], output: Path | None, outcome: Outcome) -> tuple[list
         if path.is_dir():
             if output is None:
                 raise ValueError(f"{path} is a folder: name one for the results with -o")
-            if _real(output) == _real(path):
+            if real_path(output) == real_path(path):
                 raise ValueError(f"the results would replace the photographs in {path}: name another folder with -o")
-            is_below = _real(path).is_relative_to(_real(output))
+            is_below = real_path(path).is_relative_to(real_path(output))
             for source in find_images(path):
                 # Left out are the results of the run before.
-                if is_below or not _real(source).is_relative_to(_real(output)):
+                if is_below or not real_path(source).is_relative_to(real_path(output)):
                     name = source.relative_to(path).as_posix()
                     target = output / _untaken(restored_name(name), taken)
                     jobs.append(Job(name if len(inputs) == 1 else str(source), source, target))
@@ -310,30 +309,13 @@ def _jobs(paths: list[str], output: Path | None, outcome: Outcome) -> tuple[list
             jobs.append(Job(str(path), path, path.with_name(restored_name(path.name, ".restored"))))
         else:
             jobs.append(Job(str(path), path, output / _untaken(restored_name(path.name), taken)))
-    sources = {_real(job.source) for job in jobs}
-    targets = {_real(job.target) for job in jobs}
+    sources = {real_path(job.source) for job in jobs}
+    targets = {real_path(job.target) for job in jobs}
     if output is None:  # `*.jpg` names results, the second time
-        return [job for job in jobs if _real(job.source) not in targets], None
+        return [job for job in jobs if real_path(job.source) not in targets], None
     if replaced := sorted(sources & targets):
         raise ValueError(f"the results would replace the photograph {replaced[0]}: name another folder with -o")
     return jobs, output
-
-
-def _real(path: Path) -> Path:
-    """The path without links; `Path.resolve` raises at a link to itself."""
-    return Path(os.path.realpath(path))
-
-
-@contextmanager
-def _progress(console: Console, total: int) -> Iterator[Callable[[float, str], None]]:
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}", markup=False))
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=total)
-
-        def show(done: float, name: str) -> None:
-            progress.update(task, completed=done, description=name)
-
-        yield show
 
 
 def _inside(show: Callable[[float, str], None], place: int, name: str, part: float) -> None:
@@ -348,11 +330,3 @@ def _untaken(name: str, taken: set[str]) -> str:
         name = path.with_name(f"{path.stem}~{number}{path.suffix}").as_posix()
     taken.add(name.casefold())
     return name
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.strerror}: {os.fspath(error.filename)}"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__

@@ -50,7 +50,10 @@ from lightning_modules.checkpoints.module import (
     checkpoint_paths,
 )
 from lightning_modules.checkpoints.trust import building_from, check_entries, differences, names_in
+from lightning_modules.cli.folds import leave_one_source_out
 
+# The mode of `test` that leaves each source out in turn.
+_FOLDS = "--leave_one_source_out"
 # Seconds that a rank which is to end has for what remains.
 _PATIENCE = 10.0
 
@@ -89,6 +92,19 @@ class EMCommand(LightningCLI):
     written whole; a run that is resumed goes on in its folder; and `fit` ends by saying what to run next.
     """
 
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Give `test` its mode for data of several sources."""
+        parser: LightningArgumentParser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "test":
+            parser.add_argument(
+                _FOLDS,
+                type=bool,
+                default=False,
+                help="fit and test once for each source, which is left out of the fit, and write the table of all; the "
+                "same command goes on where it was stopped",
+            )
+        return parser
+
     def before_instantiate_classes(self) -> None:
         """Give the table one row for each class of the data, unless the configuration names the rows itself; and let
         `--trainer.enable_progress_bar=false` win over the bar that the configuration lists.
@@ -124,6 +140,14 @@ class EMCommand(LightningCLI):
             and type(strategy.checkpoint_io) is TorchCheckpointIO
         ):
             strategy.checkpoint_io = AtomicCheckpointIO()
+
+    def test(self, model: L.LightningModule, **options: Any) -> None:
+        """Test, or leave each source out in turn."""
+        if self.config["test"][_FOLDS.strip("-")]:
+            words = _without(_FOLDS, [word for word in self._arguments if word != "test"])
+            leave_one_source_out(words, self.trainer, self.datamodule)
+        else:
+            self.trainer.test(model, **options)
 
     def after_fit(self) -> None:
         """Say what to run next: what evaluates the best state, and what goes on from the newest."""

@@ -6,10 +6,13 @@ from lightning_modules.detection.class_densities import ClassDensities
 from lightning_modules.detection.inputs import DetectorInput, DetectorInputs, NeighborDifferences, RawPixels
 from lightning_modules.detection.prediction_buffer import BufferedPredictions, PredictionBuffer
 from lightning_modules.detection.restoration_residual import RestorationResidual
-from lightning_modules.detection.scores import cross_fit, evaluate, scores
+from lightning_modules.detection.scores import cross_fit, evaluate, probability_scores, scores
+from lightning_modules.detection.verdicts import CHANGES, UNSURE, changed_views, decide
 from lightning_modules.imaging import fixed_crops, to_pixels
 
 __all__ = [
+    "CHANGES",
+    "UNSURE",
     "BufferedPredictions",
     "Calibration",
     "ClassDensities",
@@ -19,9 +22,12 @@ __all__ = [
     "PredictionBuffer",
     "RawPixels",
     "RestorationResidual",
+    "changed_views",
     "cross_fit",
+    "decide",
     "evaluate",
     "fixed_crops",
+    "probability_scores",
     "scores",
     "to_pixels",
 ]

@@ -1,13 +1,18 @@
 """Calibration of logits: temperature and decision threshold."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torchmetrics.functional.classification import binary_auroc
 
 from lightning_modules.em._float64 import Float64Buffers
 
 # Beyond these a temperature means no more than "certain" or "no idea".
 _COLDEST, _HOTTEST = 1e-3, 1e3
 _HALVINGS = 80
+# Area under the ROC curve below which a detector is as good as a coin.
+_CHANCE = 0.6
 
 
 class Calibration(Float64Buffers):
@@ -24,11 +29,14 @@ class Calibration(Float64Buffers):
     # T and the threshold in logits before scaling, float64 []: equal on every process, part of the checkpoint.
     temperature: Tensor
     boundary: Tensor
+    # Area under the ROC curve of the images that it was fitted to, float64 []; NaN before a fit.
+    auroc: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("temperature", torch.ones((), dtype=torch.float64))
         self.register_buffer("boundary", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("auroc", torch.full((), torch.nan, dtype=torch.float64))
 
     def forward(self, logit: Tensor) -> Tensor:
         """Calibrated probability of each logit, in float32 at least.
@@ -46,9 +54,19 @@ class Calibration(Float64Buffers):
         return bool((self.temperature != 1) | (self.boundary != 0))
 
     @property
+    def at_chance(self) -> bool:
+        """Whether it was fitted to images that the logits hardly tell apart."""
+        return bool(self.auroc < _CHANCE)
+
+    @property
     def threshold(self) -> Tensor:
         """Probability above which predicting "generated" was most accurate where this was fitted."""
         return torch.sigmoid(self.boundary / self.temperature)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # checkpoints of the version before have none
+        state_dict.setdefault(f"{prefix}auroc", torch.full_like(self.auroc, torch.nan))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.no_grad()
     def fit(self, logit: Tensor, label: Tensor) -> None:
@@ -60,6 +78,8 @@ class Calibration(Float64Buffers):
         """
         self.temperature.copy_(fit_temperature(logit, label))
         self.boundary.copy_(best_threshold(logit, label)[1])
+        # scaled, so that no two of them become equal as probabilities
+        self.auroc.copy_(binary_auroc(torch.sigmoid(logit.double() / logit.abs().max().clamp_min(1)), label))
 
 
 def fit_temperature(logit: Tensor, label: Tensor) -> Tensor:

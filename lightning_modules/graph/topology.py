@@ -128,7 +128,7 @@ def _pyg_neighbors(sources: Tensor, targets: Tensor, count: int) -> Tensor:
 
     target, source = knn(sources, targets, count)
     distance = (sources[source] - targets[target]).square().sum(1).view(len(targets), count)
-    return source.view(len(targets), count).gather(1, distance.argsort(1, stable=True))
+    return source.view(len(targets), count).gather(1, distance.argsort(dim=1, stable=True))
 
 
 def _tree_neighbors(sources: Tensor, targets: Tensor, count: int) -> Tensor:

@@ -19,6 +19,7 @@ from lightning_modules.imaging.decoding import (
     to_picture,
     to_pixels,
 )
+from lightning_modules.imaging.degradation import RESAMPLINGS, Degradation, Encoding, History, degrade, relive
 from lightning_modules.imaging.discovery import find_images
 from lightning_modules.imaging.encoding import (
     check_quality,
@@ -33,7 +34,11 @@ from lightning_modules.imaging.encoding import (
 from lightning_modules.imaging.picture import Picture, color_channels, from_array
 
 __all__ = [
+    "RESAMPLINGS",
     "SPLIT_STREAMS",
+    "Degradation",
+    "Encoding",
+    "History",
     "ImageBatch",
     "Picture",
     "as_batch",
@@ -45,6 +50,7 @@ __all__ = [
     "corner",
     "cut_crop",
     "decode_image",
+    "degrade",
     "draw",
     "find_images",
     "find_white",
@@ -60,6 +66,7 @@ __all__ = [
     "png_name",
     "read_image",
     "read_picture",
+    "relive",
     "restored_name",
     "seeded_normal",
     "seeded_uniform",

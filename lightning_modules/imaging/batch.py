@@ -51,6 +51,7 @@ class ImageBatch(TypedDict, total=False):
         - clean: whether the images of a batch to predict are clean, so that the module's noise is added first; False,
           as where it is left out, for images that are restored as they are. Only prediction reads it.
         - condition: the degradation of all images of the batch, such as `jpeg 75`.
+        - unseen: `[B]`, bool, whether an image is of a source that is not trained on; of a detector's labelled data.
         - augment: private to `ImageDataModule`.
     """
 
@@ -64,6 +65,7 @@ class ImageBatch(TypedDict, total=False):
     noise_std: Tensor
     clean: bool
     condition: str
+    unseen: Tensor
     augment: bool
 
 

@@ -1,9 +1,12 @@
 """Convolutional autoencoder: the image rebuilt from a small code."""
 
 from itertools import pairwise
+from typing import Literal, get_args
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+Upsampling = Literal["nearest", "bilinear", "transposed", "pixel_shuffle"]
 
 
 class ConvAutoencoder(nn.Module):
@@ -17,6 +20,8 @@ class ConvAutoencoder(nn.Module):
         width: Channels of the first hidden layer; doubled at each downsampling.
         latent_channels: Channels of the code.
         downsamplings: How many times the resolution is halved, at least 1.
+        upsampling: How the decoder doubles it again: `nearest` and `bilinear` resize and convolve; `transposed` and
+            `pixel_shuffle` fill in, and leave a grid in the image, by which a detector knows them.
 
     Example:
         >>> import torch
@@ -25,13 +30,20 @@ class ConvAutoencoder(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int = 3, width: int = 32, latent_channels: int = 32, downsamplings: int = 2
+        self,
+        in_channels: int = 3,
+        width: int = 32,
+        latent_channels: int = 32,
+        downsamplings: int = 2,
+        upsampling: Upsampling = "nearest",
     ) -> None:
         super().__init__()
         sizes = {"in_channels": in_channels, "width": width, "latent_channels": latent_channels}
         for name, value in (sizes | {"downsamplings": downsamplings}).items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
+        if upsampling not in get_args(Upsampling):
+            raise ValueError(f"upsampling must be one of {', '.join(get_args(Upsampling))}, got {upsampling!r}.")
         self.in_channels = in_channels
         self.stride = 2**downsamplings
         widths = [width * 2**level for level in range(downsamplings + 1)]
@@ -41,8 +53,7 @@ class ConvAutoencoder(nn.Module):
         for narrow, wide in levels:
             encoder += [nn.Conv2d(narrow, wide, 3, stride=2, padding=1), nn.ReLU()]
         for narrow, wide in reversed(levels):
-            # resize and convolve: a transposed convolution covers its pixels unevenly, which shows as a checkerboard
-            decoder += [nn.Upsample(scale_factor=2), nn.Conv2d(wide, narrow, 3, padding=1), nn.ReLU()]
+            decoder += [*_doubling(wide, narrow, upsampling), nn.ReLU()]
         encoder.append(nn.Conv2d(widths[-1], latent_channels, 3, padding=1))
         output = nn.Conv2d(width, in_channels, 3, padding=1)
         nn.init.constant_(output.bias, 0.5)  # type: ignore[arg-type]  # the middle of the image's range
@@ -66,6 +77,15 @@ class ConvAutoencoder(nn.Module):
         padded = F.pad(image, (0, -width % self.stride, 0, -height % self.stride), mode="replicate")
         return self.encoder(padded)
 
+    def decode(self, code: Tensor) -> Tensor:
+        """Computes a batch of images from their codes.
+
+        Shape:
+            - code: `[B, latent_channels, H, W]`
+            - output: `[B, C, H * 2**downsamplings, W * 2**downsamplings]`
+        """
+        return self.decoder(code)
+
     def forward(self, noisy: Tensor) -> Tensor:
         """Rebuilds a batch of images from their codes.
 
@@ -73,4 +93,13 @@ class ConvAutoencoder(nn.Module):
             - noisy: `[B, C, H, W]`, in [0, 1] but for the noise
             - output: `[B, C, H, W]`
         """
-        return self.decoder(self.encode(noisy))[..., : noisy.shape[-2], : noisy.shape[-1]]
+        return self.decode(self.encode(noisy))[..., : noisy.shape[-2], : noisy.shape[-1]]
+
+
+def _doubling(in_channels: int, out_channels: int, upsampling: Upsampling) -> list[nn.Module]:
+    """Layers that double the resolution."""
+    if upsampling == "transposed":  # covers its pixels unevenly, which shows as a checkerboard
+        return [nn.ConvTranspose2d(in_channels, out_channels, 3, 2, 1, output_padding=1)]
+    if upsampling == "pixel_shuffle":
+        return [nn.Conv2d(in_channels, 4 * out_channels, 3, padding=1), nn.PixelShuffle(2)]
+    return [nn.Upsample(scale_factor=2, mode=upsampling), nn.Conv2d(in_channels, out_channels, 3, padding=1)]

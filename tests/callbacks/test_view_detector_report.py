@@ -28,10 +28,12 @@ from callbacks.detector_report.probe_features import (
     stratified_subset,
     thumbnail_features,
 )
+from callbacks.detector_report.shortcut_probes import shortcuts_of_sources
 from callbacks.detector_report.tables import report_table
 from lightning_modules import RestorationResidual
 from lightning_modules.detection.calibration import best_threshold
 from lightning_modules.detection.scores import accuracy
+from lightning_modules.imaging import read_image
 
 CONDITIONS = ["clean", "jpeg 50", "rescale 0.5"]
 
@@ -115,7 +117,7 @@ class TestShortcutProbes:
         for i, label in enumerate(self.labelled().tolist()):
             size = (64, 64) if label else ((49 + i, 64) if i % 4 else (64, 91 - i))
             paint(tmp_path / f"{i}.png", 0, size)
-            features.append(file_features(tmp_path / f"{i}.png"))
+            features.append(file_features(tmp_path / f"{i}.png", read_image(tmp_path / f"{i}.png")))
         probability = predict_linear(fit_linear(features, self.labelled()), features)
         assert accuracy(probability, self.labelled()) == 1
 
@@ -124,7 +126,7 @@ class TestShortcutProbes:
         for i, label in enumerate(self.labelled(20).tolist()):
             path = tmp_path / f"{i}.{'jpg' if label else 'png'}"
             paint(path, 0, (40, 40), i)
-            features.append(file_features(path))
+            features.append(file_features(path, read_image(path)))
         assert {feature["format"] for feature in features} == {"JPEG", "PNG"}
         model = fit_linear(features[:10], self.labelled(10))
         assert accuracy(predict_linear(model, features[10:]), self.labelled(10)) == 1
@@ -176,8 +178,10 @@ def root(tmp_path: Path) -> Path:
         paint(tmp_path / "data" / "train" / "generated" / f"{i}.png", 200 + i, seed=20 + i)
     for i in range(5):
         red = 230 if i == 3 else 30
-        paint(tmp_path / "data" / "val" / "photographic" / f"{i}.{'png' if i else 'jpg'}", red, (70 * (i % 2) + 20, 30))
-        paint(tmp_path / "data" / "val" / "generated" / f"ü {i}.png", 20 if i == 1 else 220, seed=40 + i)
+        paint(
+            tmp_path / "data" / "test" / "photographic" / f"{i}.{'png' if i else 'jpg'}", red, (70 * (i % 2) + 20, 30)
+        )
+        paint(tmp_path / "data" / "test" / "generated" / f"ü {i}.png", 20 if i == 1 else 220, seed=40 + i)
     return tmp_path / "data"
 
 
@@ -215,7 +219,7 @@ class TestReport:
         folder = tmp_path / "top_losses"
         with (folder / "top_losses.csv").open(newline="", encoding="utf-8") as file:
             lines = list(csv.DictReader(file))
-        assert [line["path"] for line in lines] == ["val/generated/ü 1.png", "val/photographic/3.png"]
+        assert [line["path"] for line in lines] == ["test/generated/ü 1.png", "test/photographic/3.png"]
         assert [line["label"] for line in lines] == ["generated", "photographic"]
         picture = np.asarray(Image.open(folder / lines[0]["picture"]))
         source = np.asarray(Image.open(root / lines[0]["path"]))
@@ -232,7 +236,7 @@ class TestReport:
             def residual(self, images: torch.Tensor) -> torch.Tensor:
                 return RestorationResidual().featurize(images)
 
-        paint(root / "val" / "photographic" / "dot.png", 250, (1, 1))
+        paint(root / "test" / "photographic" / "dot.png", 250, (1, 1))
         trainer(tmp_path, DetectorReport()).test(Particular(), module(root, conditions=["clean"]), verbose=False)
         sizes = {path.stem[3:]: Image.open(path).size for path in (tmp_path / "top_losses").glob("*.png")}
         assert sizes == {"dot": (1, 1), "3": (60, 90), "ü 1": (40, 24)}
@@ -246,13 +250,13 @@ class TestReport:
         assert sorted(events.Tags()["images"]) == ["test/calibration", "test/roc", "test/top_losses"]
         (event,) = events.Tensors("test/report/text_summary")
         text = event.tensor_proto.string_val[0].decode()
-        assert re.search(r"clean +10 +0\.800 +0\.800 ", text)
+        assert re.search(r"clean +10 +0\.800 ", text)
         assert "thumbnail by itself reaches an accuracy of 0.800" in text
-        assert "1. `val/generated/ü 1.png`: generated, said 0.078" in text
+        assert "1. `test/generated/ü 1.png`: generated, said 0.078" in text
         assert (Path(logger.log_dir) / "detector_report.csv").is_file()
 
     def test_without_training_images_probes_are_not_run(self, root: Path, tmp_path: Path, capsys: Any) -> None:
-        (root / "train").rename(root / "aside")
+        (root / "train").rename(root.parent / "aside")
         trainer(tmp_path, DetectorReport()).test(Stub(), module(root, conditions=["clean"]), verbose=False)
         assert float(table(tmp_path)[0]["accuracy"]) == pytest.approx(0.8)
         assert table(tmp_path)[0]["thumbnail_accuracy"] == ""
@@ -306,15 +310,40 @@ class TestReport:
         assert (line["file_accuracy"], line["thumbnail_n"]) == ("", "10")
         assert "the shortcut probe file was not run: it looks at the files as they are" in capsys.readouterr().out
 
+    def test_verdicts_and_where_a_probe_errs(self, root: Path, tmp_path: Path) -> None:
+        class Sure(Stub):
+            def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+                output = self.predict(batch)
+                verdict = (output["probability"] > 0.5).long().where((output["probability"] - 0.5).abs() < 0.39, -1)
+                return output | {"verdict": verdict}
+
+        trainer(tmp_path, DetectorReport()).test(Sure(), module(root, conditions=["clean"]), verbose=False)
+        line = table(tmp_path)[0]
+        assert (line["unsure"], line["accuracy_sure"], line["accuracy_verdict"]) == ("0.2", "1.0", "0.8"), (
+            "the mistakes are unsure"
+        )
+        # the thumbnail errs where the detector does: it is of no use there
+        assert line["thumbnail_wrong_accuracy"] == "0.0"
+
+    def test_shortcuts_are_named_before_a_fit(self, root: Path, tmp_path: Path) -> None:
+        for i in range(8):
+            for label, kind in enumerate(("photographic", "generated")):
+                paint(tmp_path / "two" / "fair" / "train" / kind / f"{i}.png", 50, seed=100 + 2 * i + label)
+        (root).rename(tmp_path / "two" / "red")
+        (message,) = shortcuts_of_sources(module(tmp_path / "two"), 100, None)
+        assert message.startswith("red: its classes can be told apart without a trace of a generator (")
+        assert "color 1.00" in message
+        assert "twins" in message
+
     def test_without_mistakes_there_are_no_pictures(self, root: Path, tmp_path: Path) -> None:
         for wrong in ("photographic/3.png", "generated/ü 1.png"):
-            (root / "val" / wrong).unlink()
+            (root / "test" / wrong).unlink()
         trainer(tmp_path, DetectorReport()).test(Stub(), module(root, conditions=["clean"]), verbose=False)
         assert not list((tmp_path / "top_losses").glob("*.png"))
         assert float(table(tmp_path)[0]["accuracy"]) == 1
 
     def test_two_processes_report_what_one_reports(self, root: Path, tmp_path: Path) -> None:
-        (root / "val" / "generated" / "ü 4.png").unlink()  # nine images: one is repeated
+        (root / "test" / "generated" / "ü 4.png").unlink()  # nine images: one is repeated
         data = module(root, conditions=CONDITIONS)
         trainer(tmp_path / "one", DetectorReport()).test(Stub(), data, verbose=False)
         two_processes(tmp_path / "two", DetectorReport()).test(
@@ -356,7 +385,8 @@ def test_nothing_is_cut_off_on_a_narrow_screen() -> None:
         "auroc": 1.0,
         "ece": 0.04,
     }
-    scores |= {f"{name}_accuracy": 0.5 for name in ("file", "thumbnail", "semantic")}
+    scores |= {f"{name}_accuracy": 0.5 for name in ("file", "thumbnail", "color", "semantic")}
+    scores |= {"accuracy_sure": 0.99, "unsure": 0.125}
     scores |= {"mirrored": 0, "mirrored_positive": 0, "accuracy_beside_probes": 0.975}
     lines = [{"condition": name, "slice": "all", **scores} for name in names[0]]
     lines += [{"condition": "clean", "slice": name, **scores} for name in names[1]]

@@ -7,6 +7,7 @@ import struct
 import warnings
 import zlib
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,18 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from datamodules import GeneratedImagesDataModule
-from datamodules._degradation import Degradation, degrade
-from datamodules._detector_crops import FixedCrops, RandomCrop, RandomDegradation
+from datamodules._detector_crops import FixedCrops, HistoryCrops, RandomCrop, RandomHistory
 from datamodules._sampler import FixedBatches
-from lightning_modules.imaging import mirror, read_image
+from lightning_modules.imaging import (
+    Degradation,
+    Encoding,
+    History,
+    corner,
+    degrade,
+    mirror,
+    read_image,
+    relive,
+)
 
 CLASSES = ("photographic", "generated")
 
@@ -124,33 +133,57 @@ class TestDegradation:
 
 
 class TestCrops:
-    NEVER = RandomDegradation(0, (1, 1), 0, (0, 0), 0, (50, 95))
-    ALWAYS = RandomDegradation(1, (0.5, 0.9), 1, (0.5, 1), 1, (60, 90))
+    SOME = RandomHistory((0.5, 1.0), 0.1, (0.3, 1.5), (50, 52))
 
     def test_random_crops_reach_every_place_alike(self):
-        places = torch.arange(12).view(1, 3, 4).expand(3, -1, -1).to(torch.uint8)  # 2 · 3 places for a crop of 2
-        view = RandomCrop(2, self.NEVER)
-        count = Counter(int(view(places, key)[0, 0, 0, 0]) for key in range(3000))
-        assert sorted(count) == [0, 1, 2, 4, 5, 6]
+        places = [self.SOME.draw(key)[1] for key in range(3000)]
+        count = Counter((int(2 * down), int(3 * right)) for down, right in places)
+        assert sorted(count) == [(down, right) for down in range(2) for right in range(3)]
         assert min(count.values()) > 400  # 500 expected
+        image = torch.arange(12).view(1, 3, 4).expand(3, -1, -1).to(torch.uint8)
+        assert int(relive(image, History(), 2, (0.99, 0.99))[0, 0, 0]) == 6
+        assert int(relive(image, History(), 2, (0.0, 0.5))[0, 0, 0]) == 1
 
     def test_a_random_crop_is_a_function_of_its_key(self):
         image = torch.from_numpy(noise(60, 70).copy()).permute(2, 0, 1)
-        view = RandomCrop(16, self.ALWAYS)
+        view = RandomCrop(16, self.SOME)
         assert torch.equal(view(image, 7), view(image, 7))
         assert len({view(image, key).numpy().tobytes() for key in range(20)}) == 20
 
-    def test_strengths_and_probabilities(self):
-        some = RandomDegradation(0.3, (0.5, 1.0), 0.1, (0.3, 1.5), 0.5, (50, 52))
-        generator = np.random.default_rng(0)
-        drawn = [some.draw(generator.random(6).tolist()) for _ in range(4000)]
-        assert np.mean([d.rescale < 1 for d in drawn]) == pytest.approx(0.3, abs=0.03)
+    def test_histories_are_drawn_as_they_are_described(self):
+        drawn = [self.SOME.draw(key)[0] for key in range(4000)]
+        assert [np.quantile([d.rescale for d in drawn], q) for q in (0, 0.5, 1)] == pytest.approx(
+            [0.5, 0.75, 1], abs=0.02
+        )
         assert np.mean([d.blur > 0 for d in drawn]) == pytest.approx(0.1, abs=0.02)
-        assert np.mean([d.quality is None for d in drawn]) == pytest.approx(0.5, abs=0.03)
-        assert {d.quality for d in drawn} == {None, 50, 51, 52}
-        assert min(d.rescale for d in drawn) == pytest.approx(0.5, abs=0.01)
         blurs = [d.blur for d in drawn if d.blur]
         assert (min(blurs), max(blurs)) == (pytest.approx(0.3, abs=0.02), pytest.approx(1.5, abs=0.02))
+        for count, share in ((0, 0.2), (1, 0.5), (2, 0.3)):
+            assert np.mean([len(d.encodings) == count for d in drawn]) == pytest.approx(share, abs=0.03)
+        encodings = Counter((e.kind, e.quality) for d in drawn for e in d.encodings)
+        assert set(encodings) == {(kind, quality) for kind in ("JPEG", "WEBP") for quality in (50, 51, 52)}
+        assert min(encodings.values()) > 0.8 * encodings.total() / 6
+        assert min(Counter(d.resampling for d in drawn).values()) > 900  # of four kernels
+        cuts = {cut for d in drawn for e in d.encodings for cut in e.cut}
+        assert cuts == set(range(16)), "the blocks lie anywhere"
+
+    def test_a_history_on_a_crop_is_that_of_a_whole_image(self):
+        image = torch.from_numpy(noise(90, 110).copy()).permute(2, 0, 1)
+        plain = History(rescale=0.7, resampling=Image.Resampling.LANCZOS)
+        whole, crop = relive(image, plain), relive(image, plain, 20, (0.5, 0.5))
+        top, left = corner((0.5, 0.5), *whole.shape[1:], 20)
+        assert (crop.int() - whole[:, top : top + 20, left : left + 20].int()).abs().max() <= 1
+        coded = relive(image, replace(plain, encodings=(Encoding("JPEG", 60, (3, 5)),), cut=(2, 1)), 20, (0.5, 0.5))
+        difference = (coded.float() - crop.float()).abs().mean()
+        assert difference > 0.5, "it is encoded"
+
+    def test_all_crops_of_an_image_have_one_history_and_another_key_another(self):
+        image = torch.from_numpy(noise(90, 110).copy()).permute(2, 0, 1)
+        view = HistoryCrops(16, 3, self.SOME)
+        assert torch.equal(view(image, 5), view(image, 5))
+        assert not torch.equal(view(image, 5), view(image, 6))
+        flat = torch.full((3, 90, 110), 77, dtype=torch.uint8)
+        assert (view(flat, 5).int() - 77).abs().max() <= 2
 
     def test_fixed_crops_begin_in_the_middle_and_spread(self):
         image = torch.stack(torch.meshgrid(torch.arange(100), torch.arange(200), indexing="ij")).to(torch.uint8)
@@ -190,28 +223,30 @@ class TestSources:
         write(root / "val" / "photographic", 2, seed=200)
         write(root / "val" / "generated", 3, seed=300)
         data = module(root)
-        assert names(data, "train")[:2] == ["train/photographic/0.png", "train/photographic/1.png"]
-        assert data.files("train").labels.tolist() == [0] * 10 + [1] * 5
+        assert names(data, "train")[0].startswith("train/photographic/")
+        assert data.files("train").labels.tolist() == [0] * 9 + [1] * 4, "the test takes a part"
         assert data.files("val").labels.tolist() == [0, 0, 1, 1, 1]
-        assert names(data, "test") == names(data, "val")
+        assert not set(names(data, "test")) & {*names(data, "val"), *names(data, "train")}
+        assert Counter(data.files("test").labels.tolist()) == {0: 1, 1: 1}
         write(root / "test" / "photographic", 1)
         write(root / "test" / "generated", 1)
         assert names(module(root), "test") == ["test/photographic/0.png", "test/generated/0.png"]
 
     def test_without_a_validation_part_one_is_drawn_class_by_class(self, root):
-        data = module(root, val_fraction=0.4)
-        assert Counter(data.files("train").labels.tolist()) == {0: 6, 1: 3}
+        data = module(root, val_fraction=0.4, test_fraction=0.2)
+        assert Counter(data.files("train").labels.tolist()) == {0: 4, 1: 2}
         assert Counter(data.files("val").labels.tolist()) == {0: 4, 1: 2}
-        assert not set(names(data, "train")) & set(names(data, "val"))
-        assert names(data, "test") == names(data, "val")
-        assert names(module(root, val_fraction=0.4), "val") == names(data, "val")
+        assert Counter(data.files("test").labels.tolist()) == {0: 2, 1: 1}
+        parts = [set(names(data, part)) for part in ("train", "val", "test")]
+        assert len(set.union(*parts)) == sum(map(len, parts)), "what is reported has chosen nothing"
+        assert names(module(root, val_fraction=0.4, test_fraction=0.2), "val") == names(data, "val")
         assert len({tuple(names(module(root, val_fraction=0.4, seed=seed), "val")) for seed in range(5)}) > 1
 
     def test_class_folders_alone_under_other_names(self, root):
         (root / "train" / "generated").rename(root / "train" / "sd 1.4")
         data = module(root / "train", class_names=("photographic", "sd 1.4"))
         assert data.class_names == ["photographic", "sd 1.4"]
-        assert len(data.files("train")) + len(data.files("val")) == 15
+        assert sum(len(data.files(part)) for part in ("train", "val", "test")) == 15
 
     def test_predict_takes_any_folder_and_no_label(self, root):
         data = module(root)
@@ -228,7 +263,7 @@ class TestSources:
     def test_relative_paths(self, root, monkeypatch):
         monkeypatch.chdir(root)
         data = module("train", num_workers=1)
-        assert sum(len(batch["label"]) for batch in data.train_dataloader()) == len(data.files("train"))
+        assert sum(len(batch["label"]) for batch in data.train_dataloader()) == len(data.files("train")) + 1, "balanced"
 
     @pytest.mark.parametrize("stage", ["fit", "validate", "test"])
     def test_an_empty_class_folder(self, root, stage):
@@ -262,7 +297,7 @@ class TestSources:
     def test_a_class_of_one_image_cannot_be_split(self, root):
         for path in sorted((root / "train" / "generated").iterdir())[1:]:
             path.unlink()
-        with pytest.raises(ValueError, match="only one image of the class generated"):
+        with pytest.raises(ValueError, match="the class generated of the data of Zoë has only one image"):
             module(root).setup("fit")
 
 
@@ -279,13 +314,13 @@ class TestTables:
         for split in ("train", "val"):
             assert names(by_name, split) == names(by_number, split)
             assert torch.equal(by_name.files(split).labels, by_number.files(split).labels)
-        assert Counter(by_name.files("train").labels.tolist()) == {0: 9, 1: 4}
+        assert Counter(by_name.files("train").labels.tolist()) == {0: 8, 1: 3}
 
     def test_the_column_split(self, root):
         rows = [row | {"split": ("train", "val")[i % 2]} for i, row in enumerate(self.rows(root))]
         data = module(table(root / "a.csv", rows))
         assert names(data, "val") == [row["path"] for row in rows if row["split"] == "val"]
-        assert len(data.files("train")) == 8
+        assert len(data.files("train")) + len(data.files("test")) == 8
 
     def test_predict_keeps_the_order_and_needs_no_label(self, root):
         rows = [{"path": row["path"]} for row in reversed(self.rows(root))]
@@ -387,7 +422,7 @@ class TestBadInput:
         (root / "train" / "generated" / name).write_bytes(UNREADABLE[name])
         data = module(root, val_fraction=0.01)
         with pytest.raises(ValueError, match=re.escape(f"generated/{name} cannot be read as an image")):
-            list(data.train_dataloader()) + list(data.val_dataloader())
+            list(data.train_dataloader()) + list(data.val_dataloader()) + list(data.test_dataloader()[0])
 
     def test_a_bomb_that_pillow_does_not_know_is_refused_before_it_is_decoded(self, tmp_path, monkeypatch):
         tifffile.imwrite(tmp_path / "bomb.tif", noise(60, 60).astype(np.float32) / 255, photometric="rgb")
@@ -455,9 +490,20 @@ class TestBadInput:
             ({"on_error": "ignore"}, "on_error must be raise or skip, got 'ignore'"),
             ({"conditions": []}, "conditions must be one or more different ones, got []"),
             ({"conditions": ["clean", "sepia 3"]}, "'sepia 3' is not a condition"),
-            ({"jpeg_probability": 2.0}, "jpeg_probability must lie between 0 and 1, got 2.0"),
-            ({"jpeg_quality": (95, 50)}, "jpeg_quality must be the smallest and the largest value, got 95 and 50"),
-            ({"rescale": (0.0, 1.0)}, "rescale: rescale must lie between 0.01 and 100, got 0.0"),
+            ({"blur_probability": 2.0}, "blur_probability must lie between 0 and 1, got 2.0"),
+            (
+                {"quality": (95, 50)},
+                "quality must be the smallest and the largest value, between 1 and 100, got 95 and 50",
+            ),
+            (
+                {"rescale": (0.0, 1.0)},
+                "rescale must be the smallest and the largest value, between 0.01 and 1, got 0.0",
+            ),
+            ({"test_fraction": 0.9}, "val_fraction + test_fraction must leave some to train on, got 1.0"),
+            (
+                {"val_sources": ["a"], "test_sources": ["a"]},
+                "a source is for validation or for the test, got ['a'] in both",
+            ),
         ],
     )
     def test_arguments_out_of_range(self, options, message):
@@ -469,7 +515,7 @@ class TestBatches:
     def test_a_batch_has_the_agreed_form(self, root):
         data = module(root, eval_crops=3, val_fraction=0.4, conditions=["clean", "jpeg 50"])
         loaders = [data.train_dataloader(), data.val_dataloader(), *data.test_dataloader(), data.predict_dataloader()]
-        crops = {"random": 1, "clean": 3, "jpeg 50": 3}
+        crops = {"random": 1, "history": 3, "clean": 3, "jpeg 50": 3}
         conditions = []
         for loader in loaders:
             batch = served(data, loader)[0]
@@ -481,8 +527,9 @@ class TestBatches:
             assert [batch[name].dtype for name in ("label", "index", "key")] == [torch.int64] * 3
             assert batch["weight"].dtype == torch.float32
             assert len(batch["name"]) == count
-            assert set(batch) == {"image", "label", "index", "weight", "key", "name", "condition"}
-        assert conditions == ["random", "clean", "clean", "jpeg 50", "clean"]
+            entries = {"image", "label", "index", "weight", "key", "name", "condition"}
+            assert set(batch) == entries | ({"unseen"} if loader is not loaders[-1] else set())
+        assert conditions == ["random", "history", "clean", "jpeg 50", "clean"]
 
     def test_index_name_and_label_belong_together(self, root):
         data = module(root)
@@ -503,17 +550,16 @@ class TestBatches:
     @pytest.mark.parametrize("cache", [False, True])
     def test_what_is_seen_depends_on_epoch_and_image_alone(self, root, workers, cache):
         def images(epoch: int, rank: int = 0, ranks: int = 1, **options) -> dict[int, torch.Tensor]:
-            data = module(root, jpeg_probability=0.5, rescale_probability=0.5, **options)
+            data = module(root, **options)
             loader = data.train_dataloader()
             sampler = loader.sampler
             sampler.num_replicas, sampler.rank = ranks, rank  # type: ignore[union-attr]
-            sampler.num_samples = -(-len(data.files("train")) // ranks)  # type: ignore[union-attr]
+            sampler.num_samples = -(-sampler.length // ranks)  # type: ignore[union-attr]
             sampler.set_epoch(epoch)  # type: ignore[union-attr]
-            batches = served(data, loader)
             return {
-                int(i): image
-                for batch in batches
-                for i, image, weight in zip(batch["index"], batch["image"], batch["weight"], strict=True)
+                int(key): image
+                for batch in served(data, loader)
+                for key, image, weight in zip(batch["key"], batch["image"], batch["weight"], strict=True)
                 if weight > 0
             }
 
@@ -524,7 +570,7 @@ class TestBatches:
         assert not halves[0].keys() & halves[1].keys()
         assert (halves[0] | halves[1]).keys() == plain.keys()
         assert all(torch.equal(plain[i], half[i]) for half in halves for i in half)
-        assert not any(torch.equal(image, plain[i]) for i, image in images(2).items())
+        assert not images(2).keys() & plain.keys(), "keys change, and with them what is seen"
 
     def test_uneven_counts_over_two_processes(self, root):
         data = module(root)
@@ -549,12 +595,12 @@ class TestBatches:
 def test_the_command_line_understands_every_argument():
     parser = ArgumentParser()
     parser.add_class_arguments(GeneratedImagesDataModule, "data")
-    words = ["root=x", "class_names=[real, fake]", "rescale=[0.7, 1]", "jpeg_quality=[30, 90]", "conditions=[jpeg 30]"]
+    words = ["root=x", "class_names=[real, fake]", "rescale=[0.7, 1]", "quality=[30, 90]", "conditions=[jpeg 30]"]
     parsed = parser.parse_args([f"--data.{word}" for word in [*words, "on_error=skip"]])
     data = GeneratedImagesDataModule(**vars(parsed.data))
     assert data.class_names == ["real", "fake"]
     assert data.conditions == ["jpeg 30"]
-    assert data._random_degradation.rescale == (0.7, 1.0)
+    assert data._history.rescale == (0.7, 1.0)
 
 
 def test_real_images(shared_data):
@@ -562,7 +608,7 @@ def test_real_images(shared_data):
         pytest.skip(f"no aigc in {shared_data}")
     data = GeneratedImagesDataModule(str(shared_data / "aigc"), batch_size=8, conditions=["clean", "rescale 0.5"])
     assert [Counter(data.files(split).labels.tolist()) for split in ("train", "val")] == [
-        {0: 350, 1: 350},
+        {0: 315, 1: 315},
         {0: 100, 1: 100},
     ]
     for loader in (data.train_dataloader(), *data.test_dataloader()):

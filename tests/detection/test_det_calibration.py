@@ -26,7 +26,7 @@ def evaluated(count: int = 120, spread: float = 2.0, width: int = 6) -> Buffered
     label = (torch.arange(count) % 3 == 0).long()
     logit = (2.0 * label - 1) + spread * torch.randn(count, generator=generator)
     features = torch.randn(count, width, generator=generator) + 3 * label[:, None]
-    return BufferedPredictions(logit.double(), label, features.double())
+    return BufferedPredictions(logit.double(), label, features.double(), torch.arange(count) % 5 == 0)
 
 
 class TestTemperature:
@@ -239,7 +239,7 @@ def test_no_image_is_evaluated_by_a_fit_to_itself() -> None:
 
     def changed(where: Tensor) -> Tensor:
         """Probabilities with the logits of one half changed, in the other half."""
-        other = BufferedPredictions(torch.where(where, 3 * seen.logit + 1, seen.logit), seen.label, seen.features)
+        other = seen._replace(logit=torch.where(where, 3 * seen.logit + 1, seen.logit))
         return cross_fit(other, Calibration(), ClassDensities(6)).probability
 
     assert not torch.equal(changed(first)[second], evaluation.probability[second]), "the fit to the first half is used"

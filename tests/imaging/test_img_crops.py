@@ -9,9 +9,8 @@ import tifffile
 import torch
 from PIL import Image
 
-from datamodules._degradation import Degradation
 from datamodules._detector_crops import FixedCrops
-from lightning_modules.imaging import fixed_crops, mirror, read_image, to_pixels
+from lightning_modules.imaging import Degradation, fixed_crops, mirror, read_image, to_pixels
 
 
 def picture(height: int = 37, width: int = 51, channels: int = 3) -> np.ndarray:

@@ -1,0 +1,334 @@
+"""How far a detector's verdicts reach: each source is left out of training in turn, and tested on.
+
+    python benchmarks/detector_sources.py --json docs/results/detector_sources.json --work logs/detector_sources
+
+Sources: portraits of Stable Diffusion 1.4 against ImageNet, images of DiffusionDB against COCO and ImageNet, and twins:
+photographs beside themselves as autoencoders give them back, one published and four small ones that are trained here
+for a minute or two, which differ in how they double the resolution. A fold trains on all but one source and one more,
+by which it is calibrated; beside all that is measured are the shortcut probes, fitted to the same training images.
+
+A fold that is done is read from its folder, one that was stopped goes on: the same command, again. `--folds` chooses
+some, `--minutes` bounds each. `--inputs` compares what the network sees, `--curve` the number of sources and of images.
+"""
+
+import csv
+import itertools
+import json
+import logging
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from _common import arguments, write_json
+from _taef2 import TAEF2
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image, ImageFilter
+from skimage.restoration import denoise_tv_chambolle
+from torch.nn import functional as F
+
+from callbacks import DetectorReport
+from callbacks.detector_report.shortcut_probes import PROBES
+from datamodules import AutoencoderTwins, GeneratedImagesDataModule, ImageFolderDataModule
+from lightning_modules import (
+    ConvAutoencoder,
+    GeneratedImageDetector,
+    NeighborDifferences,
+    RawPixels,
+    RestorationResidual,
+)
+from lightning_modules.cli.folds import calibrating_sources
+from lightning_modules.detection import DetectorInput
+from lightning_modules.imaging import Encoding, History, find_images, read_image, relive
+
+CLASSES = ("photographic", "generated")
+DECODERS = ("nearest", "bilinear", "transposed", "pixel_shuffle")
+INPUTS: dict[str, list[type[DetectorInput]]] = {
+    "residual": [RestorationResidual],
+    "neighbour differences": [NeighborDifferences],
+    "colours": [RawPixels],
+    "residual and differences": [RestorationResidual, NeighborDifferences],
+    "all": [RestorationResidual, NeighborDifferences, RawPixels],
+}
+BATCH = 32
+# What is not among the changes that a verdict is tried by.
+SAVED_AGAIN = (("JPEG", 85), ("JPEG", 70), ("WEBP", 80))
+
+
+def write_table(data: Path, work: Path, max_images: int | None) -> Path:
+    """The sources that are files, as one table; those that come without parts are split by their order."""
+    rows = []
+    for part, kind in itertools.product(("train", "val"), CLASSES):
+        files = find_images(data / "aigc" / part / kind)[:max_images]
+        rows += [
+            (path.resolve(), kind, "portraits", "test" if part == "val" else _split(i)) for i, path in enumerate(files)
+        ]
+    for kind in CLASSES:
+        files = find_images(data / "aigc_diffusiondb" / kind)[:max_images]
+        splits = ("train", "test", "train", "test", "val")
+        rows += [(path.resolve(), kind, "diffusiondb", splits[i % 5]) for i, path in enumerate(files)]
+    table = work / "sources.csv"
+    with table.open("w", newline="") as file:
+        csv.writer(file).writerows([("path", "label", "source", "split"), *rows])
+    return table
+
+
+def _split(number: int) -> str:
+    return "val" if number % 10 == 9 else "train"
+
+
+def train_decoder(kind: str, photographs: Path, folder: Path, minutes: float) -> Path:
+    """Weights of a small autoencoder that has been trained to give photographs back."""
+    path = folder / f"{kind}.pt"
+    if path.is_file():
+        return path
+    torch.manual_seed(DECODERS.index(kind))
+    network = ConvAutoencoder(width=32, latent_channels=16, downsamplings=2, upsampling=kind)
+    optimizer = torch.optim.Adam(network.parameters(), 2e-3)
+    data = ImageFolderDataModule(str(photographs), 96, 16, val_fraction=0, rescale=(0.4, 1.0), cache=True, seed=1)
+    loader, begin = data.train_dataloader(), time.monotonic()
+    for epoch in itertools.count():
+        loader.sampler.set_epoch(epoch)
+        for batch in loader:
+            part = min((time.monotonic() - begin) / (60 * minutes), 1)
+            optimizer.param_groups[0]["lr"] = 2e-3 * (1 - part)
+            images = batch["image"].float() / 255
+            loss = F.mse_loss(network(images), images)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if part == 1:
+                torch.save(network.state_dict(), path)
+                print(f"decoder {kind}: {-10 * float(loss.detach().log10()):.1f} dB", flush=True)
+                return path
+    raise AssertionError
+
+
+def make_twins(data: Path, work: Path, minutes: float, max_images: int | None) -> list[AutoencoderTwins]:
+    """One source for each autoencoder; the photographs of a part are the same for all of them."""
+    folder = work / "decoders"
+    folder.mkdir(parents=True, exist_ok=True)
+    options: dict[str, Any] = {
+        "folder": str(work / "twins"),
+        "photographs": str(data / "aigc" / "train" / "photographic"),
+        "max_images": max_images,
+        "side": 384,
+    }
+    # what the decoders are trained on is not what they are passed
+    weights = {kind: train_decoder(kind, data / "photos", folder, minutes) for kind in DECODERS}
+    small = [
+        AutoencoderTwins(
+            kind, ConvAutoencoder(width=32, latent_channels=16, upsampling=kind), weights=str(path), **options
+        )
+        for kind, path in weights.items()
+    ]
+    return [AutoencoderTwins("taef2", TAEF2(data / "twins"), **options), *small]
+
+
+def make_data(
+    table: Path, twins: list[AutoencoderTwins], seed: int, crop_size: int, unused: Sequence[str] = (), **held_out: Any
+) -> GeneratedImagesDataModule:
+    """The data of a fold; without the sources that it does not look at."""
+    with table.open(newline="") as file:
+        lines = [line for line in csv.DictReader(file) if line["source"] not in unused]
+    own = table.with_name(f"sources_without_{'_'.join(unused)}.csv") if unused else table
+    if unused:
+        with own.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(lines[0]))
+            writer.writeheader()
+            writer.writerows(lines)
+    return GeneratedImagesDataModule(
+        str(own),
+        crop_size=crop_size,
+        batch_size=BATCH,
+        eval_crops=6,
+        conditions=["history", "clean"],
+        twins=[one for one in twins if one.name not in unused],
+        val_fraction=0.1,
+        test_fraction=0.2,
+        seed=seed,
+        cache=True,
+        **held_out,
+    )
+
+
+class UnderBudget(L.Callback):
+    """One cycle of the learning rate over a number of minutes, whatever a step takes; then the fit ends.
+
+    A fit that is resumed goes on with the minutes that are left.
+    """
+
+    def __init__(self, minutes: float, rate: float) -> None:
+        self.minutes, self.rate, self.spent, self._last = minutes, rate, 0.0, 0.0
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        now = time.monotonic()
+        self.spent += min(now - self._last, 60) if self._last else 0.0
+        self._last = now
+        part = min(self.spent / (60 * self.minutes), 1)
+        trainer.optimizers[0].param_groups[0]["lr"] = self.rate * min(part / 0.1, (1 - part) / 0.9 + 1e-3)
+        if part == 1:
+            trainer.should_stop, trainer.check_val_every_n_epoch = True, 1  # it ends by calibrating
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"spent": self.spent}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.spent = state_dict["spent"]
+
+
+def train(name: str, data: GeneratedImagesDataModule, inputs: str, options: Any, seed: int) -> L.Trainer:
+    """Trains the detector of a fold, from where it was stopped."""
+    L.seed_everything(seed, verbose=False)
+    folder = options.work / name
+    detector = GeneratedImageDetector(
+        [kind() for kind in INPUTS[inputs]],
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=3e-3, weight_decay=1e-2),
+    )
+    newest = folder / "checkpoints" / "last.ckpt"
+    trainer = L.Trainer(
+        accelerator="auto",
+        devices=1,
+        max_epochs=-1,
+        logger=TensorBoardLogger(options.work, name=None, version=name),
+        check_val_every_n_epoch=20,  # validation calibrates
+        num_sanity_val_steps=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[
+            UnderBudget(options.minutes, 3e-3),
+            EMAWeightAveraging(decay=0.99, use_buffers=True),
+            ModelCheckpoint(folder / "checkpoints", save_last=True, every_n_epochs=5),
+            DetectorReport(200, str(options.data / "weights" / "squeezenet1_0-imagenet-pruned.pth")),
+        ],
+    )
+    trainer.fit(detector, data, ckpt_path=str(newest) if newest.is_file() else None, weights_only=True)
+    return trainer
+
+
+def measure(name: str, data: GeneratedImagesDataModule, inputs: str, options: Any, seed: int) -> dict[str, Any]:
+    """A fold's figures, from its folder where it is done."""
+    folder = options.work / name
+    record = folder / "fold.json"
+    if record.is_file():
+        found: dict[str, Any] = json.loads(record.read_text())
+        return found
+    trainer = train(name, data, inputs, options, seed)
+    detector: Any = trainer.lightning_module
+    trainer.test(detector, data, verbose=False)
+    with (folder / "detector_report.csv").open(newline="") as file:
+        lines = {line["condition"]: line for line in csv.DictReader(file) if line["slice"] == "all"}
+    found = {
+        f"{condition} {column}": float(value)
+        for condition, line in lines.items()
+        for column, value in line.items()
+        if column not in ("condition", "slice") and value != ""
+    }
+    found |= {"steps": trainer.global_step, "validation auroc": float(detector.calibration.auroc)}
+    found |= {"flips": flips(detector, data), **altered(detector, options)}
+    record.write_text(json.dumps(found, indent=1))
+    return found
+
+
+@torch.no_grad()
+def flips(detector: GeneratedImageDetector, data: GeneratedImagesDataModule) -> float:
+    """Share of the sure verdicts on test images that become the other one where the image is saved again."""
+    detector.eval()
+    pairs = []
+    files = data.files("test")
+    for path in files.paths[:: max(len(files) // 100, 1)]:
+        image = data.read(path)
+        before = detector.verdict(image).label
+        for kind, quality in SAVED_AGAIN:
+            after = detector.verdict(relive(image, History(encodings=(Encoding(kind, quality),)))).label
+            pairs.append((before, after))
+    sure = [pair for pair in pairs if "unsure" not in pair]
+    return sum(before != after for before, after in sure) / max(len(sure), 1)
+
+
+@torch.no_grad()
+def altered(detector: GeneratedImageDetector, options: Any) -> dict[str, float]:
+    """Share of real photographs called generated that were denoised, sharpened, or taken at night."""
+    detector.eval()
+    photographs = find_images(options.data / "denoise" / "CBSD68")[: options.max_images]
+    counts: dict[str, list[bool]] = {}
+    for number, path in enumerate(photographs):
+        image = read_image(path)
+        dark = image.double() / 255 * 0.25
+        noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
+        night = ((dark + (dark / 400 + 1e-4).sqrt() * noise).clamp(0, 1) * 4).clamp(0, 1)
+        denoised = denoise_tv_chambolle(night.permute(1, 2, 0).numpy(), 0.08, channel_axis=-1)
+        sharp = Image.fromarray(image.permute(1, 2, 0).numpy()).filter(ImageFilter.UnsharpMask(2, 150, 2))
+        for name, changed in {
+            "denoised": (255 * denoised).round().astype("uint8"),
+            "sharpened": sharp,
+            "night": (255 * night).round().to(torch.uint8),
+        }.items():
+            counts.setdefault(name, []).append(detector.verdict(changed).label == "generated")
+    return {f"{name} called generated": sum(found) / len(found) for name, found in counts.items()}
+
+
+def main() -> None:
+    parser = arguments(__doc__.split("\n")[0])
+    parser.add_argument("--work", type=Path, default=Path("logs/detector_sources"), help="folds, decoders and twins")
+    parser.add_argument("--folds", nargs="+", metavar="SOURCE", help="sources to leave out; by default each in turn")
+    parser.add_argument("--own", action="store_true", help="also train on all sources, and test on images held out")
+    parser.add_argument("--minutes", type=float, default=30.0, help="of training in each fold")
+    parser.add_argument("--decoder-minutes", type=float, default=2.0, help="of training of each small decoder")
+    parser.add_argument("--inputs", nargs="+", choices=INPUTS, default=["residual and differences"])
+    parser.add_argument("--trained", type=int, metavar="N", help="train on no more than so many sources: the curve")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--crop-size", type=int, default=96)
+    parser.add_argument("--max-images", type=int, metavar="N", help="of each class and part of a source: the curve")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    options.work.mkdir(parents=True, exist_ok=True)
+    table = write_table(options.data, options.work, options.max_images)
+    twins = make_twins(options.data, options.work, options.decoder_minutes, options.max_images)
+    names = ["portraits", "diffusiondb", *(one.name for one in twins)]
+    if unknown := [name for name in options.folds or [] if name not in names]:
+        parser.error(f"there is no source {unknown[0]}; there is {', '.join(names)}")
+    rows: list[dict[str, Any]] = []
+    for seed, inputs, left_out in itertools.product(
+        options.seeds, options.inputs, [*(options.folds or names), *[None] * options.own]
+    ):
+        held_out = {} if left_out is None else hold_out(names, left_out, options.trained)
+        data = make_data(table, twins, seed, options.crop_size, **held_out)
+        setting = {
+            "left out": left_out or "none",
+            "calibrated on": ", ".join(data.val_sources),
+            "trained on": len(data.trained_sources),
+            "images": options.max_images or "all",
+            "inputs": inputs,
+            "seed": seed,
+            "minutes": options.minutes,
+        }
+        name = "_".join(str(value).replace(" ", "-") for key, value in setting.items() if key != "calibrated on")
+        rows.append({**setting, **measure(name, data, inputs, options, seed)})
+        write_json(options.json, rows)
+        row = rows[-1]
+        probes = "  ".join(f"{probe} {row.get(f'history {probe}_auroc', float('nan')):.2f}" for probe in PROBES)
+        print(
+            f"without {setting['left out']:14s} {inputs:24s} AUROC {row['history auroc']:.3f}  sure "
+            f"{row.get('history accuracy_sure', float('nan')):.3f}  unsure {row['history unsure']:.2f}  {probes}",
+            flush=True,
+        )
+
+
+def hold_out(names: list[str], left_out: str, trained: int | None) -> dict[str, list[str]]:
+    """Which source a fold is tested on, by which it is calibrated, and which it does not look at."""
+    calibrating = calibrating_sources(names, left_out, [])
+    rest = [name for name in names if name not in (left_out, *calibrating)]
+    return {"test_sources": [left_out], "val_sources": calibrating, "unused": rest[trained:] if trained else []}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""Photographs that are their own negatives, passed through an autoencoder."""
+
+import hashlib
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from PIL import Image
+from torch import Tensor, nn
+
+from datamodules.labels import LabelledFiles, draw_parts, find_unlabelled
+from lightning_modules.imaging import read_image, seeded_normal, seeded_uniform, write_whole
+
+_CLASSES = ("photographic", "generated")
+# Sides are cut to multiples of this, which autoencoders take.
+_MULTIPLE = 32
+_SETTINGS = "twins.json"
+
+
+class AutoencoderTwins:
+    """A source made of photographs: each is its own negative, passed through an autoencoder.
+
+    Content, size, format and history of both classes are equal, and the trace that a decoder leaves is all that tells
+    them apart (Chen et al., *DRCT*, ICML 2024; Guillaro et al., *B-Free*, CVPR 2025). Photographs and twins are written
+    once, without compression, and read from then on. One decoder is one source: give several, and hold one of them out.
+
+    Args:
+        name: Of the source.
+        autoencoder: Any module with `encode` and `decode`, tensors of images [B, 3, H, W] to codes and back. The codes
+            of `diffusers` are understood as well.
+        folder: Where photographs and twins are kept, in a folder of the source's name.
+        weights: File with the autoencoder's `state_dict`, where it does not bring its own.
+        photographs: Folder of photographs; by default those of the data's own sources, but for `test_sources`.
+        max_images: Photographs of each part, train, val and test, at the most.
+        side: Side of the middle part of a photograph that is taken, at the most, in pixels.
+        latent_noise: Noise that is added to the codes at the most, in units of their standard deviation.
+        latent_scale: Smallest and largest factor of the codes.
+        value_range: What black and white are to the autoencoder: (0, 1), or (−1, 1).
+
+    Raises:
+        ValueError: If an argument is impossible, or the autoencoder lacks a half.
+
+    Example:
+        >>> import tempfile
+        >>> class Rounding(nn.Module):
+        ...     def encode(self, images): return (images * 15).round()
+        ...     def decode(self, codes): return codes / 15
+        >>> AutoencoderTwins("rounding", Rounding(), tempfile.mkdtemp()).twin(torch.rand(3, 64, 64)).unique().numel()
+        16
+    """
+
+    def __init__(
+        self,
+        name: str,
+        autoencoder: nn.Module,
+        folder: str,
+        weights: str | None = None,
+        photographs: str | None = None,
+        max_images: int | None = None,
+        side: int = 512,
+        latent_noise: float = 0.0,
+        latent_scale: tuple[float, float] = (1.0, 1.0),
+        value_range: tuple[float, float] = (0.0, 1.0),
+    ) -> None:
+        if not name or "/" in name:
+            raise ValueError(f"AutoencoderTwins: name must be that of a folder, got {name!r}")
+        if missing := [half for half in ("encode", "decode") if not callable(getattr(autoencoder, half, None))]:
+            raise ValueError(
+                f"AutoencoderTwins: {type(autoencoder).__name__} has no method {missing[0]}; it needs both"
+            )
+        for argument, value, least in (("max_images", max_images or 1, 1), ("side", side, _MULTIPLE)):
+            if value < least:
+                raise ValueError(f"AutoencoderTwins: {argument} must be at least {least}, got {value}")
+        if latent_noise < 0 or not 0 < latent_scale[0] <= latent_scale[1] or value_range[0] >= value_range[1]:
+            raise ValueError(
+                "AutoencoderTwins: latent_noise must be at least 0, latent_scale two positive factors and value_range "
+                f"black and white, in this order, got {latent_noise}, {latent_scale} and {value_range}"
+            )
+        if weights is not None:
+            autoencoder.load_state_dict(torch.load(Path(weights).expanduser(), weights_only=True, map_location="cpu"))
+        self.name = name
+        self.autoencoder = autoencoder.eval()
+        self.folder = Path(folder).expanduser() / name
+        self.photographs = photographs
+        self.max_images = max_images
+        self.side = side
+        self.latent_noise = latent_noise
+        self.latent_scale = latent_scale
+        self.value_range = value_range
+
+    def take(self, part: str, fractions: dict[str, float], seed: int) -> LabelledFiles:
+        """Returns the photographs of a part of `photographs`, drawn by seed.
+
+        Args:
+            part: `train`, `val` or `test`.
+            fractions: How much of them becomes `val` and `test`.
+            seed: Seed of the draw.
+        """
+        files = find_unlabelled(Path(str(self.photographs)).expanduser())
+        drawn = draw_parts(len(files), f"{self.photographs}", fractions, seed)
+        return files.select(drawn == {"train": -1, "val": 0, "test": 1}[part])
+
+    def make(self, files: LabelledFiles, part: str) -> LabelledFiles:
+        """Returns photographs and their twins, which are written where they are not there.
+
+        Args:
+            files: The photographs.
+            part: Folder to keep them in.
+
+        Raises:
+            ValueError: If the folder holds twins by another autoencoder, or the twin of a photograph has another size.
+        """
+        self._check_settings()
+        paths: tuple[list[Path], list[Path]] = ([], [])
+        count = len(files) if self.max_images is None else min(self.max_images, len(files))
+        spread = torch.linspace(0, len(files) - 1, count).round().long().tolist()
+        made = 0
+        for place in spread:
+            source = files.paths[place]
+            status = source.stat()
+            key = hashlib.blake2b(
+                f"{files.names[place]} {status.st_size} {status.st_mtime_ns}".encode(errors="replace")
+            )
+            name = f"{source.stem[:50]}-{key.hexdigest()[:8]}.png"
+            both = [self.folder / part / kind / name for kind in _CLASSES]
+            if not all(path.is_file() for path in both):
+                photograph = self._cut(read_image(source))
+                if photograph is None:
+                    continue
+                made += 1
+                if made == 1:
+                    rank_zero_info(
+                        f"passing photographs through the autoencoder of {self.name}, into {self.folder / part}"
+                    )
+                twin = self.twin(photograph / 255, int.from_bytes(key.digest()[:7], "little"))
+                # the twin last: where it is there, both are
+                for path, image in zip(both, (photograph, (twin * 255).round().to(torch.uint8)), strict=True):
+                    _write(path, image)
+            for label, path in enumerate(both):
+                paths[label].append(path)
+        every = [*paths[0], *paths[1]]
+        if not every:
+            raise ValueError(
+                f"{self.name}: no photograph has {_MULTIPLE} pixels a side, the least that is passed through"
+            )
+        labels = torch.arange(2).repeat_interleave(len(paths[0]))
+        return LabelledFiles(every, [self._name(path) for path in every], labels, [self.name] * len(every))
+
+    @torch.no_grad()
+    def twin(self, image: Tensor, key: int = 0) -> Tensor:
+        """What the autoencoder makes of an image.
+
+        Args:
+            image: The image.
+            key: What noise and scale of the code are drawn by.
+
+        Shape:
+            - image: `[3, H, W]` in [0, 1]
+            - output: `[3, H, W]` in [0, 1]
+
+        Raises:
+            ValueError: If it has another size.
+        """
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        network, (black, white) = self.autoencoder.to(device), self.value_range
+        code = _tensor(network.encode((black + (white - black) * image[None]).to(device)))  # type: ignore[operator]
+        draws = seeded_uniform(torch.tensor([key]), 2)[0].tolist()
+        code = code * (self.latent_scale[0] + draws[0] * (self.latent_scale[1] - self.latent_scale[0]))
+        if self.latent_noise:
+            noise = seeded_normal(torch.tensor([key]), code.shape[1:]).to(code)
+            code = code + draws[1] * self.latent_noise * code.std() * noise
+        decoded = _tensor(network.decode(code))[0].float().cpu()  # type: ignore[operator]
+        if decoded.shape != image.shape:
+            raise ValueError(
+                f"the autoencoder of {self.name} makes {list(decoded.shape)} of an image {list(image.shape)}: a twin "
+                "must have the size of its photograph"
+            )
+        return ((decoded - black) / (white - black)).clamp(0, 1)
+
+    def _cut(self, image: Tensor) -> Tensor | None:
+        sides = [min(length, self.side) // _MULTIPLE * _MULTIPLE for length in image.shape[1:]]
+        if not all(sides):
+            return None
+        top, left = ((length - side) // 2 for length, side in zip(image.shape[1:], sides, strict=True))
+        return image[:, top : top + sides[0], left : left + sides[1]]
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.folder.parent).as_posix()
+
+    def _check_settings(self) -> None:
+        """Refuses a folder that holds something else."""
+        state = hashlib.blake2b(type(self.autoencoder).__name__.encode())
+        for name, value in self.autoencoder.state_dict().items():
+            state.update(name.encode() + value.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        settings = {
+            "autoencoder": state.hexdigest()[:16],
+            "side": self.side,
+            "latent_noise": self.latent_noise,
+            "latent_scale": list(self.latent_scale),
+        }
+        path = self.folder / _SETTINGS
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, json.dumps(settings).encode())
+        elif (found := json.loads(path.read_text())) != settings:
+            changed = [name for name in settings if found.get(name) != settings[name]]
+            raise ValueError(
+                f"{self.folder} holds twins by another {' and '.join(changed)}: name another folder, or remove this one"
+            )
+
+
+def _tensor(output: object) -> Tensor:
+    """The tensor in what a half returns: itself, or what `diffusers` wraps it in."""
+    for name in ("latent_dist", "latents", "latent", "sample"):
+        found = getattr(output, name, None)
+        if found is not None:
+            return found.mode() if name == "latent_dist" else found
+    if isinstance(output, tuple):
+        output = output[0]
+    if not isinstance(output, Tensor):
+        raise ValueError(f"encode and decode of an autoencoder must return tensors, got {type(output).__name__}")
+    return output
+
+
+def _write(path: Path, image: Tensor) -> None:
+    """Writes a PNG without compression, whose length does not depend on what it shows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy())).save(buffer, "PNG", compress_level=0)
+    write_whole(path, buffer.getvalue())

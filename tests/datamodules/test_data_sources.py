@@ -1,0 +1,295 @@
+"""Sources: found, held out, balanced, kept apart, matched, and made of photographs by an autoencoder."""
+
+import csv
+import io
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from callbacks.detector_report.probe_features import file_features
+from datamodules import AutoencoderTwins, GeneratedImagesDataModule
+from datamodules._sampler import BalancedBatches
+from lightning_modules.imaging import read_image
+
+
+def write(folder: Path, count: int, seed: int, size: tuple[int, int] = (40, 48), suffix: str = "png") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        pixels = np.random.default_rng(1000 * seed + number).integers(0, 256, (*size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.{suffix}")
+
+
+def source(root: Path, name: str, counts: tuple[int, int], seed: int, part: str = "train") -> None:
+    for label, (kind, count) in enumerate(zip(("photographic", "generated"), counts, strict=True)):
+        write(root / name / part / kind, count, 10 * seed + label)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for seed, (name, counts) in enumerate({"camera": (10, 10), "site": (12, 5), "zoo": (6, 6)}.items()):
+        source(tmp_path / "data", name, counts, seed)
+    return tmp_path / "data"
+
+
+def module(root: Path, **options) -> GeneratedImagesDataModule:
+    return GeneratedImagesDataModule(str(root), **({"crop_size": 16, "batch_size": 6, "eval_crops": 1} | options))
+
+
+def sources(data: GeneratedImagesDataModule, split: str) -> set[str]:
+    return set(data.files(split).sources)  # type: ignore[arg-type]
+
+
+class TestFound:
+    def test_each_folder_is_a_source(self, root: Path) -> None:
+        source(root, "site", (3, 3), 7, "test")
+        data = module(root)
+        assert data.source_names == ["camera", "site", "zoo"]
+        assert Counter(data.files("test").sources) == {"camera": 2, "site": 6, "zoo": 2}
+        assert data.files("train").of_source("zoo").labels.tolist() == [0] * 4 + [1] * 4
+
+    def test_a_column_of_a_table(self, root: Path) -> None:
+        rows = [[p.relative_to(root), p.parent.name, p.relative_to(root).parts[0]] for p in sorted(root.rglob("*.png"))]
+        with (root / "all.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([["path", "label", "source"], *rows])
+        by_table, by_folder = module(root / "all.csv"), module(root)
+        assert by_table.source_names == by_folder.source_names
+        for split in ("train", "val", "test"):
+            assert set(by_table.files(split).names) == set(by_folder.files(split).names)
+
+    def test_what_is_held_out_is_neither_trained_nor_validated_on(self, root: Path) -> None:
+        data = module(root, val_sources=["zoo"], test_sources=["camera"])
+        assert [sources(data, split) for split in ("train", "val", "test")] == [{"site"}, {"site", "zoo"}, {"camera"}]
+        batch = next(iter(data.val_dataloader()))
+        unseen = [name.startswith("zoo") for name in batch["name"]]
+        assert batch["unseen"].tolist() == unseen
+        assert set(unseen) == {True, False}
+
+    def test_one_source_is_a_warning(self, root: Path) -> None:
+        with pytest.warns(UserWarning, match="there is one source, zoo: .* means nothing for images from elsewhere"):
+            module(root / "zoo").setup("fit")
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"test_sources": ["moon"]}, "there is no source moon to hold out; there is camera, site, zoo"),
+            ({"val_sources": ["zoo"], "test_sources": ["camera", "site"]}, "none is trained on"),
+        ],
+    )
+    def test_what_cannot_be_held_out(self, root: Path, options: dict, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            module(root, **options).setup("fit")
+
+    def test_a_source_with_one_class(self, root: Path) -> None:
+        os.rename(root / "zoo" / "train" / "generated", root.parent / "aside")
+        with pytest.raises(FileNotFoundError, match="zoo/train has no folder generated; images of both classes"):
+            module(root).setup("fit")
+
+    def test_a_source_with_one_class_in_a_table(self, root: Path) -> None:
+        lines = [f"camera/train/{kind}/{i}.png,{kind},a" for kind in ("photographic", "generated") for i in range(5)]
+        lines += [f"zoo/train/photographic/{i}.png,photographic,b" for i in range(5)]
+        (root / "all.csv").write_text("path,label,source\n" + "\n".join(lines))
+        with pytest.raises(ValueError, match="b has no image of the class generated"):
+            module(root / "all.csv").setup("fit")
+
+    def test_other_folders_are_named(self, root: Path) -> None:
+        write(root / "notes", 1, 99)
+        with pytest.raises(FileNotFoundError, match="is a folder of sources, and notes in it holds none of"):
+            module(root).setup("fit")
+
+    def test_a_source_inside_a_source(self, root: Path) -> None:
+        source(root, "", (3, 3), 50)
+        with pytest.raises(ValueError, match="is a source, with train, and holds another, camera"):
+            module(root).setup("fit")
+
+    @pytest.mark.parametrize("part", ["train", "test"])
+    def test_sources_that_share_a_file_are_refused(self, root: Path, part: str) -> None:
+        target = root / "zoo" / part / "generated" / "other name.png"
+        source(root, "zoo", (3, 3), 60, part)
+        target.write_bytes((root / "site" / "train" / "photographic" / "3.png").read_bytes())
+        with pytest.raises(ValueError, match=r"share 1 files, by their content: .*other name\.png is .*site/train"):
+            module(root).setup("fit")
+
+    def test_a_nul_in_a_table(self, root: Path) -> None:
+        (root / "all.csv").write_bytes(b"path,label\ncamera/\0.png,generated\n")
+        with pytest.raises(ValueError, match=r"all\.csv"):
+            module(root / "all.csv").setup("fit")
+
+
+class TestBalance:
+    def seen(self, sampler: BalancedBatches) -> list[tuple[int, int]]:
+        return [
+            (int(i), int(key))
+            for batch in sampler
+            for i, key, weight in zip(batch.index, batch.key, batch.weight, strict=True)
+            if weight > 0
+        ]
+
+    def test_every_batch_has_as_many_of_each_source_and_class(self, root: Path) -> None:
+        data = module(root)
+        for batch in data.train_dataloader():
+            groups = Counter(
+                (name.split("/")[0], int(label)) for name, label in zip(batch["name"], batch["label"], strict=True)
+            )
+            assert groups == {(name, label): 1 for name in ("camera", "site", "zoo") for label in (0, 1)}
+
+    def test_a_small_group_begins_again_with_other_keys(self) -> None:
+        groups = torch.tensor([0] * 20 + [1] * 3)
+        sampler = BalancedBatches(groups, 4, shuffle=True)
+        for epoch in range(3):
+            sampler.set_epoch(epoch)
+            seen = self.seen(sampler)
+            counts = Counter(i for i, _ in seen)
+            assert counts.total() == 24
+            assert all(counts[i] == 4 for i in range(20, 23)), "all of them equally often"
+            assert max(counts[i] for i in range(20)) == 1
+            assert len({key for _, key in seen}) == 24
+
+    def test_ranks_see_together_what_one_process_sees(self) -> None:
+        groups = torch.tensor([0] * 9 + [1] * 4)
+        whole = self.seen(BalancedBatches(groups, 4, shuffle=True, seed=3))
+        parts = [self.seen(BalancedBatches(groups, 2, shuffle=True, seed=3, num_replicas=2, rank=r)) for r in range(2)]
+        assert sorted(whole) == sorted(parts[0] + parts[1])
+        assert all({int(groups[i]) for i, _ in part} == {0, 1} for part in parts)
+
+
+class TestMatching:
+    def test_sizes(self, root: Path) -> None:
+        write(root / "zoo" / "train" / "generated", 6, 70, (64, 90))
+        data = module(root / "zoo", match_sizes=True)
+        paths = data.files("train").paths
+        assert {tuple(data.read(path).shape) for path in paths} == {(3, 40, 40)}
+        described = [file_features(path, data.read(path)) for path in paths]
+        assert {one["size"] for one in described} == {"40×40"}
+        image = read_image(paths[0])
+        assert torch.equal(data.read(paths[0]), image[:, :, 4:44])
+
+    def test_formats(self, root: Path) -> None:
+        write(root / "zoo" / "train" / "photographic", 4, 80, suffix="jpg")
+        write(root / "zoo" / "train" / "generated", 3, 81, suffix="jpg")
+        files = module(root / "zoo", match_formats=True).files("train")
+        counts = Counter((path.suffix, int(label)) for path, label in zip(files.paths, files.labels, strict=True))
+        assert counts[".jpg", 0] == counts[".jpg", 1] > 0
+        assert counts[".png", 0] == counts[".png", 1] > 0
+
+    def test_no_format_in_common(self, root: Path) -> None:
+        for path in (root / "zoo" / "train" / "generated").iterdir():
+            Image.open(path).convert("RGB").save(path.with_suffix(".jpg"))
+            path.unlink()
+        with pytest.raises(ValueError, match="classes of zoo have none of their formats, JPEG, PNG, in common"):
+            module(root / "zoo", match_formats=True).setup("fit")
+
+
+class Coarse(nn.Module):
+    """An autoencoder that keeps every other pixel."""
+
+    def __init__(self, scale: int = 2) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.scale = scale
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.weight * images[..., ::2, ::2]
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return codes.repeat_interleave(self.scale, -1).repeat_interleave(self.scale, -2)
+
+
+class TestTwins:
+    def test_photographs_and_their_twins_differ_in_nothing_else(self, root: Path, tmp_path: Path) -> None:
+        data = module(root, twins=[AutoencoderTwins("coarse", Coarse(), str(tmp_path / "cache"))])
+        assert data.source_names == ["camera", "site", "zoo", "coarse"]
+        held_out = {split: data.files(split).of_source("coarse") for split in ("train", "val", "test")}
+        assert sum(map(len, held_out.values())) == 2 * 28, "each photograph, in the part that it is in"
+        files = held_out["train"]
+        half = len(files) // 2
+        assert files.labels.tolist() == [0] * half + [1] * half
+        for photograph, twin in zip(files.paths[:half], files.paths[half:], strict=True):
+            image, other = read_image(photograph), read_image(twin)
+            assert image.shape == other.shape == (3, 32, 32)
+            assert torch.equal(other[..., ::2, ::2], image[..., ::2, ::2])
+            assert not torch.equal(other, image)
+            assert file_features(photograph, image) == file_features(twin, other)
+
+    def test_they_are_made_once(self, root: Path, tmp_path: Path) -> None:
+        def paths(network: nn.Module, **options) -> list[Path]:
+            twins = AutoencoderTwins("coarse", network, str(tmp_path), max_images=3, **options)
+            return module(root / "zoo", twins=[twins]).files("train").of_source("coarse").paths
+
+        first = paths(Coarse())
+        assert len(first) == 6
+        times = [path.stat().st_mtime_ns for path in first]
+        assert [path.stat().st_mtime_ns for path in paths(Coarse())] == times
+        other = Coarse()
+        other.weight.data += 1
+        for network, options in ((other, {}), (Coarse(), {"latent_noise": 0.1})):
+            with pytest.raises(ValueError, match=r"holds twins by another .*: name another folder, or remove this one"):
+                paths(network, **options)
+
+    def test_photographs_of_a_folder(self, root: Path, tmp_path: Path) -> None:
+        write(tmp_path / "photos", 10, 90)
+        twins = AutoencoderTwins("coarse", Coarse(), str(tmp_path / "cache"), photographs=str(tmp_path / "photos"))
+        data = module(root, twins=[twins], test_sources=["coarse"])
+        assert [len(data.files(split).of_source("coarse")) for split in ("train", "val", "test")] == [0, 0, 2]
+        every = [
+            {Path(p).name[:1] for p in twins.take(part, data.fractions, 0).names} for part in ("train", "val", "test")
+        ]
+        assert [len(names) for names in every] == [8, 1, 1]
+        assert len(set.union(*every)) == 10
+
+    def test_a_source_that_is_left_out_has_no_twins(self, root: Path, tmp_path: Path) -> None:
+        twins = AutoencoderTwins("coarse", Coarse(), str(tmp_path / "cache"))
+        names = module(root, twins=[twins], test_sources=["site"]).files("train").of_source("coarse").paths
+        assert len(names) == 2 * (8 + 4)
+
+    def test_noise_and_scale_of_the_code(self, tmp_path: Path) -> None:
+        image = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0)) / 2
+        plain = AutoencoderTwins("a", Coarse(), str(tmp_path)).twin(image, 1)
+        scaled = AutoencoderTwins("a", Coarse(), str(tmp_path), latent_scale=(1.1, 1.1)).twin(image, 1)
+        torch.testing.assert_close(scaled, plain * 1.1)
+        noisy = AutoencoderTwins("a", Coarse(), str(tmp_path), latent_noise=0.2)
+        assert torch.equal(noisy.twin(image, 1), noisy.twin(image, 1))
+        spreads = [float((noisy.twin(image, key) - plain).std() / plain.std()) for key in range(50)]
+        assert 0 < min(spreads) < 0.05
+        assert 0.1 < max(spreads) < 0.21
+
+    def test_codes_as_diffusers_wraps_them(self, tmp_path: Path) -> None:
+        class Wrapped(Coarse):
+            def encode(self, images: Tensor):
+                mode = super().encode(images)
+                return type("Output", (), {"latent_dist": type("D", (), {"mode": lambda self: mode})()})()
+
+            def decode(self, codes: Tensor):
+                return type("Output", (), {"sample": super(Wrapped, self).decode(codes)})()
+
+        image = torch.rand(3, 32, 32)
+        twin = AutoencoderTwins("a", Wrapped(), str(tmp_path), value_range=(-1, 1)).twin(image)
+        torch.testing.assert_close(twin, AutoencoderTwins("a", Coarse(), str(tmp_path)).twin(image))
+
+    def test_what_does_not_fit(self, root: Path, tmp_path: Path) -> None:
+        large = AutoencoderTwins("large", Coarse(4), str(tmp_path))
+        with pytest.raises(ValueError, match=r"large makes \[3, 64, 64\] of an image \[3, 32, 32\]"):
+            module(root / "zoo", twins=[large]).setup("fit")
+        with pytest.raises(ValueError, match="Linear has no method encode"):
+            AutoencoderTwins("a", nn.Linear(1, 1), str(tmp_path))
+        with pytest.raises(ValueError, match="two sources are called zoo"):
+            module(root, twins=[AutoencoderTwins("zoo", Coarse(), str(tmp_path))]).setup("fit")
+
+
+def test_a_damaged_avif_is_left_out(root: Path) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), (9, 99, 9)).save(file, "AVIF")
+    content = file.getvalue()
+    for number in range(len(content) // 8):
+        damaged = bytearray(content)
+        damaged[8 * number : 8 * number + 8] = bytes(8)
+        (root / "zoo" / "train" / "generated" / f"x{number}.avif").write_bytes(damaged)
+    data = module(root / "zoo", on_error="skip")
+    with pytest.warns(UserWarning, match="cannot be read and are left out"):
+        data.setup("fit")
+    assert len(list(data.train_dataloader()))
