@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/em.md: python docs/em_pictures.py [--output docs/images]."""
+"""Draws the pictures of docs/site/em.md: python docs/em_pictures.py [--output docs/images]."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/em_study.md from the results in docs/results.
+"""Draws the pictures of docs/site/em_study.md from the results in docs/results.
 
 python docs/picture_em_study.py
 """

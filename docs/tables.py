@@ -30,7 +30,7 @@ TABLES: dict[str, Callable[[], str]] = {}
 def pages() -> list[Path]:
     """Every page whose figures are held to records."""
     cards = sorted(PROJECT.glob("lightning_modules/weights/*/README.md"))
-    return [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md")), *cards]
+    return [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("**/*.md")), *cards]
 
 
 def generate(text: str) -> str:

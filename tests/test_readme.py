@@ -1,4 +1,4 @@
-"""The README's Python, executed as it stands, and its files and commands, looked up."""
+"""The Python of README and pages, executed as it stands, and their files and commands, looked up."""
 
 import inspect
 import re
@@ -13,15 +13,19 @@ import torchvision
 from PIL import Image
 from torchvision.datasets import FakeData
 
-from datamodules import CIFAR10DataModule, GeneratedImagesDataModule, ImageFolderDataModule
+from datamodules import CIFAR10DataModule, GeneratedImagesDataModule, ImageFolderDataModule, PatchDataModule
 from lightning_modules import GeneratedImageDetector, Reconstruction
 
 PROJECT = Path(__file__).parents[1]
-README = (PROJECT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    page: page.read_text(encoding="utf-8")
+    for page in [PROJECT / "README.md", *sorted((PROJECT / "docs" / "site").glob("*.md"))]
+}
+TEXT = "\n".join(PAGES.values())
 
 
 def python_block(word: str) -> str:
-    (block,) = (text for text in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if word in text)
+    (block,) = (text for text in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL) if word in text)
     return block
 
 
@@ -81,13 +85,16 @@ def test_a_datamodule_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
         assert batch["image"].shape == (3, 3, 256, 256)
 
 
-def test_every_file_that_it_names_exists() -> None:
-    linked = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_file_that_it_names_exists(page: Path) -> None:
+    linked = re.findall(r"\]\((?!https?:|#)([^)#]+)", PAGES[page])
+    for name in linked:
+        assert (page.parent / name).is_file(), name
     named = re.findall(
-        r"(?:configs|benchmarks|docs|callbacks|datamodules|lightning_modules)/[\w/]*\.(?:yaml|py|png|ipynb)", README
+        r"(?<![\w/])(?:configs|benchmarks|docs|callbacks|datamodules|lightning_modules)/[\w/]*\.(?:yaml|py|png|ipynb)",
+        PAGES[page],
     )
-    assert linked
-    for name in {*linked, *named, "LICENSE", "CHANGELOG.md"}:
+    for name in {*named, "LICENSE", "CHANGELOG.md"}:
         assert (PROJECT / name).is_file(), name
 
 
@@ -97,9 +104,10 @@ def test_every_flag_that_it_names_exists() -> None:
         CIFAR10DataModule,
         ImageFolderDataModule,
         GeneratedImagesDataModule,
+        PatchDataModule,
         Reconstruction,
     )
     options = {name for owner in owners for name in inspect.signature(owner).parameters}
-    flags = set(re.findall(r"--(?:data|model|trainer)\.(\w+)", README))
+    flags = set(re.findall(r"--(?:data|model|trainer)\.(\w+)", TEXT))
     assert flags >= {"root", "devices", "noise_std"}
     assert flags <= options | {"help"}

@@ -47,8 +47,8 @@ def run(words: list[str]) -> int:
     try:
         if options.model is None:
             raise ValueError(
-                "no weights come with this package (docs/detector.md has the reason): name a checkpoint of yours with "
-                "--model, such as logs/detector/version_0/checkpoints/last.ckpt"
+                "no weights come with this package (docs/site/detector.md has the reason): name a checkpoint of yours "
+                "with --model, such as logs/detector/version_0/checkpoints/last.ckpt"
             )
         with warnings.catch_warnings(record=True, action="always") as left_out:
             files = _files([Path(path).expanduser() for path in options.paths], output)

@@ -23,8 +23,7 @@ class PatchPrior(nn.Module):
     splitting: for growing :math:`\beta`, every overlapping patch becomes its Wiener estimate under the component that
     explains it best at noise :math:`1/\beta`, and the image the weighted mean of the noisy one and the folded patches,
 
-    .. math:: x = (\lambda y + \beta \textstyle\sum_i P_i^\top z_i / p^2) / (\lambda + \beta), \quad \lambda = 1 /
-    \sigma^2.
+    .. math:: x = (\lambda y + \beta \textstyle\sum_i P_i^\top z_i / p^2) / (\lambda + \beta), \ \lambda = \sigma^{-2}.
 
     Patches have their mean removed. Colours are first turned into three uncorrelated channels, each restored by the
     same prior. Nothing leaves the device between the steps.

@@ -1,4 +1,4 @@
-"""The pictures of docs/em.md can be drawn, and show what the page says."""
+"""The pictures of docs/site/em.md can be drawn, and show what the page says."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ def pictures(docs_script: Callable[[str], ModuleType]) -> ModuleType:
 
 def test_every_picture_of_the_page_is_drawn(pictures: ModuleType, tmp_path: Path) -> None:
     pictures.main(["--output", str(tmp_path)])
-    page = (PROJECT / "docs/em.md").read_text()
+    page = (PROJECT / "docs/site/em.md").read_text()
     for name in pictures.PICTURES:
         assert f"images/{name}.png" in page
         with Image.open(tmp_path / f"{name}.png") as image:
