@@ -148,6 +148,63 @@ def operators(found: list[Row]) -> Columns:
     return header, lines
 
 
+@table("anyones")
+def anyones(found: list[Row]) -> Columns:
+    header = [
+        "restoration",
+        "images",
+        "learned, worse end, with clean images",
+        "without",
+        "grid",
+        "evaluations an image",
+    ]
+    own = [row for row in found if row["part"] == "finding"]
+    lines = []
+    for name, data in dict.fromkeys((row["restorer"], row["data"]) for row in own):
+        those = [row for row in own if (row["restorer"], row["data"]) == (name, data)]
+        worst = [
+            min((r["psnr"] for r in those if r["objective"] == o), default=math.nan) for o in ("supervised", "sure")
+        ]
+        apart = [f"{db(value)} ({value - those[0]['psnr_grid']:+.3f})" for value in worst]
+        spent = " and ".join(dict.fromkeys(f"{row['evaluations']:.0f}" for row in those))
+        lines.append([name, data, *apart, db(those[0]["psnr_grid"]), spent])
+    return header, lines
+
+
+@table("anyones")
+def anyones_search(found: list[Row]) -> Columns:
+    own = [row for row in found if row["part"] == "search"]
+    lines = []
+    for key in dict.fromkeys((row["method"], row.get("objective"), str(row.get("setting"))) for row in own):
+        those = [r for r in own if (r["method"], r.get("objective"), str(r.get("setting"))) == key]
+        first = those[0]
+        words = [f"{name} {value}" for name, value in first.get("setting", {}).items()]
+        words += ["noisy images only"] if first.get("objective") == "sure" else []
+        name = first["method"] + (f" ({', '.join(words)})" if words else "")
+        spent = ["", ""]
+        if "seconds" in first:
+            spent = [f"{first['restorations']:,}", f"{median(r['seconds'] for r in those):.1f}"]
+        scores = ", ".join(db(row["psnr"], 3) for row in those)
+        lines.append([name, *spent, scores])
+    return ["", "images restored", "seconds", "PSNR of the test images, by seed"], lines
+
+
+@table("anyones")
+def anyones_bank(found: list[Row]) -> Columns:
+    header = ["numbers learned", "batches", "seconds", "noisy", "total variation, best weight", "bank", "gain"]
+    return header, (
+        [
+            f"{row['numbers']:,}",
+            str(row["batches"]),
+            f"{row['seconds']:.0f}",
+            *map(db, (row["psnr_noisy"], row["psnr_total_variation"], row["psnr"])),
+            f"{row['psnr'] - row['psnr_total_variation']:+.2f} dB",
+        ]
+        for row in found
+        if row["part"] == "bank"
+    )
+
+
 @table("graph_gain")
 def graph_gain(found: list[Row]) -> Columns:
     header = ["weights of the network", "seed", "without graph", "with graph", "gain", "seconds without, with"]
