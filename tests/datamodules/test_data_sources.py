@@ -263,7 +263,8 @@ class TestTwins:
         pixels, wanted = matched.flatten(1).float(), photograph.flatten(1).float()
         torch.testing.assert_close(pixels.mean(1), wanted.mean(1), rtol=0, atol=0.5)
         torch.testing.assert_close(torch.cov(pixels), torch.cov(wanted), rtol=0.03, atol=20)
-        torch.testing.assert_close(pixels.sort(1).values, wanted.sort(1).values, rtol=0, atol=6)
+        deciles = torch.linspace(0, 1, 11)
+        torch.testing.assert_close(pixels.quantile(deciles, 1), wanted.quantile(deciles, 1), rtol=0, atol=4)
         cells = matched.unfold(1, 2, 2).unfold(2, 2, 2).flatten(3)
         assert (cells == cells[..., :1]).all(), "pixels that a decoder has made alike stay alike"
 
