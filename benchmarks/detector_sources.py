@@ -183,7 +183,7 @@ def train(name: str, data: GeneratedImagesDataModule, inputs: str, options: Any,
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, options.steps),
         lr_interval="step",
     )
-    newest = folder / "checkpoints" / "last.ckpt"
+    newest = _unfinished(folder / "checkpoints" / "last.ckpt", options.steps)
     trainer = L.Trainer(
         accelerator="auto",
         devices=1,
@@ -199,8 +199,17 @@ def train(name: str, data: GeneratedImagesDataModule, inputs: str, options: Any,
             ModelCheckpoint(folder / "checkpoints", save_last=True, every_n_train_steps=50),
         ],
     )
-    trainer.fit(detector, data, ckpt_path=str(newest) if newest.is_file() else None, weights_only=True)
+    trainer.fit(detector, data, ckpt_path=newest, weights_only=True)
+    trainer.save_checkpoint(folder / "detector.ckpt")  # calibrated, which the last of training is not
     return trainer
+
+
+def _unfinished(checkpoint: Path, steps: int) -> str | None:
+    """A checkpoint from which there are steps left, after which the detector is calibrated."""
+    if not checkpoint.is_file():
+        return None
+    done: int = torch.load(checkpoint, weights_only=True, map_location="cpu")["global_step"]
+    return str(checkpoint) if done < steps else None
 
 
 def measure(name: str, data: GeneratedImagesDataModule, inputs: str, options: Any, seed: int) -> dict[str, Any]:
