@@ -377,6 +377,66 @@ def patch_prior(found: list[Row]) -> Columns:
     )
 
 
+# The detector
+
+PROBES = ("file", "thumbnail", "color", "semantic")
+# What was asked of a detector before any run: the folds that it is about, what is averaged over them, and the bound;
+# where it is negative, the most.
+_ASKED: tuple[tuple[str, str, str, float], ...] = (
+    ("held-out decoders: AUROC", "decoders", "history auroc", 0.85),
+    ("other left-out sources: AUROC", "others", "history auroc", 0.75),
+    ("own sources: accuracy, unsure counted as wrong", "own", "history accuracy_verdict", 0.90),
+    ("own sources: accuracy of the sure", "own", "history accuracy_sure", 0.97),
+    ("own sources: unsure", "own", "history unsure", -0.20),
+    ("left-out sources: accuracy of the sure", "left out", "history accuracy_sure", 0.75),
+    ("left-out sources: unsure", "left out", "history unsure", -0.60),
+    ("sure verdicts that flip when saved again", "all", "flips", -0.05),
+    ("denoised photographs called generated", "all", "denoised called generated", -0.10),
+    ("sharpened photographs called generated", "all", "sharpened called generated", -0.10),
+    ("photographs in the dark called generated", "all", "night called generated", -0.10),
+)
+_FILES = ("portraits", "diffusiondb")
+
+
+@table("detector_sources")
+def detector_left_out(found: list[Row]) -> Columns:
+    columns = ("auroc", "accuracy_verdict", "accuracy_sure", "unsure", *(f"{probe}_auroc" for probe in PROBES))
+    header = ["left out", "images", "AUROC", "accuracy", "of the sure", "unsure", *PROBES]
+    return header, (
+        [row["left out"], f"{row['history n']:.0f}", *(_share(row, f"history {column}") for column in columns)]
+        for row in found
+    )
+
+
+@table("detector_sources")
+def detector_asked(found: list[Row]) -> Columns:
+    return ["what", "must", "mean", "worst", ""], _asked(found)
+
+
+def _asked(found: list[Row]) -> Iterable[list[str]]:
+    left_out = [row for row in found if row["left out"] != "none"]
+    groups = {
+        "decoders": [row for row in left_out if row["left out"] not in _FILES],
+        "others": [row for row in left_out if row["left out"] in _FILES],
+        "own": [row for row in found if row["left out"] == "none"],
+        "left out": left_out,
+        "all": found,
+    }
+    for name, group, column, bound in _ASKED:
+        values = [row[column] for row in groups[group] if column in row]
+        if not values:
+            continue
+        mean, at_most = fmean(values), bound < 0
+        met = mean <= -bound if at_most else mean >= bound
+        must = f"{'at most' if at_most else 'at least'} {abs(bound):.2f}"
+        worst = max(values) if at_most else min(values)
+        yield [name, must, f"{mean:.2f}", f"{worst:.2f}", "met" if met else "**missed**"]
+
+
+def _share(row: Row, column: str) -> str:
+    return f"{row[column]:.2f}" if column in row else ""
+
+
 # Mixtures
 
 
