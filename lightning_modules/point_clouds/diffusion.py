@@ -92,7 +92,13 @@ class PointCloudDiffusion(RestorationOperator):
         )
 
     def forward(  # type: ignore[override]  # clouds in place of images
-        self, noisy: Data, *, noise: Noise, guide: Tensor | None = None, **parameters: Tensor | float
+        self,
+        noisy: Data,
+        *,
+        noise: Noise,
+        guide: Tensor | None = None,
+        topology: "list[Topology] | None" = None,
+        **parameters: Tensor | float,
     ) -> Tensor:
         """Denoised positions.
 
@@ -100,6 +106,8 @@ class PointCloudDiffusion(RestorationOperator):
             noisy: PyG `Data` or `Batch` with `pos`, and `guide` where there is one.
             noise: Standard deviation of the noise of each cloud, in the unit of the positions.
             guide: Features of the points, in place of those in the data.
+            topology: An empty list is filled with the graphs that are built; one that has been filled by a call gives
+                this call its graphs, so that the two differ as a smooth function of the positions does.
             parameters: By the names declared: one number for all clouds or one for each.
 
         Shape:
@@ -121,38 +129,45 @@ class PointCloudDiffusion(RestorationOperator):
         for name, values in named.items():
             if not (values >= 0).all() or not values.isfinite().all():
                 raise ValueError(f"{name} must be finite and not negative, got {values.tolist()}")
-        moved = [
-            self._diffuse(noisy.pos[part], None if guide is None else guide[part], *(v[i] for v in named.values()))
-            if len(noisy.pos[part]) >= _LEAST_POINTS
-            else noisy.pos[part]
-            for i, part in enumerate(parts)
-        ]
+        if not topology:
+            built = [Topology.of(noisy.pos[part].detach()) for part in parts]
+            topology = built if topology is None else topology
+            topology += built if topology is not built else []
+        moved = []
+        for number, part in enumerate(parts):
+            own = noisy.pos[part]
+            if len(own) >= _LEAST_POINTS:
+                features = None if guide is None else _scaled(guide[part])
+                values = {name: value[number] for name, value in named.items()}
+                own = self._diffuse(own, features, topology[number], **values)
+            moved.append(own)
         result = torch.cat(moved)
         return result if isinstance(parts[0], slice) else result[torch.cat(parts).argsort()]
 
     def _diffuse(
         self,
         points: Tensor,
-        guide: Tensor | None,
-        level: Tensor,
-        a: Tensor,
-        b: Tensor,
-        f: Tensor,
-        s: Tensor,
+        features: Tensor | None,
+        topology: "Topology",
+        noise: Tensor,
+        width_noise: Tensor,
+        width_spacing: Tensor,
+        sigma_height: Tensor,
+        sigma_normal: Tensor,
         tau: Tensor,
     ) -> Tensor:
+        width = ((width_noise * noise) ** 2 + (width_spacing * topology.spacing) ** 2).sqrt()
+        if not (reach := _REACH * float(width.detach())):
+            return points
         center = points.detach().mean(0)
         position = points - center
-        width = ((a * level) ** 2 + (b * median_spacing(position.detach())) ** 2).sqrt()
-        if not float(width.detach()) > 0:
-            return points
-        features = None if guide is None else _scaled(guide)
-        groups, place = compact_groups(points.detach(), _GROUP)
         for turn in range(self.graphs):
-            reach = _REACH * float(width.detach())
-            graph = _Graph.of(position.detach(), groups, place, reach, self.num_neighbors, turn)
-            position = self._on_graph(graph, position, features, width, f * level, s, tau)
-        return torch.where(level > 0, position + center, points)
+            if turn == len(topology.graphs):
+                topology.graphs.append(topology.build(position.detach(), reach, self.num_neighbors, turn))
+            graph = topology.graphs[turn]
+            height = sigma_height * noise / width
+            position = width * self._on_graph(graph, position / width, features, width, height, sigma_normal, tau)
+        return torch.where(noise > 0, position + center, points)
 
     def _on_graph(
         self,
@@ -160,20 +175,57 @@ class PointCloudDiffusion(RestorationOperator):
         position: Tensor,
         features: Tensor | None,
         width: Tensor,
-        height: Tensor,
-        s: Tensor,
+        sigma_height: Tensor,
+        sigma_normal: Tensor,
         tau: Tensor,
     ) -> Tensor:
-        position = position / width  # of the order of 1 within a neighborhood
+        """Positions after the steps on a graph; these, and the heights, in units of the width."""
         parts = graph.split()
         near = [part.distance_weight(position, width) for part in parts]
         normal = torch.cat([part.normals(position, w) for part, w in zip(parts, near, strict=True)])[graph.place]
-        normal = torch.cat([p.smoothed(normal, features, w, s) for p, w in zip(parts, near, strict=True)])[graph.place]
-        frames = [part.frame(normal, features, w, s) for part, w in zip(parts, near, strict=True)]
+        smoothed = [p.smoothed(normal, features, w, sigma_normal) for p, w in zip(parts, near, strict=True)]
+        normal = torch.cat(smoothed)[graph.place]
+        frames = [part.frame(normal, features, w, sigma_normal) for part, w in zip(parts, near, strict=True)]
         for _ in range(self.steps):
-            heights = [p.height(position, frame, height / width) for p, frame in zip(parts, frames, strict=True)]
+            heights = [p.height(position, frame, sigma_height) for p, frame in zip(parts, frames, strict=True)]
             position = position + tau * torch.cat(heights)[graph.place][:, None] * normal
-        return position * width
+        return position
+
+
+class Topology(NamedTuple):
+    """What of a cloud's graphs does not change smoothly with its points: their median distance, groups of near points
+    `[G, S]`, where each point is in them `[N]`, and the graphs.
+    """
+
+    spacing: float
+    groups: Tensor
+    place: Tensor
+    graphs: "list[_Graph]"
+
+    @classmethod
+    def of(cls, points: Tensor) -> "Topology":
+        """That of a cloud, before any graph is built.
+
+        Shape:
+            - points: `[N, 3]`
+        """
+        return cls(median_spacing(points), *compact_groups(points, _GROUP), [])
+
+    def build(self, position: Tensor, radius: float, count: int, turn: int) -> "_Graph":
+        """The graph of points within a radius of each other.
+
+        Shape:
+            - position: `[N, 3]`
+        """
+        centers = position[self.groups].mean(1)
+        neighbors = thinned_neighbors(position, centers, radius, min(count, len(position)), turn)
+        farthest = (position[neighbors[:, -1]] - centers).norm(dim=1, keepdim=True)
+        if neighbors.shape[1] == len(position):
+            farthest = torch.full_like(farthest, torch.inf)
+        within = (farthest - (position[self.groups] - centers[:, None]).norm(dim=2)).clamp_max(radius)
+        # Where a group is wide for its neighbors, a point has at least those within half of their distance.
+        limit = torch.maximum(within, 0.5 * farthest.clamp_max(radius)).square()
+        return _Graph(self.groups, self.place, neighbors, limit)
 
 
 class _Frame(NamedTuple):
@@ -194,18 +246,6 @@ class _Graph(NamedTuple):
     place: Tensor
     neighbors: Tensor
     limit: Tensor
-
-    @classmethod
-    def of(cls, position: Tensor, groups: Tensor, place: Tensor, radius: float, count: int, turn: int) -> "_Graph":
-        """The graph of a cloud that has been grouped."""
-        centers = position[groups].mean(1)
-        neighbors = thinned_neighbors(position, centers, radius, min(count, len(position)), turn)
-        farthest = (position[neighbors[:, -1]] - centers).norm(dim=1, keepdim=True)
-        if neighbors.shape[1] == len(position):
-            farthest = torch.full_like(farthest, torch.inf)
-        within = (farthest - (position[groups] - centers[:, None]).norm(dim=2)).clamp_max(radius)
-        # Where a group is wide for its neighbors, a point has at least the nearer half of them.
-        return cls(groups, place, neighbors, torch.maximum(within, 0.5 * farthest.clamp_max(radius)).square())
 
     def split(self) -> "list[_Graph]":
         """Parts that stay in the cache."""
