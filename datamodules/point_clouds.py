@@ -1,7 +1,7 @@
 """Point clouds: surfaces made from formulas, or a folder of one's own scans and meshes."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from datamodules._sampler import SampleBatch
 from datamodules._surface_samples import Sampling, sample_surface
 from datamodules.image_data_module import BatchDataset, ImageDataModule, Split
 from lightning_modules.imaging import draw, mix, permutation
-from lightning_modules.point_clouds.files import SUFFIXES, find_clouds, read_cloud
+from lightning_modules.point_clouds.files import find_clouds, read_cloud
 
 # Points that stand for the surface itself, for each point of a cloud; and what their draws are set apart by.
 _SURFACE = 4
@@ -31,9 +31,9 @@ class PointCloudDataModule(ImageDataModule):
     `.obj`): meshes are sampled anew for each cloud, of scans a piece of `num_points` neighboring points is taken, at
     another place each time. `predict` takes the points of whole files as they are, but for those that are not finite.
 
-    A batch is a dict: `cloud`, a `torch_geometric.data.Batch` with `pos` [N, 3] about the cloud's centre, `radius` [B] of
-    the bounding sphere, and the true `surface` [M, 3], with its normals where it is a mesh; and `index`, `weight`, `key`
-    and `name` of each cloud.
+    A batch is a dict: `cloud`, a `torch_geometric.data.Batch` with `pos` [N, 3] about the cloud's center, `radius` [B]
+    of the bounding sphere, and the true `surface` [M, 3], with its normals where it is a mesh; and `index`, `weight`,
+    `key` and `name` of each cloud.
 
     Args:
         root: Folder with the files; by default surfaces from formulas.

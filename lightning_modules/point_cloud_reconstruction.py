@@ -35,13 +35,13 @@ _SHOWN = 1e4
 class PointCloudReconstruction(CheckpointedModule):
     r"""Moves the points of noisy clouds back to the surface; its `training_step` is the E-step.
 
-    Trained under `callbacks.EMParameterCallback`, the operator's parameters are learned. The loss of a cloud is the mean
-    squared distance of its points to the surface over the variance of the noise, so that clouds of any size and level
-    count alike: 1 where nothing is gained along the normals.
+    Trained under `callbacks.EMParameterCallback`, the operator's parameters are learned. The loss of a cloud is the
+    mean squared distance of its points to the surface over the variance of the noise, so that clouds of any size and
+    level count alike: 1 where nothing is gained along the normals.
 
     A batch is a dict: `cloud`, a PyG `Batch` whose `pos` are the points and, for each cloud, `radius`, that of the
-    bounding sphere; `surface` and `surface_normal`, with `surface_batch`, points of the true surface, where it is known;
-    and `weight`, `key`, `index` `[B]` and `name` as in `lightning_modules.imaging.ImageBatch`.
+    bounding sphere; `surface` and `surface_normal`, with `surface_batch`, points of the true surface, where it is
+    known; and `weight`, `key`, `index` `[B]` and `name` as in `lightning_modules.imaging.ImageBatch`.
 
     Args:
         operator: The denoiser, which declares the parameters.

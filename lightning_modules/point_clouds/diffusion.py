@@ -1,6 +1,6 @@
 """Diffusion of a point cloud along its normals, over graphs of near points."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,10 +44,10 @@ class PointCloudDiffusion(RestorationOperator):
     .. math:: W_{ij} = e^{-r_{ij}^2 / 2w^2} \, e^{-(1 - |\langle n_i, n_j \rangle|) / \sigma_{normal}^2}
         \, e^{-h_{ij}^2 / 2\sigma_{height}^2}, \qquad w^2 = (a\,\sigma_n)^2 + (b\,d)^2
 
-    with the noise's standard deviation :math:`\sigma_n` and the median distance d of the points: all five parameters are
-    without a unit of length, so that scale does not matter. The Gaussian of the distance ends smoothly at 2w. Both
-    normals in the height are those of Guennebaud & Gross, "Algebraic point set surfaces", 2007; weights as in Fleishman,
-    Drori & Cohen-Or, "Bilateral mesh denoising", 2003.
+    with the noise's standard deviation :math:`\sigma_n` and the median distance d of the points: all five parameters
+    are without a unit of length, so that scale does not matter. The Gaussian of the distance ends smoothly at 2w. Both
+    normals in the height are those of Guennebaud & Gross, "Algebraic point set surfaces", 2007; weights as in
+    Fleishman, Drori & Cohen-Or, "Bilateral mesh denoising", 2003.
 
     A cloud is a PyG `Data` or `Batch` with `pos`; `guide`, features of the points that are compared in place of the
     normals, may come in it. Fewer than 4 points are left as they are, and so are those without neighbors. A noise level
@@ -84,11 +84,11 @@ class PointCloudDiffusion(RestorationOperator):
         the normals; and the step τ.
         """
         return (
-            ParameterSpec("width_noise", 1.5, (0.3, 6.0), unit="noise"),
-            ParameterSpec("width_spacing", 1.5, (0.5, 5.0), unit="spacings"),
-            ParameterSpec("sigma_height", 2.0, (0.2, 20.0), unit="noise"),
-            ParameterSpec("sigma_normal", 0.6, (0.05, 5.0)),
-            ParameterSpec("tau", 0.7, (0.05, 1.0)),
+            ParameterSpec("width_noise", 3.5, (0.3, 6.0), unit="noise"),
+            ParameterSpec("width_spacing", 2.5, (0.5, 5.0), unit="spacings"),
+            ParameterSpec("sigma_height", 1.7, (0.2, 20.0), unit="noise"),
+            ParameterSpec("sigma_normal", 0.35, (0.05, 5.0)),
+            ParameterSpec("tau", 0.5, (0.05, 1.0)),
         )
 
     def forward(  # type: ignore[override]  # clouds in place of images
@@ -217,7 +217,7 @@ class Topology(NamedTuple):
         Shape:
             - position: `[N, 3]`
         """
-        centers = position[self.groups].mean(1)
+        centers = position[self.groups].median(1).values  # which an outlier does not move
         neighbors = thinned_neighbors(position, centers, radius, min(count, len(position)), turn)
         farthest = (position[neighbors[:, -1]] - centers).norm(dim=1, keepdim=True)
         if neighbors.shape[1] == len(position):
@@ -225,6 +225,7 @@ class Topology(NamedTuple):
         within = (farthest - (position[self.groups] - centers[:, None]).norm(dim=2)).clamp_max(radius)
         # Where a group is wide for its neighbors, a point has at least those within half of their distance.
         limit = torch.maximum(within, 0.5 * farthest.clamp_max(radius)).square()
+        limit = limit.clamp_min(torch.finfo(limit.dtype).tiny ** 0.5)  # of points that are all at one place
         return _Graph(self.groups, self.place, neighbors, limit)
 
 
@@ -238,8 +239,8 @@ class _Frame(NamedTuple):
 
 
 class _Graph(NamedTuple):
-    """Groups of near points `[G, S]`, where each point is in them `[N]`, the neighbors of each group `[G, K]`, and up to
-    which squared distance a point's neighbors are all among them, or end `[G, S]`.
+    """Groups of near points `[G, S]`, where each point is in them `[N]`, the neighbors of each group `[G, K]`, and up
+    to which squared distance a point's neighbors are all among them, or end `[G, S]`.
     """
 
     groups: Tensor

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ def _triangles(faces: NDArray[Any]) -> NDArray[np.int64] | None:
     (name,) = [name for name in faces.dtype.names or () if name in ("vertex_indices", "vertex_index")][:1] or [None]
     if name is None or not len(faces):
         return None
-    fans = [[corners[0], b, c] for corners in faces[name] for b, c in zip(corners[1:], corners[2:], strict=False)]
+    fans = [[corners[0], b, c] for corners in faces[name] for b, c in pairwise(corners[1:])]
     return np.array(fans, dtype=np.int64).reshape(-1, 3)
 
 

@@ -1,6 +1,7 @@
 """Neighbors of a cloud's points, and the normals of the surface that they lie on."""
 
 import math
+from itertools import pairwise
 
 import torch
 from scipy.spatial import KDTree
@@ -32,11 +33,11 @@ def median_spacing(points: Tensor) -> float:
 
 
 def compact_groups(points: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Groups of equally many points that are near each other, by halving the cloud along its longest side again and again.
+    """Groups of equally many points that are near each other, by halving the cloud along its longest side repeatedly.
 
     Args:
         points: The points.
-        size: Least size of a group; the size is less than twice as large.
+        size: Least size of a group; the size is at most twice as large.
 
     Shape:
         - points: `[N, 3]`
@@ -146,7 +147,7 @@ def clouds(data: Data) -> list[slice] | list[Tensor]:
     if bool((batch.diff() < 0).any()):
         return [(batch == number).nonzero()[:, 0] for number in range(count)]
     ends = [0, *torch.bincount(batch, minlength=count).cumsum(0).tolist()]
-    return [slice(first, last) for first, last in zip(ends, ends[1:], strict=False)]
+    return [slice(first, last) for first, last in pairwise(ends)]
 
 
 def check_cloud(data: Data, guide: Tensor | None = None) -> None:
@@ -183,6 +184,6 @@ def check_cloud(data: Data, guide: Tensor | None = None) -> None:
         extent = float((own.amax(0) - own.amin(0)).max())
         if extent and digit * len(own) ** 0.5 > 0.1 * extent:
             raise ValueError(
-                f"coordinates as large as {float(own.abs().max()):.3g} have steps of {digit:.2g} in {own.dtype}, too long "
-                f"for {len(own)} points within {extent:.3g}: give them in float64, or subtract an origin before rounding"
+                f"coordinates as large as {float(own.abs().max()):.3g} have steps of {digit:.2g} in {own.dtype}, too "
+                f"long for {len(own)} points within {extent:.3g}: give them in float64, or subtract an origin first"
             )
