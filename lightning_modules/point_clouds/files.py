@@ -1,5 +1,6 @@
 """Files of point clouds: points with whatever else each of them has, and faces."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -154,7 +155,12 @@ def _read_pcd(path: Path) -> CloudFile:
 
 
 def _read_xyz(path: Path) -> CloudFile:
-    return CloudFile.of(np.loadtxt(path, ndmin=2))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*input contained no data")  # which is an error of its own
+        table = np.loadtxt(path, ndmin=2)
+    if not table.size:
+        raise ValueError("it is empty")
+    return CloudFile.of(table)
 
 
 def _read_npy(path: Path) -> CloudFile:
