@@ -1,12 +1,11 @@
 """Denoising of point clouds by an operator whose parameters are learned by expectation-maximisation."""
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch_geometric.data import Batch, Data
-from torch_geometric.utils import scatter
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from lightning_modules.checkpoints.module import CheckpointedModule
@@ -15,19 +14,14 @@ from lightning_modules.imaging import seeded_normal, seeded_uniform
 from lightning_modules.optimizers import optimizer_config
 from lightning_modules.point_clouds import (
     PointCloudDiffusion,
-    Topology,
     chamfer_distance,
     clouds,
     estimate_cloud_noise,
     surface_distance,
 )
 
-# Sets the draw of a noise level, and that of the probe, apart from the draws of the noise: all start from one key.
-_LEVEL_STREAM, _PROBE_STREAM = 0x5DEE_CE66, 0x2545_F491
-# Length of the probe in units of the noise.
-_PROBE_LENGTH = 0.01
-# What a point's part of the divergence is limited to; along one normal it is the square of a normal draw at most.
-_MOST_DIVERGENCE = 10.0
+# Sets the draw of a noise level apart from the draws of the noise: both start from one key.
+_LEVEL_STREAM = 0x5DEE_CE66
 # Distances are shown as in the literature: squared, in units of the bounding sphere's radius, times this.
 _SHOWN = 1e4
 
@@ -46,13 +40,9 @@ class PointCloudReconstruction(CheckpointedModule):
     Args:
         operator: The denoiser, which declares the parameters.
         em_parameters: Their table; by default one that learns all of them between the declared bounds.
-        add_noise: Whether the clouds are clean and noise is added to them. False for scans, whose level is the
-            batch's `noise_std` or else estimated.
         noise_std: Standard deviation of the noise to add, as a part of the bounding sphere's radius: a number, or a
             range from which that of each cloud is drawn.
         estimate_noise: Estimate each cloud's noise level in place of telling the operator the true one.
-        objective: What the parameters learn from: `"supervised"` by the true surface, `"sure"` by the noisy points
-            only, through Stein's unbiased estimate of the distance that is left along the normals.
         optimizer: Makes the optimizer, which has nothing to move but in modules that add to this one.
 
     Raises:
@@ -69,10 +59,8 @@ class PointCloudReconstruction(CheckpointedModule):
         self,
         operator: PointCloudDiffusion,
         em_parameters: ParameterTable | None = None,
-        add_noise: bool = True,
         noise_std: float | tuple[float, float] = (0.01, 0.03),
         estimate_noise: bool = False,
-        objective: Literal["supervised", "sure"] = "supervised",
         optimizer: OptimizerCallable = torch.optim.Adam,
     ) -> None:
         super().__init__()
@@ -82,13 +70,6 @@ class PointCloudReconstruction(CheckpointedModule):
                 "noise_std must be a part of the bounding sphere's radius, between 0 and 1, or a range (lower, upper), "
                 f"got {noise_std}"
             )
-        if objective not in ("supervised", "sure"):
-            raise ValueError(f"objective must be 'supervised' or 'sure', got {objective!r}")
-        if objective == "supervised" and not add_noise:
-            raise ValueError(
-                "add_noise=False keeps the noise that the scans came with, and objective='supervised' compares with "
-                "the true surface: choose objective='sure'"
-            )
         self.save_hyperparameters(ignore=["operator", "em_parameters", "optimizer"])
         if "_instantiator" in self.hparams:  # from the command line: injected parts are plain configuration, as well
             self.save_hyperparameters()
@@ -96,12 +77,10 @@ class PointCloudReconstruction(CheckpointedModule):
         self.em_parameters = (ParameterTable() if em_parameters is None else em_parameters).declare(
             operator.parameter_specs
         )
-        self.add_noise = add_noise
         self.noise_range = (float(levels[0]), float(levels[1]))
         self.estimate_noise = estimate_noise
-        self.objective = objective
         self.optimizer = optimizer
-        names = ("loss", "chamfer", "chamfer_noisy", "surface", "surface_noisy") if add_noise else ("loss",)
+        names = ("loss", "chamfer", "chamfer_noisy", "surface", "surface_noisy")
         metrics: dict[str, Metric | MetricCollection] = {name: MeanMetric() for name in names}
         self.val_metrics = MetricCollection(metrics, prefix="val/", compute_groups=False)
         self.test_metrics = self.val_metrics.clone(prefix="test/")
@@ -126,10 +105,9 @@ class PointCloudReconstruction(CheckpointedModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """E-step: denoised clouds and the loss of each under the current parameters."""
         noisy, level = self._observe(batch)
-        topology: list[Topology] = []
         parameters = self._theta(len(level))
-        restored = self.operator(noisy, noise=level, topology=topology, **parameters)
-        error = self._error(batch, noisy, restored, level, parameters, topology)
+        restored = self.operator(noisy, noise=level, **parameters)
+        error = _surface_error(batch["cloud"], restored) / level.square()
         weight = batch["weight"].to(error)
         loss = self.em_parameters.attach((weight * error).mean())
         self.log("train/loss", loss.detach(), batch_size=len(error), prog_bar=True, sync_dist=True)
@@ -144,13 +122,12 @@ class PointCloudReconstruction(CheckpointedModule):
         return self._evaluate(batch, self.test_metrics)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """Denoise clouds as they are; to those of a batch that says `clean`, noise is added first.
+        """Denoise clouds as they are; noise is added first, unless `batch["clean"]` is False.
 
         Shape:
             - output: `restored` and `noisy`, a list of `[N, 3]` each; `noise_std` and each of `parameters` `[B]`
         """
-        clean = bool(batch.get("clean", False)) and self.add_noise
-        noisy, level = self._observe(batch, clean)
+        noisy, level = self._observe(batch, add_noise=bool(batch.get("clean", True)))
         parameters = self._theta(len(level))
         restored = self.operator(noisy, noise=level, **parameters)
         used = {name: torch.as_tensor(value).expand(len(level)) for name, value in parameters.items()}
@@ -169,11 +146,11 @@ class PointCloudReconstruction(CheckpointedModule):
     def _theta(self, count: int) -> dict[str, Tensor | int]:
         return self.em_parameters(torch.zeros(count, 0, device=self.em_parameters.shared.device))
 
-    def _observe(self, batch: dict[str, Any], add_noise: bool | None = None) -> tuple[Batch, Tensor]:
+    def _observe(self, batch: dict[str, Any], add_noise: bool = True) -> tuple[Batch, Tensor]:
         """The noisy clouds of a batch, and the level that the operator is told of."""
         cloud = batch["cloud"].clone()
         cloud.pos = cloud.pos.to(self.dtype)
-        if not (self.add_noise if add_noise is None else add_noise):
+        if not add_noise:
             known = batch.get("noise_std")
             return cloud, estimate_cloud_noise(cloud) if known is None else known.to(cloud.pos)
         low, high = self.noise_range
@@ -182,39 +159,17 @@ class PointCloudReconstruction(CheckpointedModule):
         cloud.pos = cloud.pos + level[cloud.batch][:, None] * _normal(batch["key"], cloud)
         return cloud, estimate_cloud_noise(cloud) if self.estimate_noise else level
 
-    def _error(
-        self,
-        batch: dict[str, Any],
-        noisy: Batch,
-        restored: Tensor,
-        level: Tensor,
-        parameters: dict[str, Any],
-        topology: list[Topology],
-    ) -> Tensor:
-        """Squared distance to the surface over the variance of the noise, or its estimate, of each cloud."""
-        if self.objective == "supervised":
-            return _surface_error(batch["cloud"], restored) / level.square()
-        probe = _normal(batch["key"] ^ _PROBE_STREAM, noisy)
-        step = (_PROBE_LENGTH * level)[noisy.batch][:, None]
-        perturbed = noisy.clone()
-        perturbed.pos = noisy.pos + step * probe
-        # On the same graphs: where an edge comes or goes, the quotient would be a jump over next to nothing.
-        moved = self.operator(perturbed, noise=level, topology=topology, **parameters)
-        return _stein_risk(noisy, restored, moved, probe, level)
-
     @torch.no_grad()
     def _evaluate(self, batch: dict[str, Any], metrics: MetricCollection) -> dict[str, Any]:
         noisy, level = self._observe(batch)
-        topology: list[Topology] = []
         parameters = self._theta(len(level))
-        restored = self.operator(noisy, noise=level, topology=topology, **parameters)
-        values = {"loss": self._error(batch, noisy, restored, level, parameters, topology)}
+        restored = self.operator(noisy, noise=level, **parameters)
+        values = {"loss": _surface_error(batch["cloud"], restored) / level.square()}
         clean = batch["cloud"]
-        if self.add_noise:
-            scale = _SHOWN / clean.radius.square()
-            for suffix, points in (("", restored), ("_noisy", noisy.pos)):
-                values[f"surface{suffix}"] = scale * _surface_error(clean, points)
-                values[f"chamfer{suffix}"] = scale * _chamfer(clean, points)
+        scale = _SHOWN / clean.radius.square()
+        for suffix, points in (("", restored), ("_noisy", noisy.pos)):
+            values[f"surface{suffix}"] = scale * _surface_error(clean, points)
+            values[f"chamfer{suffix}"] = scale * _chamfer(clean, points)
         counted = (batch["weight"] > 0).to(level)
         for name, value in values.items():
             metrics[name].update(value, counted)
@@ -234,8 +189,7 @@ def _surface_error(clean: Batch, points: Tensor) -> Tensor:
     """Mean squared distance of each cloud's points to its surface, `[B]`."""
     if "surface" not in clean:
         raise ValueError(
-            "the batch has no `surface`, points of the true surface that the denoised ones are compared with: add it, "
-            "or choose objective='sure' and add_noise=False"
+            "the batch has no `surface`, points of the true surface that the denoised ones are compared with: add it"
         )
     normals = clean.surface_normal if "surface_normal" in clean else None
     parts = zip(clouds(clean), clouds(Data(pos=clean.surface, batch=clean.surface_batch)), strict=True)
@@ -246,22 +200,3 @@ def _surface_error(clean: Batch, points: Tensor) -> Tensor:
 
 def _chamfer(clean: Batch, points: Tensor) -> Tensor:
     return torch.stack([chamfer_distance(points[part], clean.pos[part]) for part in clouds(clean)])
-
-
-def _stein_risk(noisy: Batch, restored: Tensor, moved: Tensor, probe: Tensor, level: Tensor) -> Tensor:
-    r"""Estimated squared distance along the normals over the variance of the noise, of each cloud `[B]`.
-
-    With the shift :math:`g(y) = f(y) - y`, which the operator makes along the normals only,
-
-    .. math:: 1 + \frac{1}{N\sigma^2} \lVert g(y) \rVert^2
-        + \frac{2}{N\varepsilon}\, b^\top \bigl(g(y + \varepsilon b) - g(y)\bigr)
-
-    for a standard normal probe b (see `em.objectives.stein_risk`): what the noise moves along the surface counts for
-    nothing.
-    """
-    step = (_PROBE_LENGTH * level)[noisy.batch][:, None]
-    shift, shift_moved = restored - noisy.pos, moved - (noisy.pos + step * probe)
-    # Where two sheets meet, normals turn at a touch, and a few points would outweigh all others.
-    divergence = (probe * (shift_moved - shift) / step).sum(1).clamp(-_MOST_DIVERGENCE, _MOST_DIVERGENCE)
-    each = shift.square().sum(1) / level.square()[noisy.batch] + 2 * divergence
-    return 1 + scatter(each, noisy.batch, dim_size=len(level), reduce="mean")

@@ -28,14 +28,12 @@ class Kill(L.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run(
-    root: Path, objective: Any = "supervised", batch_size: int = 2, ckpt: Path | None = None, **options: Any
-) -> dict[str, Any]:
+def run(root: Path, batch_size: int = 2, ckpt: Path | None = None, **options: Any) -> dict[str, Any]:
     """Train, and return everything that must be equal between runs that should be equal."""
     torch.set_num_threads(1)
     L.seed_everything(7, verbose=False)
     # One graph: the second one's topology would turn rounding into other neighbors.
-    module = PointCloudReconstruction(PointCloudDiffusion(num_neighbors=12, graphs=1), objective=objective)
+    module = PointCloudReconstruction(PointCloudDiffusion(num_neighbors=12, graphs=1))
     data = PointCloudDataModule(num_points=150, clouds_per_shape=1, batch_size=batch_size, sampling="uniform", seed=0)
     callback, extra = EMParameterCallback(NewtonRule()), options.pop("extra", [])
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
@@ -58,7 +56,6 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--objective", default="supervised")
     parser.add_argument("--kill", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -66,7 +63,6 @@ def main() -> None:
     extra = [Kill()] if options.kill else []
     found = run(
         options.out.parent,
-        options.objective,
         options.batch_size,
         devices=options.devices,
         strategy=strategy,
