@@ -179,9 +179,7 @@ class PointCloudReconstruction(CheckpointedModule):
 
 def _normal(key: Tensor, cloud: Batch) -> Tensor:
     """Standard normal draws `[N, 3]` that are a function of each cloud's key only."""
-    draws = [
-        seeded_normal(own[None], (part.stop - part.start, 3))[0] for own, part in zip(key, clouds(cloud), strict=True)
-    ]
+    draws = [seeded_normal(own[None], (len(part), 3))[0] for own, part in zip(key, clouds(cloud), strict=True)]
     return torch.cat(draws).to(cloud.pos)
 
 

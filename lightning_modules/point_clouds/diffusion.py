@@ -91,7 +91,7 @@ class PointCloudDiffusion(RestorationOperator):
             ParameterSpec("tau", 0.5, (0.05, 1.0)),
         )
 
-    def forward(  # type: ignore[override]  # clouds in place of images
+    def forward(  # clouds in place of images
         self,
         noisy: Data,
         *,
@@ -138,11 +138,10 @@ class PointCloudDiffusion(RestorationOperator):
             own = noisy.pos[part]
             if len(own) >= _LEAST_POINTS:
                 features = None if guide is None else _scaled(guide[part])
-                values = {name: value[number] for name, value in named.items()}
-                own = self._diffuse(own, features, topology[number], **values)
+                own_values = {name: value[number] for name, value in named.items()}
+                own = self._diffuse(own, features, topology[number], **own_values)
             moved.append(own)
-        result = torch.cat(moved)
-        return result if isinstance(parts[0], slice) else result[torch.cat(parts).argsort()]
+        return torch.cat(moved)[torch.cat(parts).argsort()]
 
     def _diffuse(
         self,

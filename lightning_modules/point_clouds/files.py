@@ -52,7 +52,7 @@ class CloudFile:
     @property
     def finite(self) -> NDArray[np.bool_]:
         """Which points have coordinates that are numbers [N]; scanners mark what they have missed by NaN."""
-        return np.isfinite(self.points).all(1)
+        return np.asarray(np.isfinite(self.points).all(1))
 
     def moved(self, points: NDArray[np.float64]) -> "CloudFile":
         """The same with other coordinates, rounded to the precision that the file has."""
@@ -134,7 +134,7 @@ def _read_ply(path: Path) -> CloudFile:
 
 def _triangles(faces: NDArray[Any]) -> NDArray[np.int64] | None:
     """Polygons as fans of triangles."""
-    (name,) = [name for name in faces.dtype.names or () if name in ("vertex_indices", "vertex_index")][:1] or [None]
+    name = next((name for name in faces.dtype.names or () if name in ("vertex_indices", "vertex_index")), None)
     if name is None or not len(faces):
         return None
     fans = [[corners[0], b, c] for corners in faces[name] for b, c in pairwise(corners[1:])]
@@ -144,12 +144,12 @@ def _triangles(faces: NDArray[Any]) -> NDArray[np.int64] | None:
 def _read_obj(path: Path) -> CloudFile:
     import trimesh
 
-    mesh = trimesh.load(path, process=False, force="mesh")
+    mesh: Any = trimesh.load(path, process=False, force="mesh")
     return replace(CloudFile.of(np.asarray(mesh.vertices)), faces=np.asarray(mesh.faces, dtype=np.int64))
 
 
 def _read_pcd(path: Path) -> CloudFile:
-    from pypcd4 import PointCloud
+    from pypcd4.pypcd4 import PointCloud
 
     return CloudFile(PointCloud.from_path(path).pc_data)
 

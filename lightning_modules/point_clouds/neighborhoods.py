@@ -1,7 +1,6 @@
 """Neighbors of a cloud's points, and the normals of the surface that they lie on."""
 
 import math
-from itertools import pairwise
 
 import torch
 from scipy.spatial import KDTree
@@ -134,20 +133,18 @@ def unit(vector: Tensor) -> Tensor:
     return vector * square.clamp_min(torch.finfo(vector.dtype).tiny ** 0.5).rsqrt()
 
 
-def clouds(data: Data) -> list[slice] | list[Tensor]:
-    """Which of the points belong to each cloud of a `Data` or `Batch`: slices, or indices where they are mixed.
+def clouds(data: Data) -> list[Tensor]:
+    """Indices of the points of each cloud of a `Data` or `Batch`.
 
     Shape:
         - output: `[N_i]` each
     """
-    if data.batch is None:
-        return [slice(0, len(data.pos))]
     batch = data.batch
+    if batch is None:
+        return [torch.arange(len(data.pos), device=data.pos.device)]
     count = max(getattr(data, "num_graphs", 0), int(batch.max()) + 1 if len(batch) else 0)
-    if bool((batch.diff() < 0).any()):
-        return [(batch == number).nonzero()[:, 0] for number in range(count)]
-    ends = [0, *torch.bincount(batch, minlength=count).cumsum(0).tolist()]
-    return [slice(first, last) for first, last in pairwise(ends)]
+    sizes: list[int] = torch.bincount(batch, minlength=count).tolist()
+    return list(batch.argsort(stable=True).split(sizes))
 
 
 def check_cloud(data: Data, guide: Tensor | None = None) -> None:
