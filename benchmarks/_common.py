@@ -29,6 +29,10 @@ LIBRARIES = {
     "bm3d": "bm3d",
     "optuna": "optuna",
     "pomegranate": "pomegranate",
+    "CGAL": "cgal",
+    "open3d": "open3d",
+    "pymeshlab": "pymeshlab",
+    "trimesh": "trimesh",
 }
 SOURCES = ("lightning_modules", "callbacks", "datamodules", "configs", "benchmarks")
 

@@ -4,21 +4,24 @@
 
 Sources: portraits of Stable Diffusion 1.4 against ImageNet, images of DiffusionDB against COCO and ImageNet, and twins:
 photographs beside themselves as autoencoders give them back, one published and four small ones that are trained here
-for a minute or two, which differ in how they double the resolution. A fold trains on all but one source and one more,
+for a minute, which differ in how they double the resolution. A fold trains on all but one source and one more,
 by which it is calibrated; beside all that is measured are the shortcut probes, fitted to the same training images.
 
 A fold that is done is read from its folder, one that was stopped goes on: the same command, again. `--folds` chooses
-some, `--minutes` bounds each. `--inputs` compares what the network sees, `--curve` the number of sources and of images.
+some, `--steps` is how long each trains. `--inputs` compares what the network sees; `--trained` and `--max-images` give
+the curve over the number of sources and of images.
 """
 
 import csv
 import itertools
 import json
 import logging
+import math
 import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import lightning as L
@@ -41,7 +44,6 @@ from lightning_modules import (
     RawPixels,
     RestorationResidual,
 )
-from lightning_modules.cli.folds import calibrating_sources
 from lightning_modules.detection import DetectorInput
 from lightning_modules.imaging import Encoding, History, find_images, read_image, relive
 
@@ -54,16 +56,27 @@ INPUTS: dict[str, list[type[DetectorInput]]] = {
     "residual and differences": [RestorationResidual, NeighborDifferences],
     "all": [RestorationResidual, NeighborDifferences, RawPixels],
 }
+# By which a fold is calibrated; a small decoder, for what is real is scarce and to be trained on.
+CALIBRATING = ("nearest", "bilinear")
+PHOTOGRAPHS = "photographs.csv"
 BATCH = 32
+# Images that are changed before they are looked at again.
+_LOOKED_AT_AGAIN = 30
 # What is not among the changes that a verdict is tried by.
 SAVED_AGAIN = (("JPEG", 85), ("JPEG", 70), ("WEBP", 80))
 
 
 def write_table(data: Path, work: Path, max_images: int | None) -> Path:
-    """The sources that are files, as one table; those that come without parts are split by their order."""
+    """The sources that are files, as one table, and the photographs for twins, which are in none of them, as another.
+
+    Those that come without parts are split by their order.
+    """
     rows = []
     for part, kind in itertools.product(("train", "val"), CLASSES):
-        files = find_images(data / "aigc" / part / kind)[:max_images]
+        files = find_images(data / "aigc" / part / kind)
+        if (part, kind) == ("train", "photographic"):
+            for_twins, files = files[::2], files[1::2]
+        files = files[:max_images]
         rows += [
             (path.resolve(), kind, "portraits", "test" if part == "val" else _split(i)) for i, path in enumerate(files)
         ]
@@ -71,6 +84,8 @@ def write_table(data: Path, work: Path, max_images: int | None) -> Path:
         files = find_images(data / "aigc_diffusiondb" / kind)[:max_images]
         splits = ("train", "test", "train", "test", "val")
         rows += [(path.resolve(), kind, "diffusiondb", splits[i % 5]) for i, path in enumerate(files)]
+    with (work / PHOTOGRAPHS).open("w", newline="") as file:
+        csv.writer(file).writerows([("path",), *((path.resolve(),) for path in for_twins)])
     table = work / "sources.csv"
     with table.open("w", newline="") as file:
         csv.writer(file).writerows([("path", "label", "source", "split"), *rows])
@@ -81,52 +96,54 @@ def _split(number: int) -> str:
     return "val" if number % 10 == 9 else "train"
 
 
-def train_decoder(kind: str, photographs: Path, folder: Path, minutes: float) -> Path:
+def small_autoencoder(upsampling: Any) -> ConvAutoencoder:
+    return ConvAutoencoder(width=16, latent_channels=32, upsampling=upsampling)
+
+
+def train_decoder(kind: str, photographs: Path, folder: Path, steps: int) -> Path:
     """Weights of a small autoencoder that has been trained to give photographs back."""
     path = folder / f"{kind}.pt"
     if path.is_file():
         return path
     torch.manual_seed(DECODERS.index(kind))
-    network = ConvAutoencoder(width=32, latent_channels=16, downsamplings=2, upsampling=kind)
-    optimizer = torch.optim.Adam(network.parameters(), 2e-3)
-    data = ImageFolderDataModule(str(photographs), 96, 16, val_fraction=0, rescale=(0.4, 1.0), cache=True, seed=1)
-    loader, begin = data.train_dataloader(), time.monotonic()
-    for epoch in itertools.count():
-        loader.sampler.set_epoch(epoch)
-        for batch in loader:
-            part = min((time.monotonic() - begin) / (60 * minutes), 1)
-            optimizer.param_groups[0]["lr"] = 2e-3 * (1 - part)
+    network = small_autoencoder(kind)
+    optimizer = torch.optim.Adam(network.parameters(), 3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
+    data = ImageFolderDataModule(str(photographs), 48, 8, val_fraction=0, rescale=(0.4, 1.0), cache=True, seed=1)
+    loader = data.train_dataloader()
+    errors: list[float] = []
+    while len(errors) < steps:
+        loader.sampler.set_epoch(len(errors))
+        for batch in itertools.islice(loader, steps - len(errors)):
             images = batch["image"].float() / 255
             loss = F.mse_loss(network(images), images)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if part == 1:
-                torch.save(network.state_dict(), path)
-                print(f"decoder {kind}: {-10 * float(loss.detach().log10()):.1f} dB", flush=True)
-                return path
-    raise AssertionError
+            schedule.step()
+            errors.append(float(loss.detach()))
+    torch.save(network.state_dict(), path)
+    print(f"decoder {kind}: {-10 * math.log10(fmean(errors[-20:])):.1f} dB", flush=True)
+    return path
 
 
-def make_twins(data: Path, work: Path, minutes: float, max_images: int | None) -> list[AutoencoderTwins]:
+def make_twins(options: Any) -> list[AutoencoderTwins]:
     """One source for each autoencoder; the photographs of a part are the same for all of them."""
+    data, work, steps = options.data, options.work, options.decoder_steps
     folder = work / "decoders"
     folder.mkdir(parents=True, exist_ok=True)
-    options: dict[str, Any] = {
+    common: dict[str, Any] = {
         "folder": str(work / "twins"),
-        "photographs": str(data / "aigc" / "train" / "photographic"),
-        "max_images": max_images,
-        "side": 384,
+        "photographs": str(work / PHOTOGRAPHS),
+        "max_images": min(options.twins, options.max_images or options.twins),
+        "side": 256,
     }
     # what the decoders are trained on is not what they are passed
-    weights = {kind: train_decoder(kind, data / "photos", folder, minutes) for kind in DECODERS}
+    weights = {kind: train_decoder(kind, data / "photos", folder, steps) for kind in DECODERS}
     small = [
-        AutoencoderTwins(
-            kind, ConvAutoencoder(width=32, latent_channels=16, upsampling=kind), weights=str(path), **options
-        )
-        for kind, path in weights.items()
+        AutoencoderTwins(kind, small_autoencoder(kind), weights=str(path), **common) for kind, path in weights.items()
     ]
-    return [AutoencoderTwins("taef2", TAEF2(data / "twins"), **options), *small]
+    return [AutoencoderTwins("taef2", TAEF2(data / "twins"), **common), *small]
 
 
 def make_data(
@@ -145,7 +162,7 @@ def make_data(
         str(own),
         crop_size=crop_size,
         batch_size=BATCH,
-        eval_crops=6,
+        eval_crops=9,
         conditions=["history", "clean"],
         twins=[one for one in twins if one.name not in unused],
         val_fraction=0.1,
@@ -156,60 +173,43 @@ def make_data(
     )
 
 
-class UnderBudget(L.Callback):
-    """One cycle of the learning rate over a number of minutes, whatever a step takes; then the fit ends.
-
-    A fit that is resumed goes on with the minutes that are left.
-    """
-
-    def __init__(self, minutes: float, rate: float) -> None:
-        self.minutes, self.rate, self.spent, self._last = minutes, rate, 0.0, 0.0
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        now = time.monotonic()
-        self.spent += min(now - self._last, 60) if self._last else 0.0
-        self._last = now
-        part = min(self.spent / (60 * self.minutes), 1)
-        trainer.optimizers[0].param_groups[0]["lr"] = self.rate * min(part / 0.1, (1 - part) / 0.9 + 1e-3)
-        if part == 1:
-            trainer.should_stop, trainer.check_val_every_n_epoch = True, 1  # it ends by calibrating
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"spent": self.spent}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.spent = state_dict["spent"]
-
-
 def train(name: str, data: GeneratedImagesDataModule, inputs: str, options: Any, seed: int) -> L.Trainer:
     """Trains the detector of a fold, from where it was stopped."""
     L.seed_everything(seed, verbose=False)
     folder = options.work / name
     detector = GeneratedImageDetector(
         [kind() for kind in INPUTS[inputs]],
-        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=3e-3, weight_decay=1e-2),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, weight_decay=1e-2),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, options.steps),
+        lr_interval="step",
     )
-    newest = folder / "checkpoints" / "last.ckpt"
+    newest = _unfinished(folder / "checkpoints" / "last.ckpt", options.steps)
     trainer = L.Trainer(
         accelerator="auto",
         devices=1,
-        max_epochs=-1,
+        max_steps=options.steps,
         logger=TensorBoardLogger(options.work, name=None, version=name),
-        check_val_every_n_epoch=20,  # validation calibrates
+        val_check_interval=options.steps,  # at the end, which calibrates
+        check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[
-            UnderBudget(options.minutes, 3e-3),
-            EMAWeightAveraging(decay=0.99, use_buffers=True),
-            ModelCheckpoint(folder / "checkpoints", save_last=True, every_n_epochs=5),
-            DetectorReport(200, str(options.data / "weights" / "squeezenet1_0-imagenet-pruned.pth")),
+            EMAWeightAveraging(decay=0.97, use_buffers=True),
+            ModelCheckpoint(folder / "checkpoints", save_last=True, every_n_train_steps=50),
         ],
     )
-    trainer.fit(detector, data, ckpt_path=str(newest) if newest.is_file() else None, weights_only=True)
+    trainer.fit(detector, data, ckpt_path=newest, weights_only=True)
+    trainer.save_checkpoint(folder / "detector.ckpt")  # calibrated, which the last of training is not
     return trainer
+
+
+def _unfinished(checkpoint: Path, steps: int) -> str | None:
+    """A checkpoint from which there are steps left, after which the detector is calibrated."""
+    if not checkpoint.is_file():
+        return None
+    done: int = torch.load(checkpoint, weights_only=True, map_location="cpu")["global_step"]
+    return str(checkpoint) if done < steps else None
 
 
 def measure(name: str, data: GeneratedImagesDataModule, inputs: str, options: Any, seed: int) -> dict[str, Any]:
@@ -219,8 +219,13 @@ def measure(name: str, data: GeneratedImagesDataModule, inputs: str, options: An
     if record.is_file():
         found: dict[str, Any] = json.loads(record.read_text())
         return found
+    begin = time.process_time()
     trainer = train(name, data, inputs, options, seed)
     detector: Any = trainer.lightning_module
+    # only now: before a fit the report would fit its probes to each source, in each fold again
+    trainer.callbacks.append(  # type: ignore[attr-defined]
+        DetectorReport(200, str(options.data / "weights" / "squeezenet1_0-imagenet-pruned.pth"))
+    )
     trainer.test(detector, data, verbose=False)
     with (folder / "detector_report.csv").open(newline="") as file:
         lines = {line["condition"]: line for line in csv.DictReader(file) if line["slice"] == "all"}
@@ -230,8 +235,8 @@ def measure(name: str, data: GeneratedImagesDataModule, inputs: str, options: An
         for column, value in line.items()
         if column not in ("condition", "slice") and value != ""
     }
-    found |= {"steps": trainer.global_step, "validation auroc": float(detector.calibration.auroc)}
-    found |= {"flips": flips(detector, data), **altered(detector, options)}
+    found |= {"validation auroc": float(detector.calibration.auroc), "flips": flips(detector, data)}
+    found |= {**altered(detector, options), "processor minutes": (time.process_time() - begin) / 60}
     record.write_text(json.dumps(found, indent=1))
     return found
 
@@ -242,7 +247,7 @@ def flips(detector: GeneratedImageDetector, data: GeneratedImagesDataModule) -> 
     detector.eval()
     pairs = []
     files = data.files("test")
-    for path in files.paths[:: max(len(files) // 100, 1)]:
+    for path in files.paths[:: max(len(files) // _LOOKED_AT_AGAIN, 1)]:
         image = data.read(path)
         before = detector.verdict(image).label
         for kind, quality in SAVED_AGAIN:
@@ -256,7 +261,7 @@ def flips(detector: GeneratedImageDetector, data: GeneratedImagesDataModule) -> 
 def altered(detector: GeneratedImageDetector, options: Any) -> dict[str, float]:
     """Share of real photographs called generated that were denoised, sharpened, or taken at night."""
     detector.eval()
-    photographs = find_images(options.data / "denoise" / "CBSD68")[: options.max_images]
+    photographs = find_images(options.data / "denoise" / "CBSD68")[:_LOOKED_AT_AGAIN]
     counts: dict[str, list[bool]] = {}
     for number, path in enumerate(photographs):
         image = read_image(path)
@@ -279,12 +284,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("logs/detector_sources"), help="folds, decoders and twins")
     parser.add_argument("--folds", nargs="+", metavar="SOURCE", help="sources to leave out; by default each in turn")
     parser.add_argument("--own", action="store_true", help="also train on all sources, and test on images held out")
-    parser.add_argument("--minutes", type=float, default=30.0, help="of training in each fold")
-    parser.add_argument("--decoder-minutes", type=float, default=2.0, help="of training of each small decoder")
+    parser.add_argument("--steps", type=int, default=700, help="of training in each fold")
+    parser.add_argument("--decoder-steps", type=int, default=500, help="of training of each small decoder")
     parser.add_argument("--inputs", nargs="+", choices=INPUTS, default=["residual and differences"])
     parser.add_argument("--trained", type=int, metavar="N", help="train on no more than so many sources: the curve")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--crop-size", type=int, default=96)
+    parser.add_argument("--crop-size", type=int, default=64)
+    parser.add_argument("--twins", type=int, default=48, metavar="N", help="photographs of each part with twins")
     parser.add_argument("--max-images", type=int, metavar="N", help="of each class and part of a source: the curve")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -292,7 +298,7 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     options.work.mkdir(parents=True, exist_ok=True)
     table = write_table(options.data, options.work, options.max_images)
-    twins = make_twins(options.data, options.work, options.decoder_minutes, options.max_images)
+    twins = make_twins(options)
     names = ["portraits", "diffusiondb", *(one.name for one in twins)]
     if unknown := [name for name in options.folds or [] if name not in names]:
         parser.error(f"there is no source {unknown[0]}; there is {', '.join(names)}")
@@ -309,7 +315,7 @@ def main() -> None:
             "images": options.max_images or "all",
             "inputs": inputs,
             "seed": seed,
-            "minutes": options.minutes,
+            "steps": options.steps,
         }
         name = "_".join(str(value).replace(" ", "-") for key, value in setting.items() if key != "calibrated on")
         rows.append({**setting, **measure(name, data, inputs, options, seed)})
@@ -325,9 +331,9 @@ def main() -> None:
 
 def hold_out(names: list[str], left_out: str, trained: int | None) -> dict[str, list[str]]:
     """Which source a fold is tested on, by which it is calibrated, and which it does not look at."""
-    calibrating = calibrating_sources(names, left_out, [])
-    rest = [name for name in names if name not in (left_out, *calibrating)]
-    return {"test_sources": [left_out], "val_sources": calibrating, "unused": rest[trained:] if trained else []}
+    calibrating = next(name for name in CALIBRATING if name != left_out)
+    rest = [name for name in names if name not in (left_out, calibrating)]
+    return {"test_sources": [left_out], "val_sources": [calibrating], "unused": rest[trained:] if trained else []}
 
 
 if __name__ == "__main__":

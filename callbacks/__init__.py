@@ -7,6 +7,8 @@ from callbacks.em_parameter import EMParameterCallback
 from callbacks.em_report import EMReport
 from callbacks.image_grid import ImageGrid
 from callbacks.mixture_dashboard import MixtureDashboard
+from callbacks.point_cloud_view import PointCloudView
+from callbacks.point_cloud_writer import PointCloudWriter
 from callbacks.prediction_writer import PredictionWriter
 from callbacks.pretrained_writer import PretrainedWriter
 from callbacks.restored_image_writer import RestoredImageWriter
@@ -23,6 +25,8 @@ __all__ = [
     "ImageGrid",
     "MixtureDashboard",
     "NewtonRule",
+    "PointCloudView",
+    "PointCloudWriter",
     "PredictionWriter",
     "PretrainedWriter",
     "RestoredImageWriter",

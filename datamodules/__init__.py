@@ -8,6 +8,7 @@ from datamodules.image_folder import ImageFolderDataModule
 from datamodules.image_set import ImageSetDataModule
 from datamodules.patches import PatchDataModule
 from datamodules.photo_crops import PhotoCropsDataModule
+from datamodules.point_clouds import PointCloudDataModule
 from datamodules.twins import AutoencoderTwins
 from lightning_modules.imaging import decode_image, read_image
 
@@ -21,6 +22,7 @@ __all__ = [
     "ImageSetDataModule",
     "PatchDataModule",
     "PhotoCropsDataModule",
+    "PointCloudDataModule",
     "SampleBatch",
     "TensorImages",
     "decode_image",

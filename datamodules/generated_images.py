@@ -1,5 +1,6 @@
 """Photographs and generated images of one or more sources, for a detector that tells them apart."""
 
+import warnings
 import zlib
 from collections.abc import Callable
 from functools import partial
@@ -85,6 +86,9 @@ class GeneratedImagesDataModule(ImageDataModule):
         cache: Decode training and validation images once and keep them in memory, 3 bytes a pixel; for small data.
         on_error: `raise` at a file that cannot be read, or `skip`: decode all files at the start, and leave such files
             out with a warning that counts them.
+        jpeg_quality: The former name of `quality`.
+        rescale_probability: Without effect: every image passes a history.
+        jpeg_probability: Likewise.
 
     Example:
         >>> import tempfile
@@ -121,8 +125,21 @@ class GeneratedImagesDataModule(ImageDataModule):
         match_formats: bool = False,
         cache: bool = False,
         on_error: OnError = "raise",
+        jpeg_quality: tuple[int, int] | None = None,
+        rescale_probability: float | None = None,
+        jpeg_probability: float | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, augment)
+        if jpeg_quality is not None:
+            quality = jpeg_quality
+            warnings.warn(f"{type(self).__name__}: jpeg_quality is now quality", FutureWarning, stacklevel=2)
+        for name, probability in (("rescale_probability", rescale_probability), ("jpeg_probability", jpeg_probability)):
+            if probability is not None:
+                warnings.warn(
+                    f"{type(self).__name__}: {name} has no effect any more: every image passes a history",
+                    FutureWarning,
+                    stacklevel=2,
+                )
         for name, value in (("crop_size", crop_size), ("eval_crops", eval_crops)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")

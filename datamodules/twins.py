@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from numpy.typing import NDArray
 from PIL import Image
+from skimage.exposure import match_histograms
 from torch import Tensor, nn
 
 from datamodules.labels import LabelledFiles, draw_parts, find_unlabelled
@@ -17,15 +19,23 @@ from lightning_modules.imaging import read_image, seeded_normal, seeded_uniform,
 _CLASSES = ("photographic", "generated")
 # Sides are cut to multiples of this, which autoencoders take.
 _MULTIPLE = 32
+_LEAST = 2 * _MULTIPLE
 _SETTINGS = "twins.json"
+# Cut off photograph and twin on each side, in pixels: what a decoder's padding reaches.
+_BORDER = 16
+# Light and two differences of colour, across which the channels go together; then the channels themselves.
+_AXES = (np.array([[2, 2, 2], [6**0.5, -(6**0.5), 0], [2**0.5, 2**0.5, -(8**0.5)]]) / 12**0.5, np.eye(3))
+_ROUNDS = 2
 
 
 class AutoencoderTwins:
     """A source made of photographs: each is its own negative, passed through an autoencoder.
 
     Content, size, format and history of both classes are equal, and the trace that a decoder leaves is all that tells
-    them apart (Chen et al., *DRCT*, ICML 2024; Guillaro et al., *B-Free*, CVPR 2025). Photographs and twins are written
-    once, without compression, and read from then on. One decoder is one source: give several, and hold one of them out.
+    them apart (Chen et al., *DRCT*, ICML 2024; Guillaro et al., *B-Free*, CVPR 2025). A decoder also shifts colours,
+    most of all a small one, and shows its padding at the border: a twin gets the colours of its photograph back, and
+    both lose the border. Photographs and twins are written once, without compression, and read from then on. One
+    decoder is one source: give several, and hold one of them out.
 
     Args:
         name: Of the source.
@@ -35,7 +45,8 @@ class AutoencoderTwins:
         weights: File with the autoencoder's `state_dict`, where it does not bring its own.
         photographs: Folder of photographs; by default those of the data's own sources, but for `test_sources`.
         max_images: Photographs of each part, train, val and test, at the most.
-        side: Side of the middle part of a photograph that is taken, at the most, in pixels.
+        side: Side of the middle part of a photograph that is passed through, at the most, in pixels, the border
+            included.
         latent_noise: Noise that is added to the codes at the most, in units of their standard deviation.
         latent_scale: Smallest and largest factor of the codes.
         value_range: What black and white are to the autoencoder: (0, 1), or (−1, 1).
@@ -71,7 +82,7 @@ class AutoencoderTwins:
             raise ValueError(
                 f"AutoencoderTwins: {type(autoencoder).__name__} has no method {missing[0]}; it needs both"
             )
-        for argument, value, least in (("max_images", max_images or 1, 1), ("side", side, _MULTIPLE)):
+        for argument, value, least in (("max_images", max_images or 1, 1), ("side", side, _LEAST)):
             if value < least:
                 raise ValueError(f"AutoencoderTwins: {argument} must be at least {least}, got {value}")
         if latent_noise < 0 or not 0 < latent_scale[0] <= latent_scale[1] or value_range[0] >= value_range[1]:
@@ -135,17 +146,17 @@ class AutoencoderTwins:
                     rank_zero_info(
                         f"passing photographs through the autoencoder of {self.name}, into {self.folder / part}"
                     )
-                twin = self.twin(photograph / 255, int.from_bytes(key.digest()[:7], "little"))
+                twin = match_colors(
+                    self.twin(photograph / 255, int.from_bytes(key.digest()[:7], "little")) * 255, photograph
+                )
                 # the twin last: where it is there, both are
-                for path, image in zip(both, (photograph, (twin * 255).round().to(torch.uint8)), strict=True):
-                    _write(path, image)
+                for path, image in zip(both, (photograph, twin), strict=True):
+                    _write(path, image[:, _BORDER:-_BORDER, _BORDER:-_BORDER])
             for label, path in enumerate(both):
                 paths[label].append(path)
         every = [*paths[0], *paths[1]]
         if not every:
-            raise ValueError(
-                f"{self.name}: no photograph has {_MULTIPLE} pixels a side, the least that is passed through"
-            )
+            raise ValueError(f"{self.name}: no photograph has {_LEAST} pixels a side, the least that is passed through")
         labels = torch.arange(2).repeat_interleave(len(paths[0]))
         return LabelledFiles(every, [self._name(path) for path in every], labels, [self.name] * len(every))
 
@@ -182,7 +193,7 @@ class AutoencoderTwins:
 
     def _cut(self, image: Tensor) -> Tensor | None:
         sides = [min(length, self.side) // _MULTIPLE * _MULTIPLE for length in image.shape[1:]]
-        if not all(sides):
+        if min(sides) < _LEAST:
             return None
         top, left = ((length - side) // 2 for length, side in zip(image.shape[1:], sides, strict=True))
         return image[:, top : top + sides[0], left : left + sides[1]]
@@ -210,6 +221,24 @@ class AutoencoderTwins:
             raise ValueError(
                 f"{self.folder} holds twins by another {' and '.join(changed)}: name another folder, or remove this one"
             )
+
+
+def match_colors(image: Tensor, reference: Tensor) -> Tensor:
+    """An image with the colours of another: the distribution of each channel, and of their differences.
+
+    A curve for each axis, one after another (Pitié, Kokaram & Dahyot, *Automated colour grading using colour
+    distribution transfer*, 2007), so that neighbouring pixels keep what a decoder has made of them.
+
+    Shape:
+        - image: `[3, H, W]`, from 0 to 255
+        - reference: `[3, H, W]`, uint8
+        - output: `[3, H, W]`, uint8
+    """
+    pixels: NDArray[np.float64] = image.flatten(1).double().numpy()
+    wanted = reference.flatten(1).double().numpy()
+    for axes in _ROUNDS * _AXES:
+        pixels = axes.T @ match_histograms(axes @ pixels, axes @ wanted, channel_axis=0)
+    return torch.from_numpy(pixels).round().clamp(0, 255).to(torch.uint8).view_as(image)
 
 
 def _tensor(output: object) -> Tensor:

@@ -1,8 +1,7 @@
 """Builds docs/detector_report.ipynb from docs/detector_report.py and executes it.
 
-lightning-em fit -c configs/detector.yaml --data.root DATA
-lightning-em test -c configs/detector.yaml --data.root DATA --ckpt_path logs/detector/version_0/checkpoints/last.ckpt
-python docs/build_notebook.py --run logs/detector/version_0 --data DATA
+python benchmarks/detector_sources.py --own --json docs/results/detector_sources.json --work logs/detector_sources
+python docs/build_notebook.py --run logs/detector_sources/FOLD --data logs/detector_sources/sources.csv
 """
 
 import argparse
@@ -54,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, required=True, help="folder that the fit has written, with checkpoints/")
     parser.add_argument("--test", type=Path, help=f"folder that the test has written, with {TABLE}; found beside --run")
-    parser.add_argument("--data", type=Path, required=True, help="folder with train/ and val/")
+    parser.add_argument("--data", type=Path, required=True, help="folder or table with the images")
     options = parser.parse_args()
     import nbformat  # here: who reads the cells above needs neither
     from nbclient import NotebookClient

@@ -148,6 +148,63 @@ def operators(found: list[Row]) -> Columns:
     return header, lines
 
 
+@table("anyones")
+def anyones(found: list[Row]) -> Columns:
+    header = [
+        "restoration",
+        "images",
+        "learned, worse end, with clean images",
+        "without",
+        "grid",
+        "evaluations an image",
+    ]
+    own = [row for row in found if row["part"] == "finding"]
+    lines = []
+    for name, data in dict.fromkeys((row["restorer"], row["data"]) for row in own):
+        those = [row for row in own if (row["restorer"], row["data"]) == (name, data)]
+        worst = [
+            min((r["psnr"] for r in those if r["objective"] == o), default=math.nan) for o in ("supervised", "sure")
+        ]
+        apart = [f"{db(value)} ({value - those[0]['psnr_grid']:+.3f})" for value in worst]
+        spent = " and ".join(dict.fromkeys(f"{row['evaluations']:.0f}" for row in those))
+        lines.append([name, data, *apart, db(those[0]["psnr_grid"]), spent])
+    return header, lines
+
+
+@table("anyones")
+def anyones_search(found: list[Row]) -> Columns:
+    own = [row for row in found if row["part"] == "search"]
+    lines = []
+    for key in dict.fromkeys((row["method"], row.get("objective"), str(row.get("setting"))) for row in own):
+        those = [r for r in own if (r["method"], r.get("objective"), str(r.get("setting"))) == key]
+        first = those[0]
+        words = [f"{name} {value}" for name, value in first.get("setting", {}).items()]
+        words += ["noisy images only"] if first.get("objective") == "sure" else []
+        name = first["method"] + (f" ({', '.join(words)})" if words else "")
+        spent = ["", ""]
+        if "seconds" in first:
+            spent = [f"{first['restorations']:,}", f"{median(r['seconds'] for r in those):.1f}"]
+        scores = ", ".join(db(row["psnr"], 3) for row in those)
+        lines.append([name, *spent, scores])
+    return ["", "images restored", "seconds", "PSNR of the test images, by seed"], lines
+
+
+@table("anyones")
+def anyones_bank(found: list[Row]) -> Columns:
+    header = ["numbers learned", "batches", "seconds", "noisy", "total variation, best weight", "bank", "gain"]
+    return header, (
+        [
+            f"{row['numbers']:,}",
+            str(row["batches"]),
+            f"{row['seconds']:.0f}",
+            *map(db, (row["psnr_noisy"], row["psnr_total_variation"], row["psnr"])),
+            f"{row['psnr'] - row['psnr_total_variation']:+.2f} dB",
+        ]
+        for row in found
+        if row["part"] == "bank"
+    )
+
+
 @table("graph_gain")
 def graph_gain(found: list[Row]) -> Columns:
     header = ["weights of the network", "seed", "without graph", "with graph", "gain", "seconds without, with"]
@@ -318,6 +375,66 @@ def patch_prior(found: list[Row]) -> Columns:
         for row in found
         if "mean" in row
     )
+
+
+# The detector
+
+PROBES = ("file", "thumbnail", "color", "semantic")
+# What was asked of a detector before any run: the folds that it is about, what is averaged over them, and the bound;
+# where it is negative, the most.
+_ASKED: tuple[tuple[str, str, str, float], ...] = (
+    ("held-out decoders: AUROC", "decoders", "history auroc", 0.85),
+    ("other left-out sources: AUROC", "others", "history auroc", 0.75),
+    ("own sources: accuracy, unsure counted as wrong", "own", "history accuracy_verdict", 0.90),
+    ("own sources: accuracy of the sure", "own", "history accuracy_sure", 0.97),
+    ("own sources: unsure", "own", "history unsure", -0.20),
+    ("left-out sources: accuracy of the sure", "left out", "history accuracy_sure", 0.75),
+    ("left-out sources: unsure", "left out", "history unsure", -0.60),
+    ("sure verdicts that flip when saved again", "all", "flips", -0.05),
+    ("denoised photographs called generated", "all", "denoised called generated", -0.10),
+    ("sharpened photographs called generated", "all", "sharpened called generated", -0.10),
+    ("photographs in the dark called generated", "all", "night called generated", -0.10),
+)
+_FILES = ("portraits", "diffusiondb")
+
+
+@table("detector_sources")
+def detector_left_out(found: list[Row]) -> Columns:
+    columns = ("auroc", "accuracy_verdict", "accuracy_sure", "unsure", *(f"{probe}_auroc" for probe in PROBES))
+    header = ["left out", "images", "AUROC", "accuracy", "of the sure", "unsure", *PROBES]
+    return header, (
+        [row["left out"], f"{row['history n']:.0f}", *(_share(row, f"history {column}") for column in columns)]
+        for row in found
+    )
+
+
+@table("detector_sources")
+def detector_asked(found: list[Row]) -> Columns:
+    return ["what", "must", "mean", "worst", ""], _asked(found)
+
+
+def _asked(found: list[Row]) -> Iterable[list[str]]:
+    left_out = [row for row in found if row["left out"] != "none"]
+    groups = {
+        "decoders": [row for row in left_out if row["left out"] not in _FILES],
+        "others": [row for row in left_out if row["left out"] in _FILES],
+        "own": [row for row in found if row["left out"] == "none"],
+        "left out": left_out,
+        "all": found,
+    }
+    for name, group, column, bound in _ASKED:
+        values = [row[column] for row in groups[group] if column in row]
+        if not values:
+            continue
+        mean, at_most = fmean(values), bound < 0
+        met = mean <= -bound if at_most else mean >= bound
+        must = f"{'at most' if at_most else 'at least'} {abs(bound):.2f}"
+        worst = max(values) if at_most else min(values)
+        yield [name, must, f"{mean:.2f}", f"{worst:.2f}", "met" if met else "**missed**"]
+
+
+def _share(row: Row, column: str) -> str:
+    return f"{row[column]:.2f}" if column in row else ""
 
 
 # Mixtures

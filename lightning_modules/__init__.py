@@ -41,6 +41,8 @@ if TYPE_CHECKING:
         TotalVariation,
     )
     from lightning_modules.patch_mixture import PatchMixture
+    from lightning_modules.point_cloud_reconstruction import PointCloudReconstruction
+    from lightning_modules.point_clouds import PointCloudDiffusion
     from lightning_modules.reconstruction import GraphDiffusionReconstruction, Reconstruction
     from lightning_modules.restoration import restore
 
@@ -68,6 +70,8 @@ _HOME = {
     "PatchMixture": "patch_mixture",
     "PatchPrior": "networks",
     "PerceptualLoss": "networks",
+    "PointCloudDiffusion": "point_clouds",
+    "PointCloudReconstruction": "point_cloud_reconstruction",
     "RawPixels": "detection",
     "Reconstruction": "reconstruction",
     "ResidualDenoiser": "networks",
@@ -105,6 +109,8 @@ __all__ = [
     "PatchMixture",
     "PatchPrior",
     "PerceptualLoss",
+    "PointCloudDiffusion",
+    "PointCloudReconstruction",
     "RawPixels",
     "Reconstruction",
     "ResidualDenoiser",

@@ -74,7 +74,6 @@ DEFINITIONS: dict[str, dict[str, str]] = {
 }
 # Records of early versions, which hold rows and nothing else: why they were not made anew.
 EARLY = {
-    "detector_inputs": "of 0.1.0, hours of training; the report notebook reads its rows",
     "em_impact": "of 0.1.0, hours of training",
     "em_rules": "of 0.1.0",
     "graph_gain": "one seed, an hour of training",

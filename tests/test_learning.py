@@ -1,6 +1,8 @@
 """`learn_parameters` against exhaustive grids, on every form of images, and on what cannot be learned from."""
 
+import importlib.util
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -352,3 +354,39 @@ def test_a_module_that_evaluates_no_pairs_is_named() -> None:
     )
     with pytest.raises(Exception, match=r"SPSARule learns from pairs, and training_step handed in no EStep\.gradient"):
         trainer.fit(module, datamodule=ImageSetDataModule(pictures(4), batch_size=4))
+
+
+def test_the_python_of_its_page_runs() -> None:
+    """One block after the other, as they are read; those of libraries that are not installed are left out."""
+    page = (Path(__file__).parents[1] / "docs" / "site" / "learning.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"<!-- run(?:: (\w+))? -->\n```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 3
+    names: dict[str, Any] = {}
+    torch.manual_seed(0)
+    for library, block in blocks:
+        if not library or importlib.util.find_spec(library):
+            exec(compile(block, "learning.md", "exec"), names)
+            assert len(names["learned"].history) in (10, 20)
+    assert 0.1 < names["learned"].parameters.get("h", 0.2) < 1.0
+
+
+def test_values_that_fail_between_the_bounds_are_named() -> None:
+    """NaN where the start and both bounds are sound, met on the way."""
+
+    def gapped(noisy: Tensor, *, width: Tensor) -> Tensor:
+        inside = ((width > 0.1) & (width < 0.5)).view(-1, 1, 1, 1)
+        return torch.where(inside, torch.nan, blur(noisy, width=width))
+
+    with pytest.raises(ValueError, match=r"gapped returned NaN or infinite pixels under width = 0\.\d+: narrow"):
+        learn_parameters(gapped, {"width": BOUNDS}, pictures(8), noise_std=0.1, progress=False)
+
+
+def test_a_parameter_that_changes_nothing_is_named_and_stays() -> None:
+    def half(noisy: Tensor, *, width: Tensor, unused: Tensor) -> Tensor:
+        return blur(noisy, width=width)
+
+    with pytest.warns(UserWarning, match="does not depend on unused"):
+        learned = learn_parameters(
+            half, {"width": BOUNDS, "unused": (0.1, 10.0)}, pictures(), noise_std=0.1, progress=False
+        )
+    assert gap(by_blur, learned.parameters["width"], BOUNDS) < 0.05

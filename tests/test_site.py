@@ -20,6 +20,7 @@ PACKAGES = (
     "lightning_modules.networks",
     "lightning_modules.noise",
     "lightning_modules.operators",
+    "lightning_modules.point_clouds",
     "callbacks",
     "datamodules",
 )

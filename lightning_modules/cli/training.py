@@ -41,6 +41,7 @@ import lightning_modules.mixtures.kmeans.module
 import lightning_modules.mixtures.student_t.module
 import lightning_modules.networks
 import lightning_modules.patch_mixture
+import lightning_modules.point_cloud_reconstruction
 import lightning_modules.reconstruction
 from lightning_modules.checkpoints.file import CheckpointError, read_checkpoint
 from lightning_modules.checkpoints.module import (

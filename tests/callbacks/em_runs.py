@@ -17,7 +17,7 @@ from tables import TEXTBOOK
 from torch import nn
 from torch.nn import functional as F
 
-from callbacks import BayesianRule, EMParameterCallback, GradientRule, NewtonRule, Rule, SignRule
+from callbacks import BayesianRule, EMParameterCallback, GradientRule, NewtonRule, Rule, SignRule, SPSARule
 from datamodules.image_data_module import ImageDataModule, Split, TensorImages
 from lightning_modules import GraphDiffusion, GraphDiffusionReconstruction, ParameterTable, ResidualDenoiser
 from lightning_modules.em import Assignment, LabelAssignment, MixtureAssignment, SimilarityAssignment
@@ -51,6 +51,8 @@ def make_rule(name: str) -> Rule:
         return GradientRule(lr=0.1, pseudo_count=4)
     if name == "newton":
         return NewtonRule(trust_radius=0.1, pseudo_count=4)
+    if name == "spsa":
+        return SPSARule(trust_radius=0.1, pseudo_count=4)
     if name == "bayesian":
         return BayesianRule(trust_radius=0.1)
     return SignRule(

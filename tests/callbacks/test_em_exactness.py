@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).with_name("em_runs.py")
 PROJECT = Path(__file__).parents[2]
 # Rules; and what is compared in float64: assignments that learn on their own (regimes without clean images, prototypes
 # of classes), and rules that divide by differences of gradients.
-RULES, ASSIGNMENTS, CURVATURES = ("gradient", "sign"), ("mixture", "similarity"), ("newton", "bayesian")
+RULES, ASSIGNMENTS, CURVATURES = ("gradient", "sign"), ("mixture", "similarity"), ("newton", "bayesian", "spsa")
 DOUBLES = ASSIGNMENTS + CURVATURES
 KINDS = RULES + DOUBLES
 

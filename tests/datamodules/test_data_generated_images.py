@@ -617,3 +617,11 @@ def test_real_images(shared_data):
         assert batch["image"].flatten(1).std(1).min() > 0.01
     path = data.files("val").paths[0]
     assert torch.equal(data.read(path), read_image(path))
+
+
+def test_arguments_of_the_version_before_warn(tmp_path):
+    with pytest.warns(FutureWarning, match="jpeg_quality is now quality"):
+        assert GeneratedImagesDataModule(str(tmp_path), jpeg_quality=(60, 70))._history.quality == (60, 70)
+    for name in ("rescale_probability", "jpeg_probability"):
+        with pytest.warns(FutureWarning, match=f"{name} has no effect any more"):
+            GeneratedImagesDataModule(str(tmp_path), **{name: 0.5})

@@ -476,3 +476,33 @@ def test_old_names_of_the_distances_are_told_the_new_ones(rule: type[NewtonRule]
         assert rule(reach=0.2).curvature_length_scale == 0.2
     with pytest.warns(FutureWarning), pytest.raises(ValueError, match="trust_radius must be a positive distance"):
         rule(radius=0)
+
+
+def blocks_of(size: int, curvature_seed: int) -> Tensor:
+    """A curvature of eigenvalues 1 to 5 along directions that are no axes."""
+    generator = torch.Generator().manual_seed(curvature_seed)
+    directions = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
+    return directions @ torch.diag(torch.linspace(1, 5, size, dtype=torch.float64)) @ directions.T
+
+
+def test_blocks_of_many_parameters_are_as_many_rules_of_few() -> None:
+    """Forty parameters whose curvature joins the first and the last twenty: what each twenty do by themselves."""
+    hessian = torch.block_diag(blocks_of(20, 1), blocks_of(20, 2))
+    best = 0.4 * torch.randn(40, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    names = [f"p{index}" for index in range(40)]
+    together, _ = follow(NewtonRule(), table(names=names), lambda x: hessian @ (x - best), 12)
+    for half in (slice(0, 20), slice(20, 40)):
+        alone, _ = follow(NewtonRule(), table(names=names[half]), lambda x, h=half: hessian[h, h] @ (x - best[h]), 12)
+        for both, own in zip(together, alone, strict=True):
+            torch.testing.assert_close(both[half], own, rtol=1e-9, atol=1e-10)
+
+
+def test_a_block_that_is_filled_up_finds_the_optimum_of_a_dense_solve() -> None:
+    """33 parameters in blocks of 17, of which one is none."""
+    hessian = torch.block_diag(blocks_of(17, 1), blocks_of(16, 2))
+    slope = torch.randn(33, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    best = -torch.linalg.solve(hessian, slope)
+    names = [f"p{index}" for index in range(33)]
+    path, _ = follow(NewtonRule(), table(names=names), lambda x: hessian @ x + slope, 50)
+    errors = distance(path, best)
+    assert errors[50] < 1e-3 < 0.3 < errors[0]

@@ -1,0 +1,308 @@
+"""Diffusion of a point cloud along its normals, over graphs of near points."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch_geometric.data import Data
+
+from lightning_modules.operators.operator import Noise, ParameterSpec, RestorationOperator, per_image
+from lightning_modules.point_clouds.neighborhoods import (
+    check_cloud,
+    clouds,
+    compact_groups,
+    median_spacing,
+    smallest_eigenvector,
+    thinned_neighbors,
+    unit,
+)
+
+# Weights end at so many widths; the Gaussian is 0.1 there.
+_REACH = 2.0
+# Points that share their neighbors, at least.
+_GROUP = 8
+# Entries of a matrix of groups by points by neighbors that is worked on at a time: they stay in a core's cache.
+_CHUNK = 1 << 17
+# Fewer points have no plane that fits them better than another.
+_LEAST_POINTS = 4
+# Sum of weights under which a point has no neighbor.
+_NO_WEIGHT = 1e-12
+
+
+class PointCloudDiffusion(RestorationOperator):
+    r"""Moves the points of noisy clouds along the surface's normals, by diffusion over graphs of near points.
+
+    On each graph, which is built anew from where the points have come, normals are the directions of least variance of
+    a point's neighbors, smoothed by those of the neighbors that agree. A neighbor j puts point i at the height
+
+    .. math:: h_{ij} = \tfrac12 \langle n_i \pm n_j, p_j - p_i \rangle, \qquad
+        p_i \leftarrow p_i + \tau\, n_i \frac{\sum_j W_{ij} h_{ij}}{\sum_j W_{ij}}
+
+    which is 0 on a sphere, so that round shapes do not shrink, and has the opposite sign for i and j, so that what one
+    gains the other gives; points do not slide along the surface. The weights are
+
+    .. math:: W_{ij} = e^{-r_{ij}^2 / 2w^2} \, e^{-(1 - |\langle n_i, n_j \rangle|) / \sigma_{normal}^2}
+        \, e^{-h_{ij}^2 / 2\sigma_{height}^2}, \qquad w^2 = (a\,\sigma_n)^2 + (b\,d)^2
+
+    with the noise's standard deviation :math:`\sigma_n` and the median distance d of the points: all five parameters
+    are without a unit of length, so that scale does not matter. The Gaussian of the distance ends smoothly at 2w. Both
+    normals in the height are those of Guennebaud & Gross, "Algebraic point set surfaces", 2007; weights as in
+    Fleishman, Drori & Cohen-Or, "Bilateral mesh denoising", 2003.
+
+    A cloud is a PyG `Data` or `Batch` with `pos`; `guide`, features of the points that are compared in place of the
+    normals, may come in it. Fewer than 4 points are left as they are, and so are those without neighbors. A noise level
+    of 0 is the identity.
+
+    Args:
+        num_neighbors: Neighbors K that a group of near points has in common; of more within reach, a random part.
+        graphs: How often the graph is built.
+        steps: Steps on each of them.
+
+    Raises:
+        ValueError: If an argument is not positive.
+
+    Example:
+        >>> points = torch.nn.functional.normalize(torch.randn(500, 3), dim=1)
+        >>> noisy = Data(pos=points + 0.05 * torch.randn(500, 3))
+        >>> operator = PointCloudDiffusion()
+        >>> start = {spec.name: spec.start for spec in operator.parameter_specs}
+        >>> restored = operator(noisy, noise=0.05, **start)
+        >>> bool((restored.norm(dim=1) - 1).square().mean() < 0.3 * (noisy.pos.norm(dim=1) - 1).square().mean())
+        True
+    """
+
+    def __init__(self, num_neighbors: int = 48, graphs: int = 2, steps: int = 2) -> None:
+        super().__init__()
+        for name, value, least in (("num_neighbors", num_neighbors, 4), ("graphs", graphs, 1), ("steps", steps, 1)):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        self.num_neighbors, self.graphs, self.steps = num_neighbors, graphs, steps
+
+    @property
+    def parameter_specs(self) -> tuple[ParameterSpec, ...]:
+        """Width of the weights, a in units of the noise and b in distances of the points; widths of the heights and of
+        the normals; and the step τ.
+        """
+        return (
+            ParameterSpec("width_noise", 3.5, (0.3, 6.0), unit="noise"),
+            ParameterSpec("width_spacing", 2.5, (0.5, 5.0), unit="spacings"),
+            ParameterSpec("sigma_height", 1.7, (0.2, 20.0), unit="noise"),
+            ParameterSpec("sigma_normal", 0.35, (0.05, 5.0)),
+            ParameterSpec("tau", 0.5, (0.05, 1.0)),
+        )
+
+    def forward(  # clouds in place of images
+        self,
+        noisy: Data,
+        *,
+        noise: Noise,
+        guide: Tensor | None = None,
+        topology: "list[Topology] | None" = None,
+        **parameters: Tensor | float,
+    ) -> Tensor:
+        """Denoised positions.
+
+        Args:
+            noisy: PyG `Data` or `Batch` with `pos`, and `guide` where there is one.
+            noise: Standard deviation of the noise of each cloud, in the unit of the positions.
+            guide: Features of the points, in place of those in the data.
+            topology: An empty list is filled with the graphs that are built; one that has been filled by a call gives
+                this call its graphs, so that the two differ as a smooth function of the positions does.
+            parameters: By the names declared: one number for all clouds or one for each.
+
+        Shape:
+            - noise: scalar or `[B]`
+            - guide: `[N, F]`
+            - parameters: scalar or `[B]`
+            - output: `[N, 3]`
+
+        Raises:
+            ValueError: If the data are not clouds, or a number is negative or not finite.
+        """
+        guide = noisy.guide if guide is None and "guide" in noisy else guide
+        check_cloud(noisy, guide)
+        parts = clouds(noisy)
+        each = noisy.pos.new_empty(len(parts))
+        if not isinstance(noise, Tensor | float | int):
+            raise ValueError("a cloud takes the noise level as a number, not an object")
+        named = {name: per_image(name, value, each).to(each) for name, value in {"noise": noise, **parameters}.items()}
+        for name, values in named.items():
+            if not (values >= 0).all() or not values.isfinite().all():
+                raise ValueError(f"{name} must be finite and not negative, got {values.tolist()}")
+        if not topology:
+            built = [Topology.of(noisy.pos[part].detach()) for part in parts]
+            topology = built if topology is None else topology
+            topology += built if topology is not built else []
+        moved = []
+        for number, part in enumerate(parts):
+            own = noisy.pos[part]
+            if len(own) >= _LEAST_POINTS:
+                features = None if guide is None else _scaled(guide[part])
+                own_values = {name: value[number] for name, value in named.items()}
+                own = self._diffuse(own, features, topology[number], **own_values)
+            moved.append(own)
+        return torch.cat(moved)[torch.cat(parts).argsort()]
+
+    def _diffuse(
+        self,
+        points: Tensor,
+        features: Tensor | None,
+        topology: "Topology",
+        noise: Tensor,
+        width_noise: Tensor,
+        width_spacing: Tensor,
+        sigma_height: Tensor,
+        sigma_normal: Tensor,
+        tau: Tensor,
+    ) -> Tensor:
+        width = ((width_noise * noise) ** 2 + (width_spacing * topology.spacing) ** 2).sqrt()
+        if not (reach := _REACH * float(width.detach())):
+            return points
+        center = points.detach().mean(0)
+        position = points - center
+        for turn in range(self.graphs):
+            if turn == len(topology.graphs):
+                topology.graphs.append(topology.build(position.detach(), reach, self.num_neighbors, turn))
+            graph = topology.graphs[turn]
+            height = sigma_height * noise / width
+            position = width * self._on_graph(graph, position / width, features, width, height, sigma_normal, tau)
+        return torch.where(noise > 0, position + center, points)
+
+    def _on_graph(
+        self,
+        graph: "_Graph",
+        position: Tensor,
+        features: Tensor | None,
+        width: Tensor,
+        sigma_height: Tensor,
+        sigma_normal: Tensor,
+        tau: Tensor,
+    ) -> Tensor:
+        """Positions after the steps on a graph; these, and the heights, in units of the width."""
+        parts = graph.split()
+        near = [part.distance_weight(position, width) for part in parts]
+        normal = torch.cat([part.normals(position, w) for part, w in zip(parts, near, strict=True)])[graph.place]
+        smoothed = [p.smoothed(normal, features, w, sigma_normal) for p, w in zip(parts, near, strict=True)]
+        normal = torch.cat(smoothed)[graph.place]
+        frames = [part.frame(normal, features, w, sigma_normal) for part, w in zip(parts, near, strict=True)]
+        for _ in range(self.steps):
+            heights = [p.height(position, frame, sigma_height) for p, frame in zip(parts, frames, strict=True)]
+            position = position + tau * torch.cat(heights)[graph.place][:, None] * normal
+        return position
+
+
+class Topology(NamedTuple):
+    """What of a cloud's graphs does not change smoothly with its points: their median distance, groups of near points
+    `[G, S]`, where each point is in them `[N]`, and the graphs.
+    """
+
+    spacing: float
+    groups: Tensor
+    place: Tensor
+    graphs: "list[_Graph]"
+
+    @classmethod
+    def of(cls, points: Tensor) -> "Topology":
+        """That of a cloud, before any graph is built.
+
+        Shape:
+            - points: `[N, 3]`
+        """
+        return cls(median_spacing(points), *compact_groups(points, _GROUP), [])
+
+    def build(self, position: Tensor, radius: float, count: int, turn: int) -> "_Graph":
+        """The graph of points within a radius of each other.
+
+        Shape:
+            - position: `[N, 3]`
+        """
+        centers = position[self.groups].median(1).values  # which an outlier does not move
+        neighbors = thinned_neighbors(position, centers, radius, min(count, len(position)), turn)
+        farthest = (position[neighbors[:, -1]] - centers).norm(dim=1, keepdim=True)
+        if neighbors.shape[1] == len(position):
+            farthest = torch.full_like(farthest, torch.inf)
+        within = (farthest - (position[self.groups] - centers[:, None]).norm(dim=2)).clamp_max(radius)
+        # Where a group is wide for its neighbors, a point has at least those within half of their distance.
+        limit = torch.maximum(within, 0.5 * farthest.clamp_max(radius)).square()
+        limit = limit.clamp_min(torch.finfo(limit.dtype).tiny ** 0.5)  # of points that are all at one place
+        return _Graph(self.groups, self.place, neighbors, limit)
+
+
+class _Frame(NamedTuple):
+    """Normals at a group's points `[G, S, 3]` and neighbors `[G, K, 3]`, and signs and weights of pairs `[G, S, K]`."""
+
+    here: Tensor
+    there: Tensor
+    sign: Tensor
+    weight: Tensor
+
+
+class _Graph(NamedTuple):
+    """Groups of near points `[G, S]`, where each point is in them `[N]`, the neighbors of each group `[G, K]`, and up
+    to which squared distance a point's neighbors are all among them, or end `[G, S]`.
+    """
+
+    groups: Tensor
+    place: Tensor
+    neighbors: Tensor
+    limit: Tensor
+
+    def split(self) -> "list[_Graph]":
+        """Parts that stay in the cache."""
+        size = max(1, _CHUNK // (self.groups.shape[1] * self.neighbors.shape[1]))
+        chunks = (each.split(size) for each in (self.groups, self.neighbors, self.limit))
+        return [_Graph(g, self.place, n, m) for g, n, m in zip(*chunks, strict=True)]
+
+    def distance_weight(self, position: Tensor, width: Tensor) -> Tensor:
+        here, there = self._pair(position)
+        square = here.square().sum(2)[..., None] + there.square().sum(2)[:, None] - 2 * here @ there.mT
+        square = square.clamp_min(0)
+        limit = (self.limit / width.detach() ** 2)[..., None]
+        return (-0.5 * square).exp() * (1 - square / limit).clamp_min(0).square()
+
+    def normals(self, position: Tensor, weight: Tensor) -> Tensor:
+        """Directions of least variance `[G·S, 3]`."""
+        _, there = self._pair(position)
+        products = [there * there, there * there.roll(-1, 2)]  # xx, yy, zz and xy, yz, zx
+        moments = (weight @ torch.cat([torch.ones_like(there[..., :1]), there, *products], 2)).flatten(0, 1)
+        mean, second = (moments[:, 1:] / (moments[:, :1] + _NO_WEIGHT)).split([3, 6], 1)
+        square = second - torch.cat([mean * mean, mean * mean.roll(-1, 1)], 1)
+        return smallest_eigenvector(square[:, [0, 3, 5, 3, 1, 4, 5, 4, 2]].unflatten(1, (3, 3)))
+
+    def smoothed(self, normal: Tensor, features: Tensor | None, weight: Tensor, s: Tensor) -> Tensor:
+        """Mean normals of the neighbors that agree `[G·S, 3]`."""
+        frame = self.frame(normal, features, weight, s)
+        return unit(((frame.weight * frame.sign) @ frame.there).flatten(0, 1))
+
+    def frame(self, normal: Tensor, features: Tensor | None, weight: Tensor, s: Tensor) -> _Frame:
+        here, there = _taken(normal, self.groups), _taken(normal, self.neighbors)
+        cosine = here @ there.mT
+        unlike = 1 - cosine.abs()
+        if features is not None:
+            unlike = 0.5 * torch.cdist(features[self.groups], features[self.neighbors]).square()
+        return _Frame(here, there, cosine.detach().sign(), weight * (-unlike / s.square().clamp_min(1e-6)).exp())
+
+    def height(self, position: Tensor, frame: _Frame, sigma: Tensor) -> Tensor:
+        """How far the neighbors are above each point `[G·S]`."""
+        here, there = self._pair(position)
+        own = frame.here @ there.mT - (frame.here * here).sum(2)[..., None]
+        other = (frame.there * there).sum(2)[:, None] - here @ frame.there.mT
+        height = 0.5 * (own + frame.sign * other)
+        weight = frame.weight * (-0.5 * height.square() / sigma.square().clamp_min(1e-12)).exp()
+        return ((weight * height).sum(2) / (weight.sum(2) + _NO_WEIGHT)).flatten()
+
+    def _pair(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions of a group's points and of its neighbors about one of them."""
+        here, there = _taken(position, self.groups), _taken(position, self.neighbors)
+        origin = here[:, :1].detach()
+        return here - origin, there - origin
+
+
+def _taken(values: Tensor, index: Tensor) -> Tensor:
+    return values.index_select(0, index.flatten()).view(*index.shape, values.shape[1])
+
+
+def _scaled(guide: Tensor) -> Tensor:
+    """Features with a mean square of 1."""
+    centered = guide - guide.mean(0)
+    return centered * centered.square().sum(1).mean().clamp_min(torch.finfo(guide.dtype).tiny).rsqrt()

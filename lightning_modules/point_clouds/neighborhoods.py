@@ -1,0 +1,186 @@
+"""Neighbors of a cloud's points, and the normals of the surface that they lie on."""
+
+import math
+
+import torch
+from scipy.spatial import KDTree
+from torch import Tensor
+from torch_geometric.data import Data
+
+from lightning_modules.graph.topology import nearest_neighbors
+from lightning_modules.imaging import permutation
+
+# Points that speak for a cloud where a number of all of it is wanted.
+_SAMPLE = 256
+
+
+def median_spacing(points: Tensor) -> float:
+    """Median distance of a cloud's points from each other: the root of the area that a point has to itself.
+
+    From the disk that holds the eight nearest neighbors, which noise changes less than the distance of the nearest.
+
+    Shape:
+        - points: `[N, 3]`
+    """
+    count = min(8, len(points) - 1)
+    if count < 1:
+        return 0.0
+    array = points.detach().cpu().numpy()
+    order = permutation(len(points), 0)[:_SAMPLE].numpy()
+    distance = KDTree(array).query(array[order], [count + 1])[0]
+    return float(torch.from_numpy(distance).median()) * math.sqrt(math.pi / count)
+
+
+def compact_groups(points: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Groups of equally many points that are near each other, by halving the cloud along its longest side repeatedly.
+
+    Args:
+        points: The points.
+        size: Least size of a group; the size is at most twice as large.
+
+    Shape:
+        - points: `[N, 3]`
+        - output: `[G, S]`, the points of each group, some of them in two; and `[N]`, where in it each point is
+    """
+    count = len(points)
+    groups = 1
+    while count >= 2 * size * groups:
+        groups *= 2
+    each = -(-count // groups)
+    # Some points come twice, so that all halves are equal; spread over the cloud, and so over the groups.
+    order = torch.cat(
+        [torch.arange(count), torch.arange(groups * each - count) * count // max(groups * each - count, 1)]
+    )
+    order = order.to(points.device)
+    blocks = 1
+    while blocks < groups:
+        part = points[order].view(blocks, -1, 3)
+        axis = (part.amax(1) - part.amin(1)).argmax(1)
+        along = part.gather(2, axis[:, None, None].expand(-1, part.shape[1], 1))[..., 0]
+        order = order.view(blocks, -1).gather(1, along.argsort(1)).flatten()
+        blocks *= 2
+    place = torch.empty(count, dtype=torch.long, device=points.device)
+    place[order] = torch.arange(len(order), device=points.device)
+    return order.view(groups, each), place
+
+
+def thinned_neighbors(points: Tensor, centers: Tensor, radius: float, count: int, turn: int) -> Tensor:
+    """Neighbors of some places, spread over all points within a radius: the nearest of every m-th point of the cloud.
+
+    Where there are no more than `count` within the radius, m is 1, and they are the nearest. Where the noise is longer
+    than the points are apart there are many more, and the nearest would be those that the noise has brought near. The
+    m parts of the cloud are chosen at random, once; which part a place looks into goes round with `turn`.
+
+    Args:
+        points: The points.
+        centers: The places.
+        radius: The radius.
+        count: Number K of neighbors; no more than there are points.
+        turn: Number of the graph, counted from 0.
+
+    Shape:
+        - points: `[N, 3]`; centers: `[G, 3]`
+        - output: `[G, K]`, int64
+    """
+    size = len(points)
+    order, places = permutation(size, 0), permutation(len(centers), 0)
+    within = KDTree(points.cpu().numpy()).query_ball_point(
+        centers[places[:_SAMPLE]].cpu().numpy(), radius, return_length=True
+    )
+    parts = max(1, min(round(float(torch.from_numpy(within).double().median()) / count), size // count, len(centers)))
+    neighbors = torch.empty(len(centers), count, dtype=torch.long)
+    for part in range(parts):
+        sources, targets = order[part::parts], places[(part + turn) % parts :: parts]
+        neighbors[targets] = sources[nearest_neighbors(points[sources], centers[targets], count).cpu()]
+    return neighbors.to(points.device)
+
+
+def smallest_eigenvector(matrix: Tensor) -> Tensor:
+    r"""Unit eigenvector of the least eigenvalue of symmetric 3×3 matrices, in closed form; 0 where there is none.
+
+    The eigenvalue by Smith, "Eigenvalues of a symmetric 3 × 3 matrix", CACM 4, 1961; the vector is the longest cross
+    product of two rows of :math:`A - \lambda I`. It has a derivative wherever the eigenvalue is single.
+
+    Shape:
+        - matrix: `[N, 3, 3]`
+        - output: `[N, 3]`
+    """
+    a, b, c = matrix.diagonal(dim1=1, dim2=2).unbind(1)
+    d, e, f = matrix[:, 0, 1], matrix[:, 1, 2], matrix[:, 0, 2]
+    tiny = torch.finfo(matrix.dtype).tiny ** 0.25
+    mean = (a + b + c) / 3
+    a, b, c = a - mean, b - mean, c - mean
+    spread = ((a**2 + b**2 + c**2 + 2 * (d**2 + e**2 + f**2)) / 6).clamp_min(tiny**2).sqrt()
+    half = (a * (b * c - e**2) - d * (d * c - e * f) + f * (d * e - b * f)) / (2 * spread**3)
+    rounding = 8 * torch.finfo(matrix.dtype).eps
+    angle = half.clamp(rounding - 1, 1 - rounding).acos() / 3
+    least = 2 * spread * (angle + 2 * math.pi / 3).cos()
+    rows = [torch.stack(row, 1) for row in ((a - least, d, f), (d, b - least, e), (f, e, c - least))]
+    crosses = torch.stack([torch.linalg.cross(rows[i], rows[j]) for i, j in ((0, 1), (0, 2), (1, 2))], 1)
+    longest = crosses.square().sum(2).argmax(1)
+    vector = crosses[torch.arange(len(matrix), device=matrix.device), longest]
+    return unit(vector)
+
+
+def unit(vector: Tensor) -> Tensor:
+    """Vectors of length 1; 0 stays 0, with a finite gradient.
+
+    Shape:
+        - vector: `[..., 3]`
+        - output: as vector
+    """
+    square = vector.square().sum(-1, keepdim=True)
+    return vector * square.clamp_min(torch.finfo(vector.dtype).tiny ** 0.5).rsqrt()
+
+
+def clouds(data: Data) -> list[Tensor]:
+    """Indices of the points of each cloud of a `Data` or `Batch`.
+
+    Shape:
+        - output: `[N_i]` each
+    """
+    batch = data.batch
+    if batch is None:
+        return [torch.arange(len(data.pos), device=data.pos.device)]
+    count = max(getattr(data, "num_graphs", 0), int(batch.max()) + 1 if len(batch) else 0)
+    sizes: list[int] = torch.bincount(batch, minlength=count).tolist()
+    return list(batch.argsort(stable=True).split(sizes))
+
+
+def check_cloud(data: Data, guide: Tensor | None = None) -> None:
+    """Raise `ValueError` unless these are points that can be denoised.
+
+    Shape:
+        - guide: `[N, F]`
+    """
+    points = getattr(data, "pos", None)
+    if points is None:
+        raise ValueError("the cloud has no pos: give a PyG Data with pos [N, 3]")
+    if points.ndim != 2 or points.shape[1] != 3:
+        plane = ": points of a plane are on no surface" if points.ndim == 2 and points.shape[1] == 2 else ""
+        raise ValueError(f"pos of the cloud must be [N, 3], got {list(points.shape)}{plane}")
+    if not points.is_floating_point():
+        raise ValueError(f"pos of the cloud must be floating-point, got {points.dtype}: call .float() on it")
+    if not len(points):
+        raise ValueError("the cloud is empty: give at least one point")
+    if not points.isfinite().all():
+        wrong = int((~points.isfinite().all(1)).sum())
+        raise ValueError(f"{wrong} of {len(points)} points have NaN or infinite coordinates: leave them out")
+    batch = data.batch
+    if batch is not None and (batch.shape != points.shape[:1] or batch.is_floating_point() or (batch < 0).any()):
+        raise ValueError(
+            f"batch of the cloud must be integers [N], counted from 0, got {batch.dtype} {list(batch.shape)}"
+        )
+    if guide is not None and (guide.ndim != 2 or len(guide) != len(points) or not guide.is_floating_point()):
+        raise ValueError(f"guide must be floating-point [N, F] with N = {len(points)}, got {list(guide.shape)}")
+    for part in clouds(data):
+        own = points[part].detach()
+        if len(own) < 2:
+            continue
+        digit = float(own.abs().max()) * torch.finfo(own.dtype).eps
+        extent = float((own.amax(0) - own.amin(0)).max())
+        if extent and digit * len(own) ** 0.5 > 0.1 * extent:
+            raise ValueError(
+                f"coordinates as large as {float(own.abs().max()):.3g} have steps of {digit:.2g} in {own.dtype}, too "
+                f"long for {len(own)} points within {extent:.3g}: give them in float64, or subtract an origin first"
+            )
