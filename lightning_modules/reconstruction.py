@@ -151,6 +151,8 @@ class Reconstruction(CheckpointedModule):
         self.register_buffer("noise_levels", choices, persistent=False)
         self.estimate_noise = estimate_noise
         self.camera_noise = camera_noise
+        if camera_noise is not None and hasattr(operator, "knows_correlation"):
+            operator.knows_correlation = True  # type: ignore[assignment]  # which its weights remember
         self.objective = objective
         self.loss = loss
         self.data_range = data_range
