@@ -44,6 +44,8 @@ _HALO = 32  # of an operator that does not say how far a restored pixel looks
 _ALIGNMENT = 16  # tiles begin where a network of several scales would begin its coarsest pixels
 # Of more pixels than the first number, the noise level is read off crops from all over the picture.
 _SAMPLE_ABOVE, _SAMPLE_SIZE, _SAMPLE_SIDE = 2**21, 256, 4
+# Estimated levels of white noise under the first are left, from the second on restored, between them in part.
+_UNTRUSTED, _TRUSTED = 0.6 / 255, 2 / 255
 _TAG = ".restored"
 
 
@@ -190,7 +192,11 @@ def restore_picture(
     if not found.level > 0:
         return Restored(picture, found)
     if found.is_white:
-        restored = _in_tiles(pixels, operator(len(pixels)), float(found.level), progress)
+        level = float(found.level)
+        restored = _in_tiles(pixels, operator(len(pixels)), level, progress)
+        if isinstance(noise, str):  # of little noise, an estimate that is a little off costs more than it gains
+            trust = min(max((level - _UNTRUSTED) / (_TRUSTED - _UNTRUSTED), 0.0), 1.0)
+            restored = pixels + trust * (restored - pixels)
     elif found.is_uncorrelated:
         restored = _stabilized(pixels, operator(len(pixels)), found, progress)
     else:

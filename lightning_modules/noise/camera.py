@@ -44,8 +44,8 @@ _FINE = 0.4
 # by this factor beyond chance; the whole shows a camera's where this share has none and the flattest are as flat.
 _ALIKE, _MAX_SPREAD = 0.25, 2.2
 _CAMERA_ALIKE, _MAX_DECLINE, _MAX_CAMERA_SPREAD = 0.18, 1.3, 10.0
-# Where simulated cameras speak for less noise than this, there is none.
-_LEAST_LEARNED = 0.6 / 255
+# Where simulated cameras speak for less noise than the first, there is none; for more than the second, fewer blocks do.
+_LEAST_LEARNED, _STRONG_LEVEL, _STRONG_ALIKE = 0.6 / 255, 2.5 / 255, 0.08
 # Standard deviation of the logarithm of EM's level, beside that of the learned one; and by which factor it is higher
 # where it counts no longer.
 _EM_DOUBT, _MAX_DISAGREEMENT = 0.2, 3.0
@@ -334,7 +334,9 @@ def _of_image(image: Tensor, white: NoiseModel, kind: str) -> NoiseModel:
     is_camera = _mean_level(whole, common) > least and spread < _MAX_CAMERA_SPREAD and decline < _MAX_DECLINE
     fine = float(common.spectrum[:, whole.bands.frequency > 0.7].mean())
     learned = _learned_level(evidence)
-    is_camera = is_camera and fine < _MAX_FINE and float(common.weight[0]) > _CAMERA_ALIKE
+    is_strong = learned is not None and learned[0] > _STRONG_LEVEL
+    is_camera = is_camera and fine < _MAX_FINE
+    is_camera = is_camera and float(common.weight[0]) > (_STRONG_ALIKE if is_strong else _CAMERA_ALIKE)
     is_camera = is_camera and (learned is None or learned[0] > _LEAST_LEARNED)
     if is_alike and not is_camera:
         return _independent(colors, seen, brightness, white)
