@@ -133,7 +133,7 @@ def refuse(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -
     ("make", "message"),
     [
         (lambda folder: [str(folder / "nowhere")], "is not a folder"),
-        (lambda folder: [str(folder)], "no photographs"),
+        (lambda folder: [str(folder)], "no image"),
         (lambda folder: [str(folder), "-o", str(folder / "weights.pt")], "ends in .safetensors"),
     ],
 )
