@@ -32,6 +32,7 @@ Row = dict[str, Any]
 CAMERAS = ((0.002, 0.0001), (0.01, 0.0002), (0.02, 0.001))
 BLUR, BLURRED_LEVEL = 0.7, 10.3 / 255
 PHOTONS = (20, 100, 500)
+LEAST = 0.6  # of 255: what is read as less is taken for clean
 
 
 def read(path: Path) -> Tensor:
@@ -135,6 +136,7 @@ def measure(name: str, pairs: Iterator[Pair], told: NoiseModel | None = None, pe
         summary["median error of level"] = median(abs(ratio - 1) for ratio in ratios)
         summary["median ratio of level"] = median(ratios)
     summary["white"] = sum(row["kind"] == "white" for row in rows)
+    summary["clean"] = sum(row["level"] < LEAST for row in rows)
     print(summary, flush=True)
     yield summary
 

@@ -368,6 +368,19 @@ def _restored(found: list[Row], stored: bool) -> Iterable[list[str]]:
         yield [f"σ = {level}", *map(db, numbers), f"{estimated['ssim']:.3f}"]
 
 
+@table("cameras")
+def cameras(found: list[Row]) -> Columns:
+    header = ["images", "noisy", "read as white", "`auto`", "told", "CBM3D, told", "median error of the level", "clean"]
+    return header, (_camera_row(row) for row in found if row["image"] == "mean")
+
+
+def _camera_row(row: Row) -> list[str]:
+    names = ("psnr noisy", "psnr as white", "psnr", "psnr told", "psnr CBM3D")
+    error = f"{100 * row['median error of level']:.0f} %" if "median error of level" in row else ""
+    figures = [db(row[name]) if name in row and row[name] < 99 else "" for name in names]
+    return [f"{row['set']} ({row['images']})", *figures, error, str(row["clean"])]
+
+
 @table("patch_prior")
 def patch_prior(found: list[Row]) -> Columns:
     return ["set", "PSNR", "SSIM", "seconds a photograph"], (

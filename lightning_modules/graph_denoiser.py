@@ -27,6 +27,7 @@ from lightning_modules.operators.operator import (
 WEIGHTS = Path(__file__).parent / "weights"
 # Names under which shipped weights are found, in either spelling.
 _SHIPPED = {"color": "color", "colour": "color", "gray": "gray", "grey": "gray", "camera": "camera"}
+_FILE = "graph_denoiser.safetensors"
 _FORMAT = "lightning-em graph denoiser 1"
 
 _BANK: dict[str, list[float]] = {
@@ -39,6 +40,15 @@ _BOUNDS = {"sigma": (0.02, 10.0), "tau": (0.001, 0.9), "sigma_s": (0.1, 200.0), 
 _UNITS = {"sigma": "noise", "tau": "", "sigma_s": "pixels", "sigma_f": "noise"}
 # Constants of the bank's diffusions: side of the patches, radius in pixels, and number of steps.
 _PATCH_SIZE, _RADIUS, _STEPS = 3, 3.0, 2
+
+
+def has_weights(name: str) -> bool:
+    """Whether weights of this name ship with the package.
+
+    Args:
+        name: As `GraphDenoiser.from_pretrained` takes it.
+    """
+    return (WEIGHTS / _SHIPPED[name] / _FILE).is_file()
 
 
 class GraphDenoiser(RestorationOperator):
@@ -104,6 +114,7 @@ class GraphDenoiser(RestorationOperator):
                     f"{weights} has channels, diffusions and network {theirs}, not {own}: give it the same"
                 )
             self.load_state_dict(trained.state_dict())
+            self.knows_correlation = trained.knows_correlation
 
     @property
     def size(self) -> int:
@@ -165,13 +176,15 @@ class GraphDenoiser(RestorationOperator):
         """Write the weights, at half precision, and their configuration beside them.
 
         Args:
-            folder: Where to write `graph_denoiser.safetensors` and `graph_denoiser.json`; made where it is missing.
+            folder: Where to write `graph_denoiser.safetensors` and `graph_denoiser.json`, made where it is missing; or
+                a path that ends in `.safetensors`, for files of that name.
             bank: The bank's values, such as those that a table has learned; the start values by default.
 
         Returns:
             Path of the weights, which `from_pretrained` reads.
         """
-        path = Path(folder).expanduser() / "graph_denoiser.safetensors"
+        path = Path(folder).expanduser()
+        path = path if path.suffix == ".safetensors" else path / _FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         weights = save_safetensors({name: value.half().cpu().contiguous() for name, value in self.state_dict().items()})
         chosen = self.bank if bank is None else {name: tuple(bank[name]) for name in self.bank}
@@ -181,6 +194,7 @@ class GraphDenoiser(RestorationOperator):
             "channels": self.channels,
             "bank": chosen,
             **self.architecture,
+            **({"knows_correlation": True} if self.knows_correlation else {}),
         }
         path.write_bytes(weights)
         path.with_suffix(".json").write_text(json.dumps(config, indent=1) + "\n")
@@ -199,7 +213,7 @@ class GraphDenoiser(RestorationOperator):
             ValueError: If the file is damaged, or of another kind.
         """
         path = WEIGHTS / _SHIPPED[str(name)] if str(name) in _SHIPPED else Path(name).expanduser()
-        path = path / "graph_denoiser.safetensors" if path.is_dir() or str(name) in _SHIPPED else path
+        path = path / _FILE if path.is_dir() or str(name) in _SHIPPED else path
         config_path = path.with_suffix(".json")
         for needed in (path, config_path):
             if not needed.is_file():
@@ -219,9 +233,10 @@ class GraphDenoiser(RestorationOperator):
         try:
             if "weights" in config:
                 raise ValueError("it names weights of another file")
+            knows = bool(config.pop("knows_correlation", False))
             denoiser = cls(**config)
             denoiser.load_state_dict({key: value.float() for key, value in load_safetensors(content).items()})
         except (SafetensorError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{path} does not fit {config_path.name}: {error}") from error
-        denoiser.knows_correlation = path.parent == WEIGHTS / "camera"
+        denoiser.knows_correlation = knows or path.parent == WEIGHTS / "camera"
         return denoiser.eval().requires_grad_(False)

@@ -30,7 +30,7 @@ from lightning_modules.imaging import (
     seeded_normal,
     seeded_uniform,
 )
-from lightning_modules.noise import estimate_noise_std
+from lightning_modules.noise import CameraNoise, estimate_noise_std
 from lightning_modules.operators import RestorationOperator, Smoothness
 from lightning_modules.operators.operator import Noise, ParameterSpec, check_images, image_level, noise_level
 from lightning_modules.optimizers import optimizer_config
@@ -70,6 +70,8 @@ class Reconstruction(CheckpointedModule):
         noise_levels: Levels of which each image is given one at random, in place of `noise_std`.
         estimate_noise: Estimate each image's noise level instead of telling the operator the true one, as it must be
             done in blind restoration.
+        camera_noise: Takes the clean images by simulated cameras, in place of adding white noise; what the camera would
+            show without noise is then restored, under a map of the noise's level.
         data_range: Width of the scale on which the loss is measured: 1 for [0, 1], 2 for [−1, 1].
         objective: What the restoration learns from: `"supervised"` by the clean images, `"sure"` by the noisy ones
             only, through Stein's unbiased risk estimate at the level known or estimated. It costs a second restoration
@@ -109,6 +111,7 @@ class Reconstruction(CheckpointedModule):
         noise_std: float | tuple[float, float] = 25 / 255,
         noise_levels: list[float] | None = None,
         estimate_noise: bool = False,
+        camera_noise: CameraNoise | None = None,
         objective: Literal["supervised", "sure", "j_invariant"] = "supervised",
         loss: Literal["mse", "log_mse"] = "mse",
         data_range: float = 1.0,
@@ -122,6 +125,11 @@ class Reconstruction(CheckpointedModule):
         levels = noise_std if isinstance(noise_std, tuple | list) else (noise_std, noise_std)
         _check_arguments(levels, noise_levels, data_range, perceptual_weight, smoothness_weight)
         _check_objective(objective, loss, perceptual, add_noise, max(noise_levels or levels))
+        if camera_noise is not None and (objective != "supervised" or not add_noise):
+            raise ValueError(
+                f"camera_noise is correlated noise on clean images, got add_noise={add_noise} and "
+                f"objective={objective!r}: leave both at their defaults, or leave out camera_noise"
+            )
         _check_operator(operator, backbone, smoothness_weight)
         injected = ("operator", "diffusion", "em_parameters", "backbone", "assignment", "perceptual", "optimizer")
         self.save_hyperparameters(ignore=[*injected, "lr_scheduler"])
@@ -142,6 +150,9 @@ class Reconstruction(CheckpointedModule):
         choices = None if noise_levels is None else torch.tensor(noise_levels, dtype=torch.float32)
         self.register_buffer("noise_levels", choices, persistent=False)
         self.estimate_noise = estimate_noise
+        self.camera_noise = camera_noise
+        if camera_noise is not None and hasattr(operator, "knows_correlation"):
+            operator.knows_correlation = True  # type: ignore[assignment]  # which its weights remember
         self.objective = objective
         self.loss = loss
         self.data_range = data_range
@@ -334,6 +345,10 @@ class Reconstruction(CheckpointedModule):
                 needed.add("key")
             check_batch(batch, needed)
             self._checked.add(stage)
+        is_clean = "noisy" not in batch and (stage != "predict" or bool(batch.get("clean", False)))
+        if self.camera_noise is not None and is_clean:  # the camera sharpens what it shows, noise or not
+            shown = self.camera_noise(batch["image"], batch["key"])
+            batch = {**batch, "image": shown.clean, "noisy": shown.noisy, "noise_std": shown.level}
         return batch
 
     def _observe(self, batch: ImageBatch, add_noise: bool | None = None) -> tuple[Tensor, Tensor]:

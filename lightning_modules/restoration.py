@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightning_modules.imaging import (
     Picture,
@@ -45,7 +44,8 @@ _HALO = 32  # of an operator that does not say how far a restored pixel looks
 _ALIGNMENT = 16  # tiles begin where a network of several scales would begin its coarsest pixels
 # Of more pixels than the first number, the noise level is read off crops from all over the picture.
 _SAMPLE_ABOVE, _SAMPLE_SIZE, _SAMPLE_SIDE = 2**21, 256, 4
-_LIGHT_SIZE = 5  # pixels over which the brightness is averaged that a camera's noise depends on
+# Estimated levels of white noise under the first are left, from the second on restored, between them in part.
+_UNTRUSTED, _TRUSTED = 0.6 / 255, 2 / 255
 _TAG = ".restored"
 
 
@@ -192,13 +192,17 @@ def restore_picture(
     if not found.level > 0:
         return Restored(picture, found)
     if found.is_white:
-        restored = _in_tiles(pixels, operator(len(pixels)), float(found.level), progress)
+        level = float(found.level)
+        restored = _in_tiles(pixels, operator(len(pixels)), level, progress)
+        if isinstance(noise, str):  # of little noise, an estimate that is a little off costs more than it gains
+            trust = min(max((level - _UNTRUSTED) / (_TRUSTED - _UNTRUSTED), 0.0), 1.0)
+            restored = pixels + trust * (restored - pixels)
     elif found.is_uncorrelated:
         restored = _stabilized(pixels, operator(len(pixels)), found, progress)
     else:
         chosen = operator(len(pixels), camera=True)
         gain = 1.0 if getattr(chosen, "knows_correlation", False) else float(found.low_frequency_gain)
-        restored = _in_tiles(pixels, chosen, (gain * _level_map(pixels, found)).clamp_max(1), progress)
+        restored = _in_tiles(pixels, chosen, (gain * found.level_map(pixels[None])).clamp_max(1), progress)
     return Restored(replace(picture, pixels=restored), found)
 
 
@@ -216,8 +220,8 @@ def load_operator(model: Model, channels: int, camera: bool = False) -> Restorat
         raise ValueError(f"model must be 'auto', the path of a GraphDenoiser or an operator, got {model!r}")
     home = import_module("lightning_modules.graph_denoiser")  # when it is needed: it loads the graph, and weights
     if model == "auto":  # without weights for gray, those for color restore the three equal channels
-        model = "gray" if channels == 1 and (home.WEIGHTS / "gray").is_dir() else "color"
-        model = "camera" if camera and (home.WEIGHTS / "camera").is_dir() else model
+        model = "gray" if channels == 1 and home.has_weights("gray") else "color"
+        model = "camera" if camera and channels == 3 and home.has_weights("camera") else model
     denoiser: RestorationOperator = home.GraphDenoiser.from_pretrained(model)
     return denoiser
 
@@ -319,13 +323,6 @@ def _numbers(noise: NoiseModel) -> dict[str, str]:
     return {name: f"{float(number):.6f}" for name, number in numbers.items()}
 
 
-def _level_map(pixels: Tensor, noise: NoiseModel) -> Tensor:
-    """Noise level of each pixel, `[1, 1, H, W]`: the brightness is that of a neighborhood, which has less noise."""
-    side = _LIGHT_SIZE
-    light = F.avg_pool2d(pixels[None], side, 1, side // 2, count_include_pad=False)
-    return noise.variance(light).mean(1, keepdim=True).sqrt()
-
-
 def _stabilized(pixels: Tensor, operator: RestorationOperator, noise: NoiseModel, progress: Progress | None) -> Tensor:
     """Restores an image whose noise is white but not as strong everywhere, between a transform that makes it so and
     the way back.
@@ -334,11 +331,10 @@ def _stabilized(pixels: Tensor, operator: RestorationOperator, noise: NoiseModel
         - pixels: `[C, H, W]`
         - output: `[C, H, W]` in [0, 1]
     """
-    ends = noise.stabilize(torch.stack([torch.zeros_like(pixels[:, :1, :1]), torch.ones_like(pixels[:, :1, :1])]))
-    scale = 1 / (ends[1] - ends[0]).amax()
-    stable = noise.stabilize(pixels[None])[0] - ends[0]
-    restored = _in_tiles(stable * scale, operator, float(scale), progress, limits=(-math.inf, math.inf))
-    return noise.unstabilize((restored / scale + ends[0])[None])[0].clamp(0, 1)
+    offset, scale = noise.stable_range(pixels)
+    stable = (noise.stabilize(pixels[None])[0] - offset) * scale
+    restored = _in_tiles(stable, operator, float(scale), progress, limits=(-math.inf, math.inf))
+    return noise.unstabilize((restored / scale + offset)[None])[0].clamp(0, 1)
 
 
 @torch.inference_mode()

@@ -13,14 +13,16 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from skimage import data
 from torch import Tensor
 
 from callbacks import PretrainedWriter
 from lightning_modules import GraphDenoiser, GraphDiffusion, Reconstruction, TotalVariation
 from lightning_modules.cli import build
-from lightning_modules.graph_denoiser import WEIGHTS
+from lightning_modules.graph_denoiser import WEIGHTS, has_weights
 from lightning_modules.networks import GatedUNet
-from lightning_modules.noise import estimate_noise_std
+from lightning_modules.noise import CameraNoise, estimate_noise_std
+from lightning_modules.restoration import load_operator
 
 PROJECT = Path(__file__).parents[1]
 TINY: dict[str, Any] = {"widths": (4, 8), "depths": (1, 1), "up_depths": (1,)}
@@ -285,6 +287,39 @@ class TestTraining:
             PretrainedWriter(" ")
 
 
+class TestCameraWeights:
+    def test_restore_takes_them_for_a_cameras_noise_where_they_are(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("lightning_modules.graph_denoiser.WEIGHTS", tmp_path)
+        make().save_pretrained(tmp_path / "color")
+        (tmp_path / "camera").mkdir()  # a card without weights
+        assert not load_operator("auto", 3, camera=True).knows_correlation
+        make().save_pretrained(tmp_path / "camera")
+        assert load_operator("auto", 3, camera=True).knows_correlation
+        assert not load_operator("auto", 3).knows_correlation
+
+    def test_weights_remember_that_they_know_correlation(self, tmp_path: Path) -> None:
+        denoiser = make()
+        denoiser.knows_correlation = True
+        saved = denoiser.save_pretrained(tmp_path / "adapted.safetensors")
+        assert saved == tmp_path / "adapted.safetensors"
+        assert GraphDenoiser.from_pretrained(saved).knows_correlation
+        assert not GraphDenoiser.from_pretrained(make().save_pretrained(tmp_path / "plain")).knows_correlation
+
+    def test_those_that_ship_restore_better_than_white_ones(self) -> None:
+        if not has_weights("camera"):
+            pytest.skip("no camera weights ship with this version")
+        clean = torch.from_numpy(data.chelsea()[None, :128, :128].copy()).movedim(-1, 1).float() / 255
+        shown = CameraNoise(level=(8 / 255, 20 / 255), doubt=0)(clean.repeat(6, 1, 1, 1), torch.arange(6))
+        errors = []
+        for name in ("camera", "color"):
+            with torch.inference_mode():
+                restored = GraphDenoiser.from_pretrained(name)(shown.noisy, noise=shown.level)
+            errors.append(float(((restored - shown.clean).square().mean((1, 2, 3)) + 1e-6).log().mean()))
+        assert errors[0] < errors[1]
+
+
 CARDS = sorted(WEIGHTS.glob("*/README.md"))
 ROW = re.compile(r"^\| (\d+) \| ([\d.]+) \| ([\d.]+) \|", re.MULTILINE)
 
@@ -297,6 +332,8 @@ class TestCard:
         files = sorted((shared_data / "denoise" / "CBSD68").glob("*.png"))[::17]
         if not files:
             pytest.skip("CBSD68 is not there")
+        if card.parent.name == "camera":
+            pytest.skip("its figures are those of docs/results/cameras.json")
         denoiser, rows = GraphDenoiser.from_pretrained(card.parent), ROW.findall(card.read_text())
         assert [int(row[0]) for row in rows] == [15, 25, 50]
         for level, *figures in rows:
@@ -306,7 +343,8 @@ class TestCard:
     def test_the_files_are_small_and_the_card_names_the_data(self, card: Path) -> None:
         assert sum(path.stat().st_size for path in card.parent.glob("graph_denoiser.*")) <= 700_000
         text = card.read_text()
-        for word in ("google/dreambooth", "CC BY 4.0", "Unsplash", "configs/photographs.yaml"):
+        config = "configs/cameras.yaml" if card.parent.name == "camera" else "configs/photographs.yaml"
+        for word in ("google/dreambooth", "CC BY 4.0", "Unsplash", config):
             assert word in text
 
 

@@ -1,4 +1,4 @@
-"""The command `lightning-em`: `fit`, `validate`, `test` and `predict` by Lightning; `restore` and `detect`."""
+"""The command `lightning-em`: `fit`, `validate`, `test` and `predict` by Lightning; `restore`, `adapt` and `detect`."""
 
 import os
 import sys
@@ -25,6 +25,10 @@ def main(args: list[str] | None = None) -> None:
         from lightning_modules.cli.restore import run as restore
 
         _exit(restore(words[1:]))
+    elif words[:1] == ["adapt"]:
+        from lightning_modules.cli.adapt import run as adapt
+
+        _exit(adapt(words[1:]))
     elif words[:1] == ["detect"]:
         from lightning_modules.cli.detect import run as detect
 

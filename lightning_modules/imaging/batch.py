@@ -46,8 +46,8 @@ class ImageBatch(TypedDict, total=False):
         - name: list of B paths below the root of the data, by which results are called.
         - noisy: like image, the noisy side of a pair whose clean side is image; left out where noise is to be added,
           or where the images are noisy and have no clean side.
-        - noise_std: `[B]`, floating point, the standard deviation of the noise that the images already have, where
-          white is 1; left out where it is unknown.
+        - noise_std: `[B]`, or a map `[B, 1, H, W]`, floating point, the standard deviation of the noise that the images
+          already have, where white is 1; left out where it is unknown.
         - clean: whether the images of a batch to predict are clean, so that the module's noise is added first; False,
           as where it is left out, for images that are restored as they are. Only prediction reads it.
         - condition: the degradation of all images of the batch, such as `jpeg 75`.

@@ -1,12 +1,14 @@
 """Noise models of noisy images: of each image, or of all images of a camera together."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_modules.noise.blocks import Bands, Blocks, frequency_bands, read_blocks
+from lightning_modules.noise.camera_level import LEAST_LEVEL, describe_blocks, trained_camera_level
 from lightning_modules.noise.em import (
     LEAST_VARIANCE,
     NoiseParameters,
@@ -41,7 +43,12 @@ _FINE = 0.4
 # Colors show noise where at least this share of the blocks has no texture, and the flattest of them differ no more than
 # by this factor beyond chance; the whole shows a camera's where this share has none and the flattest are as flat.
 _ALIKE, _MAX_SPREAD = 0.25, 2.2
-_CAMERA_ALIKE, _MAX_DECLINE, _MAX_CAMERA_SPREAD = 0.18, 1.25, 10.0
+_CAMERA_ALIKE, _MAX_DECLINE, _MAX_CAMERA_SPREAD = 0.18, 1.3, 10.0
+# Where simulated cameras speak for less noise than the first, there is none; for more than the second, fewer blocks do.
+_LEAST_LEARNED, _STRONG_LEVEL, _STRONG_ALIKE = 0.6 / 255, 2.5 / 255, 0.08
+# Standard deviation of the logarithm of EM's level, beside that of the learned one; and by which factor it is higher
+# where it counts no longer.
+_EM_DOUBT, _MAX_DISAGREEMENT = 0.2, 3.0
 # What a camera has left at high frequencies, at most, in units of the mean.
 _MAX_FINE = 0.25
 # Less noise than this is none; more than that in the colors is more than a camera leaves there.
@@ -323,20 +330,43 @@ def _of_image(image: Tensor, white: NoiseModel, kind: str) -> NoiseModel:
     start = _start(whole)
     common = _fit([whole], start, start, _PRIOR_BLOCKS)
     least = max(1.3 * float(white.level), 2 * _LEAST_LEVEL, 2 * level * is_alike)
-    is_camera = float(common.weight[0]) > _CAMERA_ALIKE and _mean_level(whole, common) > least
     spread, decline = _unevenness(whole, common)
-    is_camera = is_camera and spread < _MAX_CAMERA_SPREAD and decline < _MAX_DECLINE
-    is_camera = is_camera and float(common.spectrum[:, whole.bands.frequency > 0.7].mean()) < _MAX_FINE
+    is_camera = _mean_level(whole, common) > least and spread < _MAX_CAMERA_SPREAD and decline < _MAX_DECLINE
+    fine = float(common.spectrum[:, whole.bands.frequency > 0.7].mean())
+    learned = _learned_level(evidence)
+    is_strong = learned is not None and learned[0] > _STRONG_LEVEL
+    is_camera = is_camera and fine < _MAX_FINE
+    is_camera = is_camera and float(common.weight[0]) > (_STRONG_ALIKE if is_strong else _CAMERA_ALIKE)
+    is_camera = is_camera and (learned is None or learned[0] > _LEAST_LEARNED)
     if is_alike and not is_camera:
         return _independent(colors, seen, brightness, white)
     if is_camera or kind == "camera":
         start = _start(evidence, _STEEPEST_LINE)
-        return _model(
-            evidence,
-            _fit([evidence], start, _level_line(evidence, start), _CAMERA_SHARE * len(evidence.means)),
-            brightness,
-        )
+        few = _CAMERA_SHARE * len(evidence.means)
+        found = _model(evidence, _fit([evidence], start, _level_line(evidence, start), few), brightness)
+        return _calibrated(found, learned) if is_camera and learned is not None else found
     return white
+
+
+def _learned_level(evidence: _Evidence) -> tuple[float, float] | None:
+    """Level that the simulated cameras speak for and the standard deviation of its logarithm; None where they do not
+    know images of this kind.
+    """
+    if evidence.means.shape[1] != 3 or evidence.blocks.coefficients.shape[-1] != 16:
+        return None
+    mean, doubt = trained_camera_level()(describe_blocks(evidence.blocks)[None].cpu())
+    return float(mean.exp()), float(doubt)
+
+
+def _calibrated(found: NoiseModel, learned: tuple[float, float]) -> NoiseModel:
+    """EM's model at a level between its own and the learned one, by how sure that is: they err independently. Where
+    EM's is several times as high, it has taken soft texture for noise.
+    """
+    level, doubt = learned
+    own = max(float(found.level), LEAST_LEVEL)
+    weight = 0.5 / (1 + (doubt / _EM_DOUBT) ** 2) if own < _MAX_DISAGREEMENT * level else 1.0
+    factor = (level / own) ** (2 * weight)
+    return replace(found, slope=found.slope * factor, intercept=found.intercept * factor)
 
 
 def _level_line(evidence: _Evidence, start: NoiseParameters) -> NoiseParameters:

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 from lightning_modules.imaging import seeded_normal
 
+_LIGHT_SIZE = 5  # pixels over which the brightness is averaged that the noise of a pixel depends on
+
 
 @dataclass(frozen=True, eq=False)
 class NoiseModel:
@@ -209,6 +211,27 @@ class NoiseModel:
         inverse = 1 / photons.clamp_min(2 * math.sqrt(3 / 8))
         series = 0.25 + math.sqrt(1.5) / 4 * inverse - 11 / 8 * inverse**2 + 5 / 8 * math.sqrt(1.5) * inverse**3
         return algebraic + slope * series
+
+    def stable_range(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Offset and scale by which what `stabilize` makes of [0, 1] is in [0, 1]: the noise then has the level scale.
+
+        Shape:
+            - images: `[C, H, W]`, for precision and device
+            - output: `[C, 1, 1]` and `[]`
+        """
+        black = images.new_zeros(1, len(images), 1, 1)
+        ends = self.stabilize(torch.cat([black, black + 1]))
+        return ends[0], 1 / (ends[1] - ends[0]).amax()
+
+    def level_map(self, noisy: Tensor) -> Tensor:
+        """Standard deviation of the noise of each pixel, by the brightness of its neighborhood, which has less noise.
+
+        Shape:
+            - noisy: `[B, C, H, W]`
+            - output: `[B, 1, H, W]`
+        """
+        light = F.avg_pool2d(noisy, _LIGHT_SIZE, 1, _LIGHT_SIZE // 2, count_include_pad=False)
+        return self.variance(light).mean(1, keepdim=True).sqrt()
 
     def of(self, index: int) -> "NoiseModel":
         """That of one image of the batch."""
