@@ -196,7 +196,7 @@ def restore_picture(
         restored = _in_tiles(pixels, operator(len(pixels)), level, progress)
         if isinstance(noise, str):  # of little noise, an estimate that is a little off costs more than it gains
             trust = min(max((level - _UNTRUSTED) / (_TRUSTED - _UNTRUSTED), 0.0), 1.0)
-            restored = pixels + trust * (restored - pixels)
+            restored = restored if trust == 1 else restored.lerp_(pixels, 1 - trust)
     elif found.is_uncorrelated:
         restored = _stabilized(pixels, operator(len(pixels)), found, progress)
     else:

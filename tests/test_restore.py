@@ -230,7 +230,7 @@ def test_an_operator_is_its_own_model() -> None:
     assert load_operator(operator, 3) is operator
 
 
-def test_restoring_loads_neither_lightning_nor_pyg() -> None:
+def test_restoring_loads_neither_lightning_nor_pyg_nor_a_compiler() -> None:
     code = """
 import sys, numpy as np
 from lightning_modules import restore
@@ -241,7 +241,7 @@ try:
     main(["restore", "--help"])
 except SystemExit:
     pass
-print("loaded:", *sys.modules.keys() & {"lightning", "pytorch_lightning", "torch_geometric", "torchvision"})
+print("loaded:", *sys.modules.keys() & {"lightning", "pytorch_lightning", "torch_geometric", "torchvision", "torch._dynamo"})
 """
     run = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert "usage: lightning-em restore" in run.stdout

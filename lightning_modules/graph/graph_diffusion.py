@@ -16,6 +16,7 @@ from lightning_modules.graph.patches import PatchGrid, check_patch_fits, check_p
 from lightning_modules.graph.smoothness import graph_smoothness
 from lightning_modules.graph.tiles import in_tiles
 from lightning_modules.graph.topology import half_offsets, within_image
+from lightning_modules.imaging._eager import eager
 from lightning_modules.operators.operator import (
     Noise,
     ParameterSpec,
@@ -270,7 +271,7 @@ class GraphDiffusion(RestorationOperator):
         )
         return parameters._replace(sigma=sigma * unit, sigma_f=sigma_f * unit)
 
-    @torch.compiler.disable
+    @eager
     def _diffuse_data(self, data: "Data", values: tuple[Any, ...], noise: Noise) -> Tensor:
         from lightning_modules.graph.message_passing import check_graph, count_graphs, diffuse_graph, graph_of_node
 
@@ -316,7 +317,7 @@ class GraphDiffusion(RestorationOperator):
         return self._diffuse_in_tiles(images, guide, parameters, noise, max_radius)
 
     # The paths of patches and of messages are chosen by geometry, on the host: eager inside a compiled module.
-    @torch.compiler.disable
+    @eager
     def _diffuse_in_tiles(
         self,
         images: Tensor,
@@ -360,7 +361,7 @@ class GraphDiffusion(RestorationOperator):
             return diffuse_image_reference(images, guide, parameters, noise, self.patch_size, self.reach, bound)
         return diffuse_patches_sparse(images, guide, parameters, noise, grid, self.laplacian, self.reach, bound)
 
-    @torch.compiler.disable
+    @eager
     def smoothness(
         self, restored: Tensor, *, sigma: Tensor | float, noise: Noise = 0.0, **parameters: Any
     ) -> Smoothness:
@@ -384,7 +385,7 @@ class GraphDiffusion(RestorationOperator):
         num_nodes = restored.shape[-2] * restored.shape[-1] if self.signal == "image" else grid.num_patches
         return graph_smoothness(similarity, num_edges, num_nodes)
 
-    @torch.compiler.disable
+    @eager
     def diagnostics(
         self, noisy: Tensor, *, noise: Noise, radius: Tensor | float, sigma_f: Tensor | float, **parameters: Any
     ) -> dict[str, Tensor]:

@@ -6,6 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_modules.imaging._eager import eager
+
 Laplacian = Literal["symmetric", "random_walk", "unnormalized"]
 
 # At or under this sum of edge weights a node counts as isolated: it keeps its value and gives nothing to others, and no
@@ -74,7 +76,7 @@ _WARNING = (
 _warned = False
 
 
-@torch.compiler.disable
+@eager
 def _warn_once(step: Tensor, tau: Tensor) -> None:
     global _warned
     if _warned:  # the comparison below waits for the device: once is enough

@@ -4,7 +4,6 @@ import math
 from functools import lru_cache
 
 import torch
-from scipy.spatial import KDTree
 from torch import Tensor
 
 
@@ -108,6 +107,8 @@ def _pyg_radius_graph(positions: Tensor, radius: float, batch: Tensor | None) ->
 
 
 def _tree_radius_graph(positions: Tensor, radius: float, batch: Tensor | None) -> Tensor:
+    from scipy.spatial import KDTree
+
     points = positions.detach().double().cpu()
     sizes = [len(points)] if batch is None else torch.bincount(batch).tolist()
     edges, first = [], 0
@@ -132,6 +133,8 @@ def _pyg_neighbors(sources: Tensor, targets: Tensor, count: int) -> Tensor:
 
 
 def _tree_neighbors(sources: Tensor, targets: Tensor, count: int) -> Tensor:
+    from scipy.spatial import KDTree
+
     tree = KDTree(sources.cpu().numpy())
     index = torch.from_numpy(tree.query(targets.cpu().numpy(), count)[1])  # without the last axis for one neighbor
     return index.long().view(len(targets), count).to(sources.device)

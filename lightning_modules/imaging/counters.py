@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_modules.imaging._eager import eager
+
 GOLDEN = -7046029254386353131  # 2**64 / golden ratio, odd, as a signed 64-bit number: the increment of SplitMix64
 
 
@@ -64,7 +66,7 @@ def permutation(length: int, *parts: int) -> Tensor:
     return draw(stream(*parts), torch.arange(length)).argsort(stable=True)
 
 
-@torch.compiler.disable  # inductor cannot hold the 64-bit constants of the hash (OverflowError while generating code)
+@eager  # inductor cannot hold the 64-bit constants of the hash (OverflowError while generating code)
 def seeded_uniform(key: Tensor, count: int) -> Tensor:
     """Uniform draws in [0, 1) that are a function of each sample's key only.
 

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from scipy import ndimage
 from torch import Tensor
 
 from lightning_modules.imaging.crops import corner, cut_crop
@@ -222,6 +221,8 @@ def _rescale(
 
 
 def _blur(pixels: np.ndarray, sigma: float) -> np.ndarray:
+    from scipy import ndimage  # here: whoever only restores photographs does without it
+
     blurred = ndimage.gaussian_filter(
         pixels.astype(np.float32), (sigma, sigma, 0), mode="reflect", radius=math.ceil(_BLUR_REACH * sigma)
     )
