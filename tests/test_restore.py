@@ -241,7 +241,8 @@ try:
     main(["restore", "--help"])
 except SystemExit:
     pass
-print("loaded:", *sys.modules.keys() & {"lightning", "pytorch_lightning", "torch_geometric", "torchvision", "torch._dynamo"})
+unwanted = {"lightning", "pytorch_lightning", "torch_geometric", "torchvision", "torch._dynamo"}
+print("loaded:", *sys.modules.keys() & unwanted)
 """
     run = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert "usage: lightning-em restore" in run.stdout
