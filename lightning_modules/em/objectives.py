@@ -7,8 +7,8 @@ from lightning_modules.imaging import seeded_uniform
 from lightning_modules.operators.operator import image_level
 
 # Length of the probe in units of the noise: long beside rounding, and short beside what the restoration reacts to: 0.1
-# overestimates the risk by 2 to 4 %. (Of what is smooth only in pieces in the image, as total variation is, a short probe
-# meets few kinks, and the gradients of an image's risk vary more.)
+# overestimates the risk by 2 to 4 %. (Of what is smooth only in pieces in the image, as total variation is, a short
+# probe meets few kinks, and the gradients of an image's risk vary more.)
 _PROBE_LENGTH = 0.01
 # An image of one colour has an estimated noise of 0; a step of 0 has no quotient.
 _LEAST_STEP = 1e-4
