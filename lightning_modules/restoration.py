@@ -196,7 +196,9 @@ def restore_picture(
         restored = _in_tiles(pixels, operator(len(pixels)), level, progress)
         if isinstance(noise, str):  # of little noise, an estimate that is a little off costs more than it gains
             trust = min(max((level - _UNTRUSTED) / (_TRUSTED - _UNTRUSTED), 0.0), 1.0)
-            restored = restored if trust == 1 else restored.lerp_(pixels, 1 - trust)
+            if trust < 1:
+                with torch.inference_mode():  # in place: a copy of a large picture is large
+                    restored.lerp_(pixels, 1 - trust)
     elif found.is_uncorrelated:
         restored = _stabilized(pixels, operator(len(pixels)), found, progress)
     else:
