@@ -40,15 +40,15 @@ class Clock(L.Callback):
         self.rule_ms: list[float] = []
         self.step_ms: list[float] = []
         self._start = 0.0
-        plain = rule.step
+        plain = rule.m_step
 
-        def timed(*args: Any) -> Any:
+        def timed(*args: Any, **options: Any) -> Any:
             start = time.perf_counter()
-            result = plain(*args)
+            result = plain(*args, **options)
             self.rule_ms.append(1000 * (time.perf_counter() - start))
             return result
 
-        rule.step = timed  # type: ignore[method-assign]
+        rule.m_step = timed  # type: ignore[method-assign]
 
     def on_train_batch_start(self, *args: Any) -> None:
         self._start = time.perf_counter()
