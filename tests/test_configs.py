@@ -15,6 +15,7 @@ import torch
 import yaml
 from PIL import Image
 
+import lightning_modules
 from callbacks import EMParameterCallback
 from lightning_modules import GeneratedImageDetector, GraphDiffusionReconstruction
 from lightning_modules.cli import build, main
@@ -103,6 +104,20 @@ def test_the_command_runs_two_processes_under_the_ddp_overlay() -> None:
 
 def test_there_is_no_overlay_that_is_not_run() -> None:
     assert [path.stem for path in OVERLAYS] == ["cpu", "ddp", "debug"]
+
+
+def test_a_name_is_the_configuration_of_that_name(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = []
+    for words in (["-c", DEMO], ["-c", "demo"], ["-c=demo"], ["--config", "demo"], ["--config=demo.yaml"]):
+        with pytest.raises(SystemExit):
+            main(["fit", *words, "--print_config"])
+        printed.append(capsys.readouterr().out)
+    assert len(set(printed)) == 1
+    assert "PhotoCropsDataModule" in printed[0]
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "-c", "dmeo"])
+    assert stopped.value.code == 2
+    assert "no configuration dmeo: it is neither a file nor one of blind, " in capsys.readouterr().err
 
 
 def test_fit_leaves_checkpoints_parameters_and_the_config(demo_run: Path) -> None:
@@ -215,7 +230,7 @@ def test_every_argument_of_the_public_classes_has_help(capsys: pytest.CaptureFix
 
 def test_version() -> None:
     result = subprocess.run([COMMAND, "--version"], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "0.1.0"
+    assert result.stdout.strip() == lightning_modules.__version__
     assert result.stderr == "", "nothing but the answer"
 
 

@@ -1,17 +1,20 @@
 """What is installed: the wheel's files and metadata, the public names, and what importing them loads."""
 
 import importlib
+import os
 import shutil
 import subprocess
 import sys
 import zipfile
 from email.message import Message
 from email.parser import Parser
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+
+import lightning_modules
+from lightning_modules.cli.configs import config_folder, config_names, find_config
 
 PROJECT = Path(__file__).parents[1]
 PACKAGES = ("lightning_modules", "callbacks", "datamodules")
@@ -51,12 +54,12 @@ def tracked_files() -> list[str]:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy of the tree without whatever earlier builds have left in it."""
+    """The wheel, built from the source distribution of a copy of the tree, without what earlier builds have left."""
     tree = tmp_path_factory.mktemp("tree")
     for name in tracked_files():
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(PROJECT / name, tree / name)
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tree / "dist"), str(tree)]
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tree / "dist"), str(tree)]
     built = subprocess.run(command, capture_output=True, text=True, cwd=tree.parent)
     assert built.returncode == 0, built.stdout + built.stderr
     (path,) = (tree / "dist").glob("lightning_em-*.whl")
@@ -74,7 +77,9 @@ def test_the_wheel_holds_every_file_of_the_packages_and_no_other(wheel: Path) ->
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
     tree = {name for name in tracked_files() if name.split("/")[0] in PACKAGES}
-    assert packed == tree
+    configs = {f"lightning_modules/{name}" for name in tracked_files() if name.startswith("configs/")}
+    assert packed == tree | configs
+    assert "lightning_modules/configs/trainer/ddp.yaml" in packed
     assert {f"{package}/py.typed" for package in PACKAGES} <= packed
     assert "lightning_modules/em/rules/gradient.py" in packed, "sub-packages are there"
 
@@ -98,7 +103,59 @@ def test_the_malicious_releases_of_lightning_are_excluded(metadata: Message) -> 
 
 
 def test_the_version_is_one(metadata: Message) -> None:
-    assert metadata["Version"] == version("lightning-em"), "reinstall the package: pip install -e ."
+    assert metadata["Version"] == lightning_modules.__version__
+
+
+def test_the_wheel_works_in_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
+    """Without the source tree: configurations by name, and one of them parsed."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    (tmp_path / "empty").mkdir()
+    command = [sys.executable, "-m", "lightning_modules.cli", "fit", "-c", "demo", "-c", "trainer/ddp"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    printed = subprocess.run(
+        [*command, "--print_config"], cwd=tmp_path / "empty", env=environment, capture_output=True, text=True
+    )
+    assert printed.returncode == 0, printed.stderr
+    assert printed.stdout.startswith(f"# lightning-em=={lightning_modules.__version__}\n")
+    assert "strategy: ddp" in printed.stdout
+    assert "name: demo" in printed.stdout
+    assert not list((tmp_path / "empty").iterdir())
+
+
+class TestConfigurationsByName:
+    def test_all_have_names(self) -> None:
+        paths = (PROJECT / "configs").rglob("*.yaml")
+        assert set(config_names()) == {
+            str(path.relative_to(PROJECT / "configs").with_suffix("").as_posix()) for path in paths
+        }
+        assert config_folder() == PROJECT / "configs"
+        assert config_names()[-1].startswith("trainer/")
+
+    @pytest.mark.parametrize("name", ["demo", "demo.yaml", "trainer/ddp"])
+    def test_a_name(self, name: str) -> None:
+        assert find_config(name) == str(PROJECT / "configs" / f"{name.removesuffix('.yaml')}.yaml")
+
+    def test_a_file_wins(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "demo").mkdir()
+        assert find_config("demo") == str(PROJECT / "configs" / "demo.yaml"), "a folder is no configuration"
+        (tmp_path / "demo.yaml").write_text("seed_everything: 1")
+        assert find_config("demo.yaml") == "demo.yaml"
+        assert find_config(str(tmp_path / "demo.yaml")) == str(tmp_path / "demo.yaml")
+
+    @pytest.mark.parametrize("text", ["seed_everything: 1", "{}", "-"])
+    def test_text_is_no_name(self, text: str) -> None:
+        assert find_config(text) == text
+
+    @pytest.mark.parametrize("name", ["dmeo", "configs/nothing.yaml", "trainer", "../configs/demo", ""])
+    def test_what_is_unknown_names_the_known(self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(FileNotFoundError) as error:
+            find_config(name)
+        assert str(error.value).startswith(f"no configuration {name}: it is neither a file nor one of blind, ")
+        assert "trainer/ddp" in str(error.value)
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("package", PACKAGES)

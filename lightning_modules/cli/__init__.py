@@ -18,9 +18,9 @@ def main(args: list[str] | None = None) -> None:
     """
     words = sys.argv[1:] if args is None else args
     if words[:1] == ["--version"]:
-        from lightning_modules._version import package_version
+        from lightning_modules._version import __version__
 
-        print(package_version())
+        print(__version__)
     elif words[:1] == ["restore"]:
         from lightning_modules.cli.restore import run as restore
 
