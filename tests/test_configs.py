@@ -202,7 +202,9 @@ def test_the_rows_are_named_by_the_data_unless_the_config_names_them(
 @pytest.mark.parametrize(
     ("words", "shows"),
     [
-        (["--help"], "{fit,validate,test,predict}"),
+        (["--help"], "  validate  evaluate it on its validation data"),
+        (["--help"], "  restore   restore photographs"),
+        (["-h"], "student_t_mixture, trainer/cpu"),
         (["fit", "--help"], "--trainer.max_epochs"),
         (["fit", "-c", DEMO, "--print_config"], "PhotoCropsDataModule"),
         (["fit", "--model.help", "GraphDiffusionReconstruction"], "--model.smoothness_weight"),
@@ -217,6 +219,19 @@ def test_help(words: list[str], shows: str, capsys: pytest.CaptureFixture[str]) 
         main(words)
     assert exit_info.value.code in (0, None)
     assert shows in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("words", "code"), [(["restor", "a.jpg"], 2), (["fits"], 2), ([], 2)], ids=str)
+def test_a_command_that_is_none(words: list[str], code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == code
+    said = capsys.readouterr()
+    if words:
+        known = "fit, validate, test, predict, restore, adapt, detect"
+        assert said.err == f"lightning-em: no command {words[0]}: there are {known}\n"
+    else:
+        assert "usage: lightning-em COMMAND" in said.out
 
 
 def test_every_argument_of_the_public_classes_has_help(capsys: pytest.CaptureFixture[str]) -> None:

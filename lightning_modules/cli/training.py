@@ -24,7 +24,7 @@ if not sys.warnoptions:
     warnings.filterwarnings("ignore", "You have overridden `on_before_batch_transfer` in `LightningModule`")
 
 import lightning as L
-from jsonargparse import ActionConfigFile
+from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback, ProgressBar
@@ -92,13 +92,13 @@ class EndTogether(Callback):
 class NamedConfigFile(ActionConfigFile):
     """A configuration file, by its path or by the name of one that comes with the package."""
 
-    def __call__(self, parser: Any, cfg: Any, values: str, option_string: str | None = None) -> None:
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Take the configuration into what is parsed."""
         try:
             path = find_config(values)
         except FileNotFoundError as error:
             parser.error(str(error))
-        super().__call__(parser, cfg, path, option_string)
+        self.apply_config(parser, cfg, self.dest, path)
 
 
 class EMCommand(LightningCLI):
