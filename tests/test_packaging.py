@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 
 import lightning_modules
 from lightning_modules.cli.configs import config_folder, config_names, find_config
+from lightning_modules.graph.cpu import library
 
 PROJECT = Path(__file__).parents[1]
 PACKAGES = ("lightning_modules", "callbacks", "datamodules")
@@ -53,12 +54,18 @@ def tracked_files() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from the source distribution of a copy of the tree, without what earlier builds have left."""
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the source tree, without what earlier builds have left."""
     tree = tmp_path_factory.mktemp("tree")
     for name in tracked_files():
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(PROJECT / name, tree / name)
+    return tree
+
+
+@pytest.fixture(scope="module")
+def wheel(tree: Path) -> Path:
+    """The wheel, built from the source distribution."""
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tree / "dist"), str(tree)]
     built = subprocess.run(command, capture_output=True, text=True, cwd=tree.parent)
     assert built.returncode == 0, built.stdout + built.stderr
@@ -78,10 +85,49 @@ def test_the_wheel_holds_every_file_of_the_packages_and_no_other(wheel: Path) ->
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
     tree = {name for name in tracked_files() if name.split("/")[0] in PACKAGES}
     configs = {f"lightning_modules/{name}" for name in tracked_files() if name.startswith("configs/")}
-    assert packed == tree | configs
+    compiled = {name for name in packed if name.startswith("lightning_modules/graph/cpu/prebuilt/")}
+    assert packed - compiled == tree | configs
     assert "lightning_modules/configs/trainer/ddp.yaml" in packed
     assert {f"{package}/py.typed" for package in PACKAGES} <= packed
     assert "lightning_modules/em/rules/gradient.py" in packed, "sub-packages are there"
+
+
+def test_the_wheel_brings_the_kernel_for_its_platform(wheel: Path, tmp_path: Path) -> None:
+    """In both precisions, found without a compiler and without a cache."""
+    if library._compiler() is None:
+        assert wheel.name.endswith("-py3-none-any.whl")
+        pytest.skip("no C compiler on this machine")
+    python, abi, platform = wheel.stem.split("-")[2:]
+    assert (python, abi) == ("py3", "none")
+    assert platform != "any"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+        (described,) = (name for name in archive.namelist() if name.endswith(".dist-info/WHEEL"))
+        assert "Root-Is-Purelib: false" in archive.read(described).decode()
+    code = """
+import torch
+from lightning_modules.graph.cpu import kernel
+from lightning_modules.graph import GraphDiffusion
+for dtype in (torch.float32, torch.float64):
+    assert "prebuilt" in kernel.library(dtype)._name
+    noisy = torch.rand(2, 3, 20, 17, dtype=dtype)
+    settings = dict(sigma=0.3, tau=0.1, radius=3.0, sigma_s=10.0, sigma_f=0.3, smooth_steps=2, noise=0.1)
+    fast, plain = (GraphDiffusion(3, signal="image", implementation=name) for name in ("auto", "message_passing"))
+    torch.testing.assert_close(fast(noisy, **settings), plain(noisy, **settings))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "CC": "none", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_wheel_without_the_kernel_is_for_every_platform(tree: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(tree)]
+    subprocess.run(command, env={**os.environ, library.SWITCH: "0"}, capture_output=True, check=True)
+    (path,) = tmp_path.iterdir()
+    assert path.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(path) as archive:
+        assert not [name for name in archive.namelist() if "prebuilt" in name], "not even of the build before"
 
 
 def test_the_wheel_has_the_command_and_the_licence(wheel: Path) -> None:
