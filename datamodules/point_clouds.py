@@ -1,14 +1,13 @@
 """Point clouds: surfaces made from formulas, or a folder of one's own scans and meshes."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torch_geometric.data import Batch, Data
 
 from datamodules._formula_shapes import SHAPES
 from datamodules._sampler import SampleBatch
@@ -16,6 +15,9 @@ from datamodules._surface_samples import Sampling, sample_surface
 from datamodules.image_data_module import BatchDataset, ImageDataModule, Split
 from lightning_modules.imaging import draw, mix, permutation
 from lightning_modules.point_clouds.files import find_clouds, read_cloud
+
+if TYPE_CHECKING:
+    from torch_geometric.data import Data
 
 # Points that stand for the surface itself, for each point of a cloud; and what their draws are set apart by.
 _SURFACE = 4
@@ -173,7 +175,7 @@ class _Clouds(BatchDataset):
         clouds = [self._draw(source, key) for source, key in zip(sources, samples.key, strict=True)]
         return _batch(samples, clouds, [source.name for source in sources], self.noise_std)
 
-    def _draw(self, source: _Source, key: Tensor) -> Data:
+    def _draw(self, source: _Source, key: Tensor) -> "Data":
         if source.faces is not None:
             mesh = (source.points, source.faces)
             points, normals = sample_surface(*mesh, self.num_points, key, self.sampling)
@@ -186,6 +188,8 @@ class _Clouds(BatchDataset):
                 place = points[int(draw(key, torch.zeros((), dtype=torch.long))) % len(points)]
                 points = points[(points - place).square().sum(1).topk(self.num_points, largest=False).indices]
             truth = {"surface": points.float()}
+        from lightning_modules._pyg import Data
+
         return Data(pos=points.float(), radius=torch.tensor([source.radius]), **truth)
 
 
@@ -199,6 +203,8 @@ class _WholeClouds(BatchDataset):
         return len(self.paths)
 
     def __getitem__(self, samples: SampleBatch) -> Any:
+        from lightning_modules._pyg import Data
+
         chosen = samples.index.tolist()
         clouds = []
         for path in (self.paths[i] for i in chosen):
@@ -208,7 +214,9 @@ class _WholeClouds(BatchDataset):
         return {**_batch(samples, clouds, [self.names[i] for i in chosen], self.noise_std), "clean": False}
 
 
-def _batch(samples: SampleBatch, clouds: list[Data], names: list[str], noise_std: float | None) -> dict[str, Any]:
+def _batch(samples: SampleBatch, clouds: "list[Data]", names: list[str], noise_std: float | None) -> dict[str, Any]:
+    from lightning_modules._pyg import Batch
+
     follow = ["surface"] if "surface" in clouds[0] else []
     batch: dict[str, Any] = {
         "cloud": Batch.from_data_list(clouds, follow_batch=follow),

@@ -524,6 +524,19 @@ def speed_growth(found: list[Row]) -> Columns:
     )
 
 
+@table("starting")
+def starting(found: list[Row]) -> Columns:
+    return ["whole process", "time", "ratio", "time of that"], (
+        [
+            row["start"],
+            f"{row['seconds']:.1f} s",
+            f"{row['ratio']:.2f} × `{row['beside']}`",
+            f"{row['peer_seconds']:.1f} s",
+        ]
+        for row in found
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; fail where a page differs")

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lightning_modules._renamed import renamed
+from lightning_modules._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from lightning_modules.checkpoints.module import AtomicCheckpointIO

@@ -1,11 +1,10 @@
 """Denoising of point clouds by an operator whose parameters are learned by expectation-maximisation."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
-from torch_geometric.data import Batch, Data
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from lightning_modules.checkpoints.module import CheckpointedModule
@@ -19,6 +18,9 @@ from lightning_modules.point_clouds import (
     estimate_cloud_noise,
     surface_distance,
 )
+
+if TYPE_CHECKING:
+    from torch_geometric.data import Batch, Data
 
 # Sets the draw of a noise level apart from the draws of the noise: both start from one key.
 _LEVEL_STREAM = 0x5DEE_CE66
@@ -85,7 +87,7 @@ class PointCloudReconstruction(CheckpointedModule):
         self.val_metrics = MetricCollection(metrics, prefix="val/", compute_groups=False)
         self.test_metrics = self.val_metrics.clone(prefix="test/")
 
-    def forward(self, cloud: Data | Tensor, noise_std: Tensor | float | None = None) -> Tensor:
+    def forward(self, cloud: "Data | Tensor", noise_std: Tensor | float | None = None) -> Tensor:
         """Denoised positions.
 
         Args:
@@ -98,6 +100,8 @@ class PointCloudReconstruction(CheckpointedModule):
             - noise_std: scalar or `[B]`
             - output: `[N, 3]`
         """
+        from lightning_modules._pyg import Data
+
         cloud = Data(pos=cloud) if isinstance(cloud, Tensor) else cloud
         level = estimate_cloud_noise(cloud) if noise_std is None else noise_std
         return self.operator(cloud, noise=level, **self._theta(len(clouds(cloud))))
@@ -146,7 +150,7 @@ class PointCloudReconstruction(CheckpointedModule):
     def _theta(self, count: int) -> dict[str, Tensor | int]:
         return self.em_parameters(torch.zeros(count, 0, device=self.em_parameters.shared.device))
 
-    def _observe(self, batch: dict[str, Any], add_noise: bool = True) -> tuple[Batch, Tensor]:
+    def _observe(self, batch: dict[str, Any], add_noise: bool = True) -> "tuple[Batch, Tensor]":
         """The noisy clouds of a batch, and the level that the operator is told of."""
         cloud = batch["cloud"].clone()
         cloud.pos = cloud.pos.to(self.dtype)
@@ -177,24 +181,26 @@ class PointCloudReconstruction(CheckpointedModule):
         return {"clean": clean.pos, "noisy": noisy.pos, "restored": restored, "cloud_of_point": clean.batch}
 
 
-def _normal(key: Tensor, cloud: Batch) -> Tensor:
+def _normal(key: Tensor, cloud: "Batch") -> Tensor:
     """Standard normal draws `[N, 3]` that are a function of each cloud's key only."""
     draws = [seeded_normal(own[None], (len(part), 3))[0] for own, part in zip(key, clouds(cloud), strict=True)]
     return torch.cat(draws).to(cloud.pos)
 
 
-def _surface_error(clean: Batch, points: Tensor) -> Tensor:
+def _surface_error(clean: "Batch", points: Tensor) -> Tensor:
     """Mean squared distance of each cloud's points to its surface, `[B]`."""
     if "surface" not in clean:
         raise ValueError(
             "the batch has no `surface`, points of the true surface that the denoised ones are compared with: add it"
         )
     normals = clean.surface_normal if "surface_normal" in clean else None
+    from lightning_modules._pyg import Data
+
     parts = zip(clouds(clean), clouds(Data(pos=clean.surface, batch=clean.surface_batch)), strict=True)
     return torch.stack(
         [surface_distance(points[own], clean.surface[s], None if normals is None else normals[s]) for own, s in parts]
     )
 
 
-def _chamfer(clean: Batch, points: Tensor) -> Tensor:
+def _chamfer(clean: "Batch", points: Tensor) -> Tensor:
     return torch.stack([chamfer_distance(points[part], clean.pos[part]) for part in clouds(clean)])

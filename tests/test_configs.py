@@ -15,6 +15,7 @@ import torch
 import yaml
 from PIL import Image
 
+import lightning_modules
 from callbacks import EMParameterCallback
 from lightning_modules import GeneratedImageDetector, GraphDiffusionReconstruction
 from lightning_modules.cli import build, main
@@ -105,6 +106,20 @@ def test_there_is_no_overlay_that_is_not_run() -> None:
     assert [path.stem for path in OVERLAYS] == ["cpu", "ddp", "debug"]
 
 
+def test_a_name_is_the_configuration_of_that_name(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = []
+    for words in (["-c", DEMO], ["-c", "demo"], ["-c=demo"], ["--config", "demo"], ["--config=demo.yaml"]):
+        with pytest.raises(SystemExit):
+            main(["fit", *words, "--print_config"])
+        printed.append(capsys.readouterr().out)
+    assert len(set(printed)) == 1
+    assert "PhotoCropsDataModule" in printed[0]
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "-c", "dmeo"])
+    assert stopped.value.code == 2
+    assert "no configuration dmeo: it is neither a file nor one of blind, " in capsys.readouterr().err
+
+
 def test_fit_leaves_checkpoints_parameters_and_the_config(demo_run: Path) -> None:
     folder = demo_run / "logs" / "demo" / "version_0"
     assert {"config.yaml", "em_parameters.yaml", "checkpoints"} <= {path.name for path in folder.iterdir()}
@@ -187,7 +202,9 @@ def test_the_rows_are_named_by_the_data_unless_the_config_names_them(
 @pytest.mark.parametrize(
     ("words", "shows"),
     [
-        (["--help"], "{fit,validate,test,predict}"),
+        (["--help"], "  validate  evaluate it on its validation data"),
+        (["--help"], "  restore   restore photographs"),
+        (["-h"], "student_t_mixture, trainer/cpu"),
         (["fit", "--help"], "--trainer.max_epochs"),
         (["fit", "-c", DEMO, "--print_config"], "PhotoCropsDataModule"),
         (["fit", "--model.help", "GraphDiffusionReconstruction"], "--model.smoothness_weight"),
@@ -204,6 +221,19 @@ def test_help(words: list[str], shows: str, capsys: pytest.CaptureFixture[str]) 
     assert shows in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("words", "code"), [(["restor", "a.jpg"], 2), (["fits"], 2), ([], 2)], ids=str)
+def test_a_command_that_is_none(words: list[str], code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == code
+    said = capsys.readouterr()
+    if words:
+        known = "fit, validate, test, predict, restore, adapt, detect"
+        assert said.err == f"lightning-em: no command {words[0]}: there are {known}\n"
+    else:
+        assert "usage: lightning-em COMMAND" in said.out
+
+
 def test_every_argument_of_the_public_classes_has_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["fit", "--model.help", "GraphDiffusionReconstruction"])
@@ -215,7 +245,7 @@ def test_every_argument_of_the_public_classes_has_help(capsys: pytest.CaptureFix
 
 def test_version() -> None:
     result = subprocess.run([COMMAND, "--version"], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "0.1.0"
+    assert result.stdout.strip() == lightning_modules.__version__
     assert result.stderr == "", "nothing but the answer"
 
 

@@ -3,21 +3,20 @@
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tifffile
 import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
-from sklearn.feature_extraction import DictVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_modules.networks import PerceptualLoss
+
+if TYPE_CHECKING:
+    from sklearn.pipeline import Pipeline
 
 _THUMBNAIL = 8  # pixels
 _BINS = 7  # of a histogram of one colour
@@ -104,19 +103,24 @@ def semantic_features(weights: str) -> Callable[[Tensor], NDArray[np.float64]]:
     return features
 
 
-def fit_linear(features: Sequence[Any], labels: Tensor) -> Pipeline:
+def fit_linear(features: Sequence[Any], labels: Tensor) -> "Pipeline":
     """Fits logistic regression to standardised features: vectors, or dicts of numbers and names.
 
     Shape:
         - labels: `[N]`, int64, 0 or 1
     """
+    from sklearn.feature_extraction import DictVectorizer  # takes a while, and few are asked for a report
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     steps = [StandardScaler(), LogisticRegression(max_iter=2000)]
     if isinstance(features[0], dict):
         steps.insert(0, DictVectorizer(sparse=False))
     return make_pipeline(*steps).fit(_table(features), labels.numpy())
 
 
-def predict_linear(model: Pipeline, features: Sequence[Any]) -> Tensor:
+def predict_linear(model: "Pipeline", features: Sequence[Any]) -> Tensor:
     """Returns the probabilities of class 1.
 
     Shape:

@@ -2,11 +2,9 @@
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from sklearn.model_selection import StratifiedKFold
-from sklearn.pipeline import Pipeline
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
@@ -19,6 +17,9 @@ from callbacks.detector_report.probe_features import (
     stratified_subset,
     thumbnail_features,
 )
+
+if TYPE_CHECKING:
+    from sklearn.pipeline import Pipeline
 
 PROBES = ("file", "thumbnail", "color", "semantic")
 
@@ -121,6 +122,8 @@ def shortcuts_of_sources(data: DetectorData, max_count: int, semantic: Callable[
 
 
 def _cross_validated(features: list[Any], labels: Tensor) -> float:
+    from sklearn.model_selection import StratifiedKFold
+
     probability = torch.zeros(len(labels), dtype=torch.float64)
     for fitted, scored in StratifiedKFold(_FOLDS, shuffle=True, random_state=0).split(features, labels.numpy()):
         model = fit_linear([features[i] for i in fitted], labels[fitted])

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_modules._version import package_version
+from lightning_modules._version import __version__
 from lightning_modules.checkpoints.file import CheckpointError, read_checkpoint
 from lightning_modules.checkpoints.trust import ORIGIN, GuardedCheckpoint, find_class, fitting, is_remote
 from lightning_modules.imaging import write_whole
@@ -104,7 +104,7 @@ class CheckpointedModule(GuardedCheckpoint, L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Notes version and classes."""
-        checkpoint[ORIGIN] = {"version": package_version(), **self._classes()}
+        checkpoint[ORIGIN] = {"version": __version__, **self._classes()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint that does not fit, before anything has changed.

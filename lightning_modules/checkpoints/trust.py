@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_modules._version import package_version
+from lightning_modules._version import __version__
 from lightning_modules.checkpoints.file import CheckpointError, file_name, read_checkpoint
 
 # Where a checkpoint may take classes from; functions, and the rest of torch, open files, download and run code.
@@ -287,10 +287,8 @@ def fitting(path: Any, checkpoint: dict[str, Any], hint: str = "") -> Iterator[N
     except UntrustedCheckpointError:  # has said all there is
         raise
     except (RuntimeError, ValueError, TypeError, ArgumentError) as error:
-        written = checkpoint.get(ORIGIN, {}).get("version", package_version())
-        version = (
-            "" if written == package_version() else f" (lightning-em {written} wrote it, {package_version()} reads it)"
-        )
+        written = checkpoint.get(ORIGIN, {}).get("version", __version__)
+        version = "" if written == __version__ else f" (lightning-em {written} wrote it, {__version__} reads it)"
         raise CheckpointError(f"{path} does not fit{version}: {differences(str(error))}{hint}") from error
 
 
@@ -310,12 +308,18 @@ def differences(text: str) -> str:
         return "; ".join(parts[:_SHOWN]) + (f"; and {len(parts) - _SHOWN} more" if len(parts) > _SHOWN else "")
     if "Does not validate" not in text:
         return " ".join(text.split())
-    # jsonargparse nests what it tried; the cause has the deepest indent
+    keys, cause = complaint(text)
+    where = f"hyperparameter {'.'.join(keys[1:])}: " if keys[1:] else ""
+    return where + cause
+
+
+def complaint(text: str) -> tuple[list[str], str]:
+    """Returns the keys, from the outermost in, and the cause that a message of jsonargparse names."""
+    # It nests what it has tried; the cause has the deepest indent.
     noise = re.compile("NoneType|Given value|Subtypes:|Errors:|Does not validate")
     lines = [line for line in text.splitlines() if line.strip() and not noise.search(line)] or [text]
     keys = re.findall('Parser key "([^"]+)"', text)
-    where = f"hyperparameter {'.'.join(keys[1:])}: " if keys[1:] else ""
-    return where + max(lines, key=lambda line: len(line) - len(line.lstrip())).strip(" -")
+    return keys, max(lines, key=lambda line: len(line) - len(line.lstrip())).strip(" -")
 
 
 def _few(names: list[str]) -> str:

@@ -24,6 +24,7 @@ if not sys.warnoptions:
     warnings.filterwarnings("ignore", "You have overridden `on_before_batch_transfer` in `LightningModule`")
 
 import lightning as L
+from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback, ProgressBar
@@ -43,6 +44,7 @@ import lightning_modules.networks
 import lightning_modules.patch_mixture
 import lightning_modules.point_cloud_reconstruction
 import lightning_modules.reconstruction
+from lightning_modules._version import __version__
 from lightning_modules.checkpoints.file import CheckpointError, read_checkpoint
 from lightning_modules.checkpoints.module import (
     AtomicCheckpointIO,
@@ -51,6 +53,7 @@ from lightning_modules.checkpoints.module import (
     checkpoint_paths,
 )
 from lightning_modules.checkpoints.trust import building_from, check_entries, differences, names_in
+from lightning_modules.cli.configs import config_names, find_config
 from lightning_modules.cli.folds import leave_one_source_out
 
 # The mode of `test` that leaves each source out in turn.
@@ -86,6 +89,18 @@ class EndTogether(Callback):
     on_validation_start = on_test_start = on_predict_start = on_train_start
 
 
+class NamedConfigFile(ActionConfigFile):
+    """A configuration file, by its path or by the name of one that comes with the package."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        """Take the configuration into what is parsed."""
+        try:
+            path = find_config(values)
+        except FileNotFoundError as error:
+            parser.error(str(error))
+        self.apply_config(parser, cfg, self.dest, path)
+
+
 class EMCommand(LightningCLI):
     """Lightning's command line for modules trained by expectation-maximisation.
 
@@ -104,6 +119,18 @@ class EMCommand(LightningCLI):
                 help="fit and test once for each source, which is left out of the fit, and write the table of all; the "
                 "same command goes on where it was stopped",
             )
+        return parser
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser that knows configurations by name; the configuration it saves names the versions."""
+        kwargs.setdefault("dump_header", [f"lightning-em=={__version__}", f"lightning.pytorch=={L.__version__}"])
+        parser = self.parser_class(**kwargs)
+        parser.add_argument(
+            "-c",
+            "--config",
+            action=NamedConfigFile,
+            help=f"a YAML file, or one of {', '.join(config_names())}; of several the later wins",
+        )
         return parser
 
     def before_instantiate_classes(self) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_modules._eager import eager
 from lightning_modules.graph.image_operator import diffuse_image, largest_radius, mean_similarity
 from lightning_modules.graph.laplacian import Laplacian
 from lightning_modules.graph.parameters import DiffusionParameters, check_numbers
@@ -16,7 +17,6 @@ from lightning_modules.graph.patches import PatchGrid, check_patch_fits, check_p
 from lightning_modules.graph.smoothness import graph_smoothness
 from lightning_modules.graph.tiles import in_tiles
 from lightning_modules.graph.topology import half_offsets, within_image
-from lightning_modules.imaging._eager import eager
 from lightning_modules.operators.operator import (
     Noise,
     ParameterSpec,

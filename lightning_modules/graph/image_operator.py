@@ -298,7 +298,19 @@ for _operator, _setup, _way_back in (
 def _apply(operator: Any, *arguments: Any) -> Any:
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return _functions[operator].apply(*arguments)
-    return operator(*arguments)
+    # The first call of an operator of `torch.library` loads the compiler, which takes as long as torch.
+    return operator._init_fn(*arguments) if _is_plain(arguments) else operator(*arguments)
+
+
+def _is_plain(arguments: tuple[Any, ...]) -> bool:
+    """Whether the result is all that is asked for: no derivative, and no record of the call."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() or torch._C._len_torch_dispatch_stack():
+        return False
+    tensors = [value for value in arguments if isinstance(value, Tensor)]
+    return bool(tensors) and all(
+        type(tensor) in (Tensor, torch.nn.Parameter) and not (tensor.requires_grad and torch.is_grad_enabled())
+        for tensor in tensors
+    )
 
 
 class _Part(NamedTuple):

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_modules.imaging._eager import eager
+from lightning_modules._eager import eager
 
 Laplacian = Literal["symmetric", "random_walk", "unnormalized"]
 

@@ -7,11 +7,9 @@ the one file that needs PyG, and is imported where it is used.
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torch_geometric.data import Data
-from torch_geometric.nn import MessagePassing
-from torch_geometric.utils import remove_self_loops, scatter, to_undirected
 
 from lightning_modules._cached import cached_tensors
+from lightning_modules._pyg import Data, MessagePassing, remove_self_loops, scatter, to_undirected
 from lightning_modules.graph.laplacian import Laplacian, is_joined, normalized_weight, stable_step
 from lightning_modules.graph.parameters import DiffusionParameters, repeat_step
 from lightning_modules.graph.patches import PatchGrid

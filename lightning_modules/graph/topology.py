@@ -94,20 +94,20 @@ def knn_graph(positions: Tensor, count: int, batch: Tensor | None = None) -> Ten
 
 
 def _has_pyg_lib() -> bool:
-    import torch_geometric.typing
+    from lightning_modules._pyg import typing
 
-    return bool(torch_geometric.typing.WITH_PYG_LIB)
+    return bool(typing.WITH_PYG_LIB)
 
 
 def _pyg_radius_graph(positions: Tensor, radius: float, batch: Tensor | None) -> Tensor:
-    from torch_geometric.nn import radius_graph as pyg_radius_graph
+    from lightning_modules._pyg import radius_graph as pyg_radius_graph
 
     edge_index = pyg_radius_graph(positions, radius, batch, loop=False, max_num_neighbors=max(len(positions), 1))
     return _sorted_by_target(edge_index, len(positions))
 
 
 def _tree_radius_graph(positions: Tensor, radius: float, batch: Tensor | None) -> Tensor:
-    from scipy.spatial import KDTree
+    from scipy.spatial import KDTree  # takes a while, and images need none
 
     points = positions.detach().double().cpu()
     sizes = [len(points)] if batch is None else torch.bincount(batch).tolist()
@@ -125,7 +125,7 @@ def _tree_radius_graph(positions: Tensor, radius: float, batch: Tensor | None) -
 
 
 def _pyg_neighbors(sources: Tensor, targets: Tensor, count: int) -> Tensor:
-    from torch_geometric.nn import knn
+    from lightning_modules._pyg import knn
 
     target, source = knn(sources, targets, count)
     distance = (sources[source] - targets[target]).square().sum(1).view(len(targets), count)

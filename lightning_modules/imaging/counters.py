@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_modules.imaging._eager import eager
+from lightning_modules._eager import eager
 
 GOLDEN = -7046029254386353131  # 2**64 / golden ratio, odd, as a signed 64-bit number: the increment of SplitMix64
 

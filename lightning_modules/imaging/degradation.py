@@ -221,7 +221,7 @@ def _rescale(
 
 
 def _blur(pixels: np.ndarray, sigma: float) -> np.ndarray:
-    from scipy import ndimage  # here: whoever only restores photographs does without it
+    from scipy import ndimage  # takes a while, and few blur
 
     blurred = ndimage.gaussian_filter(
         pixels.astype(np.float32), (sigma, sigma, 0), mode="reflect", radius=math.ceil(_BLUR_REACH * sigma)

@@ -2,7 +2,6 @@
 
 from typing import Literal
 
-import torchvision
 from torch import Tensor, nn
 
 ResNetName = Literal["resnet18", "resnet34", "resnet50"]
@@ -32,6 +31,8 @@ class FullResolutionResNet(nn.Module):
         network: ResNetName = "resnet18",
         normalization: Literal["batch", "group"] = "batch",
     ) -> None:
+        from torchvision import models  # takes as long as torch
+
         super().__init__()
         if network not in ("resnet18", "resnet34", "resnet50"):
             raise ValueError(f"network must be resnet18, resnet34 or resnet50, got {network!r}")
@@ -39,7 +40,7 @@ class FullResolutionResNet(nn.Module):
             raise ValueError(f"normalization must be 'batch' or 'group', got {normalization!r}")
         self.in_channels = in_channels
         norm = nn.BatchNorm2d if normalization == "batch" else _group_norm
-        self.network = getattr(torchvision.models, network)(weights=None, norm_layer=norm)
+        self.network = getattr(models, network)(weights=None, norm_layer=norm)
         self.network.conv1 = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(self.network.conv1.weight, mode="fan_out", nonlinearity="relu")
         self.network.maxpool = nn.Identity()

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 PerceptualNetwork = Literal["vgg16", "vgg19", "squeezenet1_0", "squeezenet1_1"]
@@ -95,12 +94,14 @@ class _Features(nn.Module):
     std: Tensor  # of ImageNet's channels, [1, 3, 1, 1]
 
     def __init__(self, network: PerceptualNetwork, layer: str, weights: str | None) -> None:
+        from torchvision import models  # takes as long as torch
+
         super().__init__()
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
         # neither memory nor time for the layers that are cut off: VGG16 has 138 million weights
         with torch.device("meta"):
-            whole = torchvision.models.get_model(network, weights=None).features
+            whole = models.get_model(network, weights=None).features
         names = _layer_names(whole)
         if layer not in names:
             raise ValueError(f"layer of {network} must be one of {', '.join(names)}, got {layer!r}.")
@@ -119,10 +120,12 @@ class _Features(nn.Module):
 
 def _layer_names(layers: nn.Sequential) -> list[str]:
     """Names layers as the literature does: `conv3_1`, `relu3_3`, `pool3` in VGG, `fire2` to `fire9` in SqueezeNet."""
+    from torchvision.models.squeezenet import Fire
+
     names, block, index, fire = [], 1, 0, 1
-    plain = any(isinstance(layer, torchvision.models.squeezenet.Fire) for layer in layers)
+    plain = any(isinstance(layer, Fire) for layer in layers)
     for layer in layers:
-        if isinstance(layer, torchvision.models.squeezenet.Fire):
+        if isinstance(layer, Fire):
             fire += 1
             names.append(f"fire{fire}")
         elif isinstance(layer, nn.MaxPool2d):
@@ -147,7 +150,9 @@ def _draw_weights(layers: nn.Sequential) -> None:
 
 def _state_dict(network: PerceptualNetwork, weights: str) -> dict[str, Any]:
     """Reads weights from a local file, or from torchvision's cache or server."""
-    available = torchvision.models.get_model_weights(network)
+    from torchvision import models
+
+    available = models.get_model_weights(network)
     name = weights.rpartition(".")[2]
     if name in available.__members__:
         return _download(network, available[name])

@@ -1,10 +1,9 @@
 """Diffusion of a point cloud along its normals, over graphs of near points."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch_geometric.data import Data
 
 from lightning_modules.operators.operator import Noise, ParameterSpec, RestorationOperator, per_image
 from lightning_modules.point_clouds.neighborhoods import (
@@ -16,6 +15,9 @@ from lightning_modules.point_clouds.neighborhoods import (
     thinned_neighbors,
     unit,
 )
+
+if TYPE_CHECKING:
+    from torch_geometric.data import Data
 
 # Weights end at so many widths; the Gaussian is 0.1 there.
 _REACH = 2.0
@@ -62,6 +64,7 @@ class PointCloudDiffusion(RestorationOperator):
         ValueError: If an argument is not positive.
 
     Example:
+        >>> from torch_geometric.data import Data
         >>> points = torch.nn.functional.normalize(torch.randn(500, 3), dim=1)
         >>> noisy = Data(pos=points + 0.05 * torch.randn(500, 3))
         >>> operator = PointCloudDiffusion()
@@ -93,7 +96,7 @@ class PointCloudDiffusion(RestorationOperator):
 
     def forward(  # clouds in place of images
         self,
-        noisy: Data,
+        noisy: "Data",
         *,
         noise: Noise,
         guide: Tensor | None = None,

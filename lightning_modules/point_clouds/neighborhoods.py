@@ -1,14 +1,17 @@
 """Neighbors of a cloud's points, and the normals of the surface that they lie on."""
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from scipy.spatial import KDTree
 from torch import Tensor
-from torch_geometric.data import Data
 
 from lightning_modules.graph.topology import nearest_neighbors
 from lightning_modules.imaging import permutation
+
+if TYPE_CHECKING:
+    from torch_geometric.data import Data
 
 # Points that speak for a cloud where a number of all of it is wanted.
 _SAMPLE = 256
@@ -133,7 +136,7 @@ def unit(vector: Tensor) -> Tensor:
     return vector * square.clamp_min(torch.finfo(vector.dtype).tiny ** 0.5).rsqrt()
 
 
-def clouds(data: Data) -> list[Tensor]:
+def clouds(data: "Data") -> list[Tensor]:
     """Indices of the points of each cloud of a `Data` or `Batch`.
 
     Shape:
@@ -147,7 +150,7 @@ def clouds(data: Data) -> list[Tensor]:
     return list(batch.argsort(stable=True).split(sizes))
 
 
-def check_cloud(data: Data, guide: Tensor | None = None) -> None:
+def check_cloud(data: "Data", guide: Tensor | None = None) -> None:
     """Raise `ValueError` unless these are points that can be denoised.
 
     Shape:

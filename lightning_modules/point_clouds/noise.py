@@ -1,12 +1,16 @@
 """Noise level of a point cloud, from what smooth pieces of surface leave of it."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from scipy.spatial import KDTree
 from torch import Tensor
-from torch_geometric.data import Data
 
 from lightning_modules.imaging import permutation
 from lightning_modules.point_clouds.neighborhoods import clouds
+
+if TYPE_CHECKING:
+    from torch_geometric.data import Data
 
 # Points at which a piece of surface is fitted, neighbors that it is fitted to, and the numbers that describe it.
 _PLACES, _NEIGHBORS, _TERMS = 1024, 48, 6
@@ -16,7 +20,7 @@ _ROUNDS = 12
 
 
 @torch.no_grad()
-def estimate_cloud_noise(cloud: Data) -> Tensor:
+def estimate_cloud_noise(cloud: "Data") -> Tensor:
     r"""Standard deviation of isotropic Gaussian noise on the points of each cloud.
 
     At some points a quadric is fitted to the heights of neighbors over their tangent plane; the median of the squared

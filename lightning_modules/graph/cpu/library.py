@@ -1,4 +1,4 @@
-"""C sources as shared libraries: compiled by the machine's own compiler at first use, then cached."""
+"""C sources as shared libraries: prebuilt in a wheel, or compiled at first use by the compiler at hand, and cached."""
 
 import contextlib
 import ctypes
@@ -6,12 +6,15 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 _logger = logging.getLogger(__name__)
@@ -23,6 +26,10 @@ SWITCH = "LIGHTNING_EM_COMPILE"
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-pthread", "-fno-math-errno")
 # The first that the compiler takes: the machine's own vector instructions, if it can name them.
 _MACHINE_FLAGS = ("-march=native", "-mcpu=native", "")
+# Levels of x86-64 that a wheel has a library for, by their suffix; one for all elsewhere.
+_LEVELS = {"-v4": "-march=x86-64-v4", "-v3": "-march=x86-64-v3", "-v2": "-march=x86-64-v2"}
+_PREBUILT = "prebuilt"  # folder beside the sources, in a wheel
+_LEVEL_SOURCE = Path(__file__).with_name("level.c")
 _SECONDS_TO_COMPILE = 120
 _SECONDS_TO_ANSWER = 30
 _SECONDS_OF_A_FAILURE = 24 * 3600  # for so long it is not tried again
@@ -36,9 +43,10 @@ def load_library(
 ) -> ctypes.CDLL | None:
     """The library of a C source, or None where it cannot be had; one warning gives the reason and what it costs.
 
-    It is compiled once for each user, machine, compiler and version of the source. Processes may do so at the same
-    time: each writes a file of its own and renames it. What could not be compiled is not tried again for a day, nor
-    warned of, unless the compiler or the source has changed.
+    A wheel brings it for every processor of its platform. Elsewhere it is compiled once for each user, machine,
+    compiler and version of the source. Processes may do so at the same time: each writes a file of its own and renames
+    it. What could not be compiled is not tried again for a day, nor warned of, unless the compiler or the source has
+    changed.
 
     Args:
         source: The C file.
@@ -49,14 +57,17 @@ def load_library(
     if os.environ.get(SWITCH) == "0":
         _logger.info("%s=0: %s is not compiled, torch is used instead", SWITCH, source.name)
         return None
-    if not hasattr(os, "getuid"):
-        _give_up(source, "it is compiled on POSIX systems only", None)
-        return None
     failure = None
     try:
+        contents = _contents(source, includes, defines)
+        found = _prebuilt(source, contents, symbols)
+        if found is not None:
+            return found
+        if not hasattr(os, "getuid"):
+            _give_up(source, "it is compiled on POSIX systems only", None)
+            return None
         compiler, folder = _compiler(), _cache()
-        texts = [path.read_text(encoding="utf-8") for path in (source, *includes)]
-        parts = [*_FLAGS, *defines, *texts, _processor()]
+        parts = [*contents, _processor()]
         failure = None if folder is None else folder / f"{source.stem}-{_key([_identity(compiler), *parts])}.failed"
         if failure is not None and _is_recent(failure):
             _logger.info("%s is not compiled, torch is used instead: %s", source.name, failure.read_text())
@@ -72,6 +83,73 @@ def load_library(
         complaints = (getattr(error, "stderr", "") or "")[-2000:]
         _give_up(source, f"it cannot be compiled: {error}\n{complaints}".rstrip(), failure)
         return None
+
+
+def prebuild(sources: Iterable[tuple[Path, tuple[Path, ...], tuple[str, ...]]], folder: Path) -> list[Path]:
+    """Compiles libraries for every processor of the compiler's platform, for a wheel; `load_library` finds them there.
+
+    Args:
+        sources: Arguments of `load_library`: each C file, what it includes, and macros.
+        folder: Where to put them: `prebuilt`, beside the sources.
+
+    Returns:
+        The libraries; none where there is no compiler, or it is not one for POSIX systems.
+
+    Raises:
+        subprocess.CalledProcessError: If the compiler refuses a source.
+    """
+    compiler = _compiler()
+    machine = "" if compiler is None else check_output([*compiler, "-dumpmachine"], _SECONDS_TO_ANSWER).strip()
+    if compiler is None or os.environ.get(SWITCH) == "0" or re.search("mingw|windows|msvc", machine):
+        return []
+    levels = _LEVELS if machine.startswith("x86_64") else {"": ""}
+    jobs = [
+        (source, defines, flag, folder / f"{source.stem}-{_key(_contents(source, includes, defines))}{suffix}.so")
+        for source, includes, defines in sources
+        for suffix, flag in levels.items()
+    ]
+    if levels is _LEVELS:
+        jobs.append((_LEVEL_SOURCE, (), "", folder / f"{_LEVEL_SOURCE.stem}.so"))
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda job: _prebuild(compiler, *job), jobs))
+
+
+def _prebuild(compiler: list[str], source: Path, defines: tuple[str, ...], flag: str, target: Path) -> Path:
+    _compile(source, compiler, [f"-D{name}" for name in defines], target, (flag,))
+    _seal(target)
+    return target
+
+
+def _prebuilt(source: Path, contents: list[str], symbols: tuple[str, ...]) -> ctypes.CDLL | None:
+    """What a wheel has of these sources for this processor; None in a source tree, or where they were changed."""
+    folder = source.parent / _PREBUILT
+    for suffix in (*_levels(folder), ""):
+        path = folder / f"{source.stem}-{_key(contents)}{suffix}.so"
+        try:
+            if path.is_file() and _is_intact(path):
+                return _open(path, symbols)
+            reason = "is damaged" if path.is_file() else ""
+        except (OSError, AttributeError) as error:
+            reason = f"cannot be loaded: {error}"
+        if reason:
+            _logger.info("%s %s: install the package again", path, reason)
+    return None
+
+
+def _levels(folder: Path) -> list[str]:
+    """Suffixes of the libraries that this processor can run, the fastest first."""
+    path = folder / f"{_LEVEL_SOURCE.stem}.so"
+    try:
+        highest = int(_open(path, ("level",)).level()) if path.is_file() and _is_intact(path) else 0
+    except (OSError, AttributeError):
+        highest = 0
+    return [suffix for suffix in _LEVELS if int(suffix[-1]) <= highest]
+
+
+def _contents(source: Path, includes: tuple[Path, ...], defines: tuple[str, ...]) -> list[str]:
+    """All that a library is made of but the machine."""
+    return [*_FLAGS, *defines, *(path.read_text(encoding="utf-8") for path in (source, *includes))]
 
 
 def _give_up(source: Path, reason: str, failure: Path | None) -> None:
@@ -201,14 +279,16 @@ def _cache() -> Path | None:
     return folder if os.access(folder, os.W_OK | os.X_OK) else None
 
 
-def _compile(source: Path, compiler: list[str], defines: list[str], target: Path) -> Path:
-    for index, machine in enumerate(_MACHINE_FLAGS):
+def _compile(
+    source: Path, compiler: list[str], defines: list[str], target: Path, machines: tuple[str, ...] = _MACHINE_FLAGS
+) -> Path:
+    for index, machine in enumerate(machines):
         command = [*compiler, *_FLAGS, *([machine] if machine else []), *defines, str(source), "-o", str(target), "-lm"]
         try:
             check_output(command, _SECONDS_TO_COMPILE)
             return target
         except subprocess.CalledProcessError:
-            if index == len(_MACHINE_FLAGS) - 1:
+            if index == len(machines) - 1:
                 raise
     raise AssertionError("unreachable: the last attempt returns or raises")
 
