@@ -28,7 +28,7 @@ FILE_NAME = "em_parameters.yaml"
 class EMReport(Callback):
     """Prints every learned parameter at the end of `fit`, and writes them to `em_parameters.yaml` beside the logs.
 
-    The file is a config: `lightning-em fit -c configs/demo.yaml -c logs/.../em_parameters.yaml` starts where this run
+    The file is a config: `lightning-em fit -c demo -c logs/.../em_parameters.yaml` starts where this run
     ended, with its bounds and what it learned. A parameter in units of the noise level is shown as such, and in its own
     unit at the module's `reference_noise`.
 

@@ -212,5 +212,5 @@ def _how_to_place(root: Path) -> str:
         f"{hint}Expected layout: {root / CIFAR10.base_folder}/ with {', '.join(_file_names())}. "
         f"To place the data by hand, fetch {CIFAR10.url} on any machine and unpack it with "
         f"`tar -xzf {CIFAR10.filename} -C {root}`; or set download=True. To start without any download, run "
-        "`lightning-em fit -c configs/demo.yaml`, whose photographs come with the installation."
+        "`lightning-em fit -c demo`, whose photographs come with the installation."
     )

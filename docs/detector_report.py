@@ -306,8 +306,8 @@ table(
 # python docs/build_notebook.py --run logs/detector_sources/FOLD --data logs/detector_sources/sources.csv
 # ```
 #
-# On sources of one's own: `lightning-em test -c configs/detector.yaml --data.root DATA --leave_one_source_out true`;
-# `docs/detector.md` has the layout.
+# On sources of one's own: `lightning-em test -c detector --data.root DATA --leave_one_source_out true`;
+# `docs/site/detector.md` has the layout.
 
 # %%
 print(f"Python {platform.python_version()}, torch {torch.__version__}, lightning {lightning.__version__}")

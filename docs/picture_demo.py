@@ -1,6 +1,6 @@
 """The README's first picture: photographs before and after, and how the parameters were learned.
 
-lightning-em fit -c configs/demo.yaml
+lightning-em fit -c demo
 python docs/picture_demo.py logs/demo/version_0 --output docs/images
 """
 

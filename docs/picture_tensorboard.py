@@ -1,6 +1,6 @@
 """Pictures of a run's TensorBoard, taken in headless Chromium.
 
-    lightning-em fit -c configs/demo.yaml
+    lightning-em fit -c demo
     python docs/picture_tensorboard.py logs/demo/version_0 --output docs/images
 
 Needs Chromium or Chrome (Debian: `apt-get install chromium`).

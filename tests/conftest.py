@@ -122,7 +122,7 @@ def graph_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture(scope="session")
 def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which `lightning-em fit -c configs/demo.yaml` has run, on little data: configs/ and logs/demo/."""
+    """A folder in which `lightning-em fit -c demo` has run, on little data: configs/ and logs/demo/."""
     from lightning_modules.cli import main
 
     folder = tmp_path_factory.mktemp("demo")
