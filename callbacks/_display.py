@@ -19,9 +19,14 @@ def em_table(pl_module: LightningModule) -> "ParameterTable | None":
 
 def error_bars(trainer: Trainer) -> Tensor | None:
     """Returns how well each parameter is known, in log units `[K + 1, P]`, where the rule of the run says so."""
+    found = learner(trainer)
+    return None if found is None else found.standard_deviation()
+
+
+def learner(trainer: Trainer) -> EMParameterCallback | None:
+    """Returns the M-step of a run, where it has one."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    found = [callback for callback in callbacks if isinstance(callback, EMParameterCallback)]
-    return found[0].standard_deviation() if found else None
+    return next((callback for callback in callbacks if isinstance(callback, EMParameterCallback)), None)
 
 
 def at_bound(value: float, bound: float) -> bool:
@@ -50,6 +55,21 @@ def run_directory(trainer: Trainer) -> str | None:
     directory = trainer.log_dir
     # the stand-in logger of `fast_dev_run` answers every attribute with a function
     return directory if trainer.loggers and isinstance(directory, str) else None
+
+
+def is_drawn(number: int) -> bool:
+    """Tells whether the picture of an occasion, counted from 0, is drawn: 0, 1, 2, 3, 4, 6, 8, 12, 16, 24 and so on.
+
+    A picture takes hundreds of kilobytes, and a run has hundreds of epochs an hour or one.
+    """
+    return number % max(1, 2 ** (number.bit_length() - 2)) == 0 if number > 1 else True
+
+
+def leave_bar(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Ends the progress bar of a `fit`, so that what is printed next comes after it."""
+    bar = trainer.progress_bar_callback
+    if bar is not None:
+        bar.teardown(trainer, pl_module, "fit")
 
 
 def require_positive(owner: object, **arguments: int) -> None:
