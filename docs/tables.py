@@ -207,16 +207,13 @@ def anyones_bank(found: list[Row]) -> Columns:
 
 @table("graph_gain")
 def graph_gain(found: list[Row]) -> Columns:
-    header = ["weights of the network", "seed", "without graph", "with graph", "gain", "seconds without, with"]
+    header = ["weights of the network", "seed", "without graph", "with graph", "gain"]
     lines, gains = [], dict[int, list[float]]()
     for on, off in zip(found[::2], found[1::2], strict=False):
         gains.setdefault(on["weights"], []).append(on["psnr"] - off["psnr"])
         gain = f"{gains[on['weights']][-1]:+.2f}"
-        seconds = f"{off['seconds']:.0f}, {on['seconds']:.0f}"
-        lines.append([f"{on['weights']:,}", str(on["seed"]), db(off["psnr"]), db(on["psnr"]), gain, seconds])
-    means = [
-        [f"**{weights:,}, mean**", "", "", "", f"**{fmean(g):+.2f}**", ""] for weights, g in gains.items() if g[1:]
-    ]
+        lines.append([f"{on['weights']:,}", str(on["seed"]), db(off["psnr"]), db(on["psnr"]), gain])
+    means = [[f"**{weights:,}, mean**", "", "", "", f"**{fmean(g):+.2f}**"] for weights, g in gains.items() if g[1:]]
     return header, [*lines, *means]
 
 
