@@ -79,8 +79,6 @@ DEFINITIONS: dict[str, dict[str, str]] = {
 EARLY = {
     "em_impact": "of 0.1.0, hours of training",
     "em_rules": "of 0.1.0",
-    "noise_level": "no page shows it",
-    "operators": "an hour of searching",
 }
 
 
