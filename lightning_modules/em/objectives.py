@@ -9,8 +9,8 @@ from lightning_modules.operators.operator import image_level
 # Length of the probe in units of the noise: long beside rounding, and short beside what the restoration reacts to.
 _PROBE_LENGTH = 0.01
 # The same where a gradient is wanted. What is smooth only in pieces, as total variation is, changes its divergence at
-# kinks, of which a short probe meets few: at 0.01 the gradients of the images' risks vary nine times as much as those of
-# their errors, at 0.1 twice as much. That overestimates the risk by 2 to 4 %, under near parameters by the same.
+# kinks, of which a short probe meets few: at 0.01 the gradients of the images' risks vary nine times as much as those
+# of their errors, at 0.1 twice as much. That overestimates the risk by 2 to 4 %, under near parameters by the same.
 _LEARNING_PROBE_LENGTH = 0.1
 # An image of one colour has an estimated noise of 0; a step of 0 has no quotient.
 _LEAST_STEP = 1e-4

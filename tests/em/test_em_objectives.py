@@ -52,7 +52,7 @@ def test_the_probe_measures_the_trace() -> None:
 
 
 def test_the_probe_to_learn_by_meets_the_kinks() -> None:
-    """A soft threshold is smooth in pieces only: the gradient of its risk is the error's, and not many times as noisy."""
+    """A soft threshold is smooth in pieces only: the gradient of its risk is the error's, and not much noisier."""
     clean = 0.3 * draw(400, 1, 12, 12)
     level = torch.full((400,), 0.2, dtype=torch.float64)
     noisy, probe = clean + 0.2 * draw(*clean.shape, seed=1), draw(*clean.shape, seed=2)
