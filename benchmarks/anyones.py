@@ -45,7 +45,7 @@ STEPS = 10
 PAIR_STEPS = {"supervised": 20, "sure": 10}
 NEAR = 0.01  # dB
 POINTS = {1: 20, 2: 14}  # of the grid, along each axis
-REFINED = 7
+REFINED = {1: 13, 2: 7}
 CHOSEN_ON = "CIFAR-10"
 H = (0.005, 1.0)
 Values = dict[str, float]
@@ -101,7 +101,8 @@ def restored_by(operator: RestorationOperator, noisy: Tensor, values: Values) ->
 def grid_optimum(operator: RestorationOperator, noisy: Tensor, clean: Tensor) -> tuple[float, Values]:
     """Best quality on a grid over the bounds, and on a finer one between its neighbors."""
     specs = operator.parameter_specs
-    count = POINTS[sum(not spec.integer for spec in specs)]
+    scalars = sum(not spec.integer for spec in specs)
+    count = POINTS[scalars]
     axes = [
         np.arange(spec.bounds[0], spec.bounds[1] + 1) if spec.integer else np.geomspace(*spec.bounds, count)
         for spec in specs
@@ -120,7 +121,7 @@ def grid_optimum(operator: RestorationOperator, noisy: Tensor, clean: Tensor) ->
     for spec in specs:
         step, at = (spec.bounds[1] / spec.bounds[0]) ** (1 / (count - 1)) if not spec.integer else 1, coarse[1]
         low, high = max(spec.bounds[0], at[spec.name] / step), min(spec.bounds[1], at[spec.name] * step)
-        finer.append(np.array([at[spec.name]]) if spec.integer else np.geomspace(low, high, REFINED))
+        finer.append(np.array([at[spec.name]]) if spec.integer else np.geomspace(low, high, REFINED[scalars]))
     return max(coarse, best_of(finer), key=lambda found: found[0])
 
 
