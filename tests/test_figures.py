@@ -78,7 +78,6 @@ DEFINITIONS: dict[str, dict[str, str]] = {
 # Records of early versions, which hold rows and nothing else: why they were not made anew.
 EARLY = {
     "em_impact": "of 0.1.0, hours of training",
-    "em_rules": "of 0.1.0",
 }
 
 
