@@ -1,5 +1,6 @@
 """Noise models of noisy images: of each image, or of all images of a camera together."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.noise.blocks import Bands, Blocks, frequency_bands, read_blocks
-from lightning_modules.noise.camera_level import LEAST_LEVEL, describe_blocks, trained_camera_level
+from lightning_modules.noise.camera_level import LEAST_LEVEL, describe_image, trained_camera_level
 from lightning_modules.noise.em import (
     LEAST_VARIANCE,
     NoiseParameters,
@@ -41,16 +42,17 @@ _FILTER_RADIUS = 5
 # High frequencies, in units of half the sampling rate, where there is little texture.
 _FINE = 0.4
 # Colors show noise where at least this share of the blocks has no texture, and the flattest of them differ no more than
-# by this factor beyond chance; the whole shows a camera's where this share has none and the flattest are as flat.
+# by this factor beyond chance; the whole shows a camera's where this share has none, a smaller one where simulated
+# cameras are asked as well, and the flattest are as flat.
 _ALIKE, _MAX_SPREAD = 0.25, 2.2
-_CAMERA_ALIKE, _MAX_DECLINE, _MAX_CAMERA_SPREAD = 0.18, 1.3, 10.0
-# Where simulated cameras speak for less noise than the first, there is none; for more than the second, fewer blocks do.
-_LEAST_LEARNED, _STRONG_LEVEL, _STRONG_ALIKE = 0.6 / 255, 2.5 / 255, 0.08
+_CAMERA_ALIKE, _LEARNED_ALIKE, _MAX_DECLINE, _MAX_CAMERA_SPREAD = 0.18, 0.14, 1.3, 10.0
+# Simulated cameras speak for noise where the level that they speak for is above this, by so many standard deviations.
+_LEAST_LEARNED, _SURE = 1.3 / 255, 2.0
 # Standard deviation of the logarithm of EM's level, beside that of the learned one; and by which factor it is higher
 # where it counts no longer.
 _EM_DOUBT, _MAX_DISAGREEMENT = 0.2, 3.0
 # What a camera has left at high frequencies, at most, in units of the mean.
-_MAX_FINE = 0.25
+_MAX_FINE = 0.17
 # Less noise than this is none; more than that in the colors is more than a camera leaves there.
 _LEAST_LEVEL, _MAX_CAMERA_COLOR = 0.6 / 255, 2.5 / 255
 # White noise is about as strong at low frequencies as at high ones, and in the light as in the dark.
@@ -333,11 +335,11 @@ def _of_image(image: Tensor, white: NoiseModel, kind: str) -> NoiseModel:
     spread, decline = _unevenness(whole, common)
     is_camera = _mean_level(whole, common) > least and spread < _MAX_CAMERA_SPREAD and decline < _MAX_DECLINE
     fine = float(common.spectrum[:, whole.bands.frequency > 0.7].mean())
-    learned = _learned_level(evidence)
-    is_strong = learned is not None and learned[0] > _STRONG_LEVEL
     is_camera = is_camera and fine < _MAX_FINE
-    is_camera = is_camera and float(common.weight[0]) > (_STRONG_ALIKE if is_strong else _CAMERA_ALIKE)
-    is_camera = is_camera and (learned is None or learned[0] > _LEAST_LEARNED)
+    learned = _learned_level(image) if is_camera else None
+    is_camera = is_camera and float(common.weight[0]) > (_CAMERA_ALIKE if learned is None else _LEARNED_ALIKE)
+    if learned is not None:
+        is_camera = is_camera and learned[0] * math.exp(-_SURE * learned[1]) > _LEAST_LEARNED
     if is_alike and not is_camera:
         return _independent(colors, seen, brightness, white)
     if is_camera or kind == "camera":
@@ -348,13 +350,14 @@ def _of_image(image: Tensor, white: NoiseModel, kind: str) -> NoiseModel:
     return white
 
 
-def _learned_level(evidence: _Evidence) -> tuple[float, float] | None:
+def _learned_level(image: Tensor) -> tuple[float, float] | None:
     """Level that the simulated cameras speak for and the standard deviation of its logarithm; None where they do not
     know images of this kind.
     """
-    if evidence.means.shape[1] != 3 or evidence.blocks.coefficients.shape[-1] != 16:
+    features = describe_image(image.float()) if len(image) == 3 else None
+    if features is None:
         return None
-    mean, doubt = trained_camera_level()(describe_blocks(evidence.blocks)[None].cpu())
+    mean, doubt = trained_camera_level()(features[None].cpu())
     return float(mean.exp()), float(doubt)
 
 
