@@ -21,7 +21,7 @@ _LEAST_ENERGY = (0.05 / 255) ** 2
 # their noise. Blocks are ranked by those of them that begin at a number, and sparse or not in groups of some.
 _LOW_EDGES = (0.5 / 16, 1.6 / 16, 2.5 / 16)
 _FINE, _GROUPS = 5, ((0, 3), (3, 6), (6, 9))
-_NUM_RINGS, _HIDDEN = 11, 48
+_NUM_RINGS, _HIDDEN = 11, 96
 _PER_SCALE = 3 * _NUM_RINGS * (len(_SHARES) + len(_QUANTILES)) + len(_SHARES) * len(_GROUPS)
 NUM_FEATURES = 2 * _PER_SCALE + 3
 LEAST_LEVEL = 0.3 / 255  # that clean photographs are given
