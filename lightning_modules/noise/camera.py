@@ -49,7 +49,7 @@ _FINE = 0.4
 _ALIKE, _MAX_SPREAD = 0.25, 2.2
 _CAMERA_ALIKE, _LEARNED_ALIKE, _MAX_DECLINE, _MAX_CAMERA_SPREAD = 0.18, 0.14, 1.3, 10.0
 # Simulated cameras speak for noise where the level that they speak for is above this, by so many standard deviations.
-_LEAST_LEARNED, _SURE = 1.15 / 255, 1.0
+_LEAST_LEARNED, _SURE = 1.0 / 255, 2.0
 # Standard deviation of the logarithm of EM's level, beside that of the learned one; and by which factor it is higher
 # where it counts no longer.
 _EM_DOUBT, _MAX_DISAGREEMENT = 0.2, 3.0
