@@ -48,8 +48,10 @@ _FINE = 0.4
 # cameras are asked as well, and the flattest are as flat.
 _ALIKE, _MAX_SPREAD = 0.25, 2.2
 _CAMERA_ALIKE, _LEARNED_ALIKE, _MAX_DECLINE, _MAX_CAMERA_SPREAD = 0.18, 0.14, 1.3, 10.0
-# Simulated cameras speak for noise where the level that they speak for is above this, by so many standard deviations.
-_LEAST_LEARNED, _SURE = 1.0 / 255, 2.0
+# Simulated cameras speak for noise where the level that they speak for is above this, by so many standard deviations;
+# by themselves where it is above the second, and that of its logarithm is small; and against noise of the colors if it
+# is so many times as much.
+_LEAST_LEARNED, _SURE, _LEAST_SURE, _MAX_DOUBT, _MUCH_MORE = 1.0 / 255, 2.0, 2.0 / 255, 0.1, 1.5
 # Standard deviation of the logarithm of EM's level, beside that of the learned one; and by which factor it is higher
 # where it counts no longer.
 _EM_DOUBT, _MAX_DISAGREEMENT = 0.2, 3.0
@@ -334,19 +336,22 @@ def _of_image(image: Tensor, white: NoiseModel, kind: str) -> NoiseModel:
     level = _mean_level(colors, seen)
     is_alike = float(seen.weight[0]) > _ALIKE and level > _LEAST_LEVEL
     is_alike = is_alike and _unevenness(colors, seen)[0] < _MAX_SPREAD
+    learned = _learned_level(image)
+    sure = learned[0] if learned is not None and learned[1] < _MAX_DOUBT else 0.0
     if is_alike and (_is_flat(colors, seen) or level > _MAX_CAMERA_COLOR):
-        return _independent(image, colors, seen, white)
+        own = _independent(image, colors, seen, white)
+        if sure < _MUCH_MORE * float(own.level):
+            return own
     start = _start(whole)
     common = _fit([whole], start, start, _PRIOR_BLOCKS)
     least = max(1.3 * float(white.level), 2 * _LEAST_LEVEL, 2 * level * is_alike)
     spread, decline = _unevenness(whole, common)
-    is_camera = _mean_level(whole, common) > least and spread < _MAX_CAMERA_SPREAD and decline < _MAX_DECLINE
     fine = float(common.spectrum[:, whole.bands.frequency > 0.7].mean())
-    is_camera = is_camera and fine < _MAX_FINE
-    learned = _learned_level(image) if is_camera else None
+    is_camera = spread < _MAX_CAMERA_SPREAD and decline < _MAX_DECLINE and fine < _MAX_FINE
     is_camera = is_camera and float(common.weight[0]) > (_CAMERA_ALIKE if learned is None else _LEARNED_ALIKE)
     if learned is not None:
         is_camera = is_camera and learned[0] * math.exp(-_SURE * learned[1]) > _LEAST_LEARNED
+    is_camera = (is_camera or sure > _LEAST_SURE) and _mean_level(whole, common) > least
     if is_alike and not is_camera:
         return _independent(image, colors, seen, white)
     if is_camera or kind == "camera":
