@@ -49,8 +49,8 @@ _FINE = 0.4
 _ALIKE, _MAX_SPREAD = 0.25, 2.2
 _CAMERA_ALIKE, _LEARNED_ALIKE, _MAX_DECLINE, _MAX_CAMERA_SPREAD = 0.18, 0.14, 1.3, 10.0
 # Simulated cameras speak for noise where the level that they speak for is above this, by so many standard deviations;
-# by themselves where it is above the second, and that of its logarithm is small; and against noise of the colors if it
-# is so many times as much.
+# by themselves where it is above the second, and that of its logarithm is small; and against white noise and noise of
+# the colors if it is so many times as much.
 _LEAST_LEARNED, _SURE, _LEAST_SURE, _MAX_DOUBT, _MUCH_MORE = 1.0 / 255, 2.0, 2.0 / 255, 0.1, 1.5
 # Standard deviation of the logarithm of EM's level, beside that of the learned one; and by which factor it is higher
 # where it counts no longer.
@@ -351,7 +351,8 @@ def _of_image(image: Tensor, white: NoiseModel, kind: str) -> NoiseModel:
     is_camera = is_camera and float(common.weight[0]) > (_CAMERA_ALIKE if learned is None else _LEARNED_ALIKE)
     if learned is not None:
         is_camera = is_camera and learned[0] * math.exp(-_SURE * learned[1]) > _LEAST_LEARNED
-    is_camera = (is_camera or sure > _LEAST_SURE) and _mean_level(whole, common) > least
+    is_sure = sure > max(_LEAST_SURE, _MUCH_MORE * float(white.level))
+    is_camera = (is_camera or is_sure) and _mean_level(whole, common) > least
     if is_alike and not is_camera:
         return _independent(image, colors, seen, white)
     if is_camera or kind == "camera":
@@ -359,7 +360,7 @@ def _of_image(image: Tensor, white: NoiseModel, kind: str) -> NoiseModel:
         few = _CAMERA_SHARE * len(evidence.means)
         found = _model(evidence, _fit([evidence], start, _level_line(evidence, start), few), brightness)
         return _calibrated(found, learned) if is_camera and learned is not None else found
-    return _by_brightness(image, colors.means.mean(1), white)
+    return _by_brightness(image, colors.means.mean(1), white) if _is_flat(colors, seen) else white
 
 
 def _by_brightness(image: Tensor, light: Tensor, white: NoiseModel, guess: Tensor | None = None) -> NoiseModel:

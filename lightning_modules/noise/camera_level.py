@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d
 
 from lightning_modules._cached import cached_tensors
 from lightning_modules.noise.blocks import Blocks, frequency_bands, read_blocks
@@ -77,7 +76,12 @@ def describe_image(image: Tensor) -> Tensor | None:
         - image: `[3, H, W]`
         - output: `[D]`
     """
-    scales = [image, avg_pool2d(image[None], 2)[0]]
+    height, width = (side // 2 * 2 for side in image.shape[1:])
+    half = torch.zeros_like(image[:, :height:2, :width:2])
+    for down in (0, 1):  # pooling would copy large images
+        for right in (0, 1):
+            half.add_(image[:, down:height:2, right:width:2], alpha=0.25)
+    scales = [image, half]
     if min(scales[-1].shape[-2:]) < _SIZE:
         return None
     blocks = [read_blocks(each, _SIZE, _MAX_BLOCKS) for each in scales]

