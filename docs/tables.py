@@ -189,7 +189,7 @@ def anyones_search(found: list[Row]) -> Columns:
     return ["", "images restored", "seconds", "PSNR of the test images, by seed"], lines
 
 
-@table("anyones")
+@table("anyones_bank")
 def anyones_bank(found: list[Row]) -> Columns:
     header = ["numbers learned", "batches", "seconds", "noisy", "total variation, best weight", "bank", "gain"]
     return header, (
