@@ -28,6 +28,7 @@ LIBRARIES = {
     "cv2": "opencv-python-headless",
     "bm3d": "bm3d",
     "optuna": "optuna",
+    "deepinv": "deepinv",
     "pomegranate": "pomegranate",
     "CGAL": "cgal",
     "open3d": "open3d",

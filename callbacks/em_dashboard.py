@@ -72,8 +72,8 @@ class EMDashboard(Callback):
         for logger in tensorboard_loggers(trainer):
             start, metrics = hyperparameters(table, trainer.callback_metrics)
             known = dict(logger.hparams)
-            # Metrics of the validation are tags that exist already: written once more at the last step, not at step 0.
-            logger.log_hyperparams({**known, **start}, metrics, step=trainer.global_step)
+            # Metrics of the validation are tags that exist already: written once more where they are, not at step 0.
+            logger.log_hyperparams({**known, **start}, metrics, step=max(trainer.global_step - 1, 0))
             logger.hparams = known  # hparams.yaml keeps to the arguments that build the module
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -22,18 +22,25 @@ LEAST_CYCLES = 4
 IMAGES_PER_ROW = 10
 # Relative movement over the last fifth of the run above which a parameter has not converged.
 STILL_MOVING = 0.1
+# Times the reconstruction loss at which a perceptual loss leaves it without a say.
+DROWNED = 100
+
+
+# What is known of each image besides its row and the operator's own diagnostics.
+_MEANS = ("similarity", "reconstruction", "perceptual")
 
 
 class EMHealth(Callback):
     """Reads the run while it runs, and names what it sees, once, with what to do about it.
 
     It looks for parameters that are stopped by a bound, in the global set or a row; a loss proxy that oscillates; a row
-    that gets no images; parameters that still move at the end; and whatever else the operator warns of
-    (`RestorationOperator.warnings`), from the means of its own diagnostics. A finding goes to TensorBoard's text page
-    under `em/health`, and once to the console: below the closing table where the run has an `EMReport`, or else as a
-    warning when it is found. That a run will be too short is a warning at its start. It reads the device only on steps
-    that log (`log_every_n_steps`) or end an epoch or the run. A run of few looks is judged at its end, by what all of
-    them saw, and bounds by where the values rest then, as the closing table does.
+    that gets no images; a perceptual loss beside which the reconstruction has no say; parameters that still move at the
+    end; and whatever else the operator warns of (`RestorationOperator.warnings`), from the means of its own
+    diagnostics. A finding goes to TensorBoard's text page under `em/health`, and once to the console: below the closing
+    table where the run has an `EMReport`, or else as a warning when it is found. That a run will be too short is a
+    warning at its start. It reads the device only on steps that log (`log_every_n_steps`) or end an epoch or the run. A
+    run of few looks is judged at its end, by what all of them saw, and bounds by where the values rest then, as the
+    closing table does.
 
     Args:
         patience: Looks on end that must see the same before it is a finding; in a run of fewer looks, all of them.
@@ -133,10 +140,11 @@ class EMHealth(Callback):
         self._path.append((trainer.global_step, values))
         num_rows = len(table.row_names)
         images, *rows = total[: num_rows + 1]
-        keys, sums, counts = ["similarity", *diagnostics], total[num_rows + 1 :: 2], total[num_rows + 2 :: 2]
+        keys, sums, counts = [*_MEANS, *diagnostics], total[num_rows + 1 :: 2], total[num_rows + 2 :: 2]
         means = {key: value / n for key, value, n in zip(keys, sums, counts, strict=True) if n}
         self._look_at_bounds(trainer, table, values)
         self._look_at_proxies(trainer)
+        self._look_at_losses(trainer, means.pop("reconstruction", 0.0), means.pop("perceptual", 0.0))
         self._look_at_operator(trainer, pl_module, means)
         self._look_at_rows(trainer, table, [images, *rows])
 
@@ -171,6 +179,16 @@ class EMHealth(Callback):
             correlation > OSCILLATION,
             f"the loss proxy oscillates, every {period} steps (correlation {correlation:.2f}): lower the rule's step "
             "(lr of GradientRule, rates of SignRule, trust_radius of the others) or the network's learning rate",
+        )
+
+    def _look_at_losses(self, trainer: Trainer, reconstruction: float, perceptual: float) -> None:
+        ratio = perceptual / reconstruction if reconstruction > 0 else 0.0
+        self._note(
+            trainer,
+            "perceptual",
+            ratio > DROWNED,
+            f"the perceptual loss is {ratio:.0e} times the reconstruction loss, which has no say beside it: divide "
+            "model.perceptual_weight by about that, unless this is meant",
         )
 
     def _look_at_operator(self, trainer: Trainer, pl_module: LightningModule, means: dict[str, float]) -> None:
@@ -290,12 +308,16 @@ def _mean_proxy(step: "EStep") -> Tensor:
 
 
 def _sums(step: "EStep") -> Tensor:
-    """Images, images of each row, similarity, and images with a similarity; float64 `[K + 3]`."""
+    """Images, images of each row, and sum and number of each of `_MEANS`; float64 `[K + 1 + 2 * 3]`."""
     rows = step.responsibilities.double()
     used = rows.new_ones(len(rows)) if step.weight is None else (step.weight > 0).double()
     similarity = step.smoothness if step.similarity is None else step.similarity
-    known = rows.new_full((len(rows),), torch.nan) if similarity is None else similarity.double()
-    return torch.cat([used.sum()[None], used @ rows, _sum_and_count(torch.where(used > 0, known, torch.nan))])
+    unknown = rows.new_full((len(rows),), torch.nan)
+    means = [
+        _sum_and_count(torch.where(used > 0, unknown if values is None else values.double(), torch.nan))
+        for values in (similarity, step.reconstruction, step.perceptual)
+    ]
+    return torch.cat([used.sum()[None], used @ rows, *means])
 
 
 def _sum_and_count(values: Tensor) -> Tensor:

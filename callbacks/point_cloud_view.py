@@ -14,8 +14,9 @@ _NAMES = ("clean", "noisy", "restored")
 class PointCloudView(Callback):
     """Draws the first clouds of the validation set, the same ones every time, on TensorBoard's page *Mesh*.
 
-    It takes them from what `validation_step` returns (`{"clean", "noisy", "restored"}`, `[N, 3]` each, and
-    `"cloud_of_point"`, `[N]`), without a forward pass of its own. With several processes it draws those of the first.
+    It takes them from what `validation_step` returns (`{"clean", "noisy", "restored"}`, `[N, 3]` each, those that there
+    are, and `"cloud_of_point"`, `[N]`), without a forward pass of its own. With several processes it draws those of the
+    first.
 
     Args:
         num_clouds: How many clouds.
@@ -56,7 +57,7 @@ class PointCloudView(Callback):
                 return
             chosen = (outputs["cloud_of_point"] == cloud).nonzero()[:, 0]
             chosen = chosen[:: -(-len(chosen) // self.max_points)]
-            for name in _NAMES:
+            for name in (name for name in _NAMES if name in outputs):
                 points: Tensor = outputs[name][chosen].detach().float().cpu()[None]
                 colors = torch.full(points.shape, 128, dtype=torch.uint8)
                 for logger in loggers:

@@ -189,7 +189,7 @@ def anyones_search(found: list[Row]) -> Columns:
     return ["", "images restored", "seconds", "PSNR of the test images, by seed"], lines
 
 
-@table("anyones")
+@table("anyones_bank")
 def anyones_bank(found: list[Row]) -> Columns:
     header = ["numbers learned", "batches", "seconds", "noisy", "total variation, best weight", "bank", "gain"]
     return header, (
@@ -207,16 +207,13 @@ def anyones_bank(found: list[Row]) -> Columns:
 
 @table("graph_gain")
 def graph_gain(found: list[Row]) -> Columns:
-    header = ["weights of the network", "seed", "without graph", "with graph", "gain", "seconds without, with"]
+    header = ["weights of the network", "seed", "without graph", "with graph", "gain"]
     lines, gains = [], dict[int, list[float]]()
     for on, off in zip(found[::2], found[1::2], strict=False):
         gains.setdefault(on["weights"], []).append(on["psnr"] - off["psnr"])
         gain = f"{gains[on['weights']][-1]:+.2f}"
-        seconds = f"{off['seconds']:.0f}, {on['seconds']:.0f}"
-        lines.append([f"{on['weights']:,}", str(on["seed"]), db(off["psnr"]), db(on["psnr"]), gain, seconds])
-    means = [
-        [f"**{weights:,}, mean**", "", "", "", f"**{fmean(g):+.2f}**", ""] for weights, g in gains.items() if g[1:]
-    ]
+        lines.append([f"{on['weights']:,}", str(on["seed"]), db(off["psnr"]), db(on["psnr"]), gain])
+    means = [[f"**{weights:,}, mean**", "", "", "", f"**{fmean(g):+.2f}**"] for weights, g in gains.items() if g[1:]]
     return header, [*lines, *means]
 
 
@@ -366,6 +363,37 @@ def _restored(found: list[Row], stored: bool) -> Iterable[list[str]]:
         )
         numbers = [told["psnr_noisy"], told["psnr"], estimated["psnr"]]
         yield [f"σ = {level}", *map(db, numbers), f"{estimated['ssim']:.3f}"]
+
+
+@table("photographs_peers")
+def photographs_peers(found: list[Row]) -> Columns:
+    measured = [row for row in found if "failed" not in row]
+    levels = dict.fromkeys((row["level"], row["told"], row["stored"]) for row in measured)
+    header = ["method", "weights"]
+    for level, told, stored in levels:
+        known = "8-bit files, estimated" if stored else "told" if told else "estimated"
+        header.append(f"σ = {level}, {known}")
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in measured):
+        own = [row for row in measured if row["method"] == method]
+        weights = f"{own[0]['weights']:,}" if own[0]["weights"] else ""
+        by_level = {(row["level"], row["told"], row["stored"]): row for row in own}
+        milliseconds = fmean(row["ms_per_megapixel"] for row in own)
+        lines.append([method, weights, *(db(by_level[key]["psnr"]) for key in levels), _digits(milliseconds / 1000)])
+    failed = [[row["method"], "", f"failed: {row['failed']}"] + [""] * len(levels) for row in found if "failed" in row]
+    return [*header, "seconds a megapixel"], [*lines, *failed]
+
+
+@table("bank_gain")
+def bank_gain(found: list[Row]) -> Columns:
+    levels = ("15", "25", "50")
+    header = ["diffusions", "seed", "weights", *(f"σ = {level}" for level in levels), "seconds a step"]
+    return header, (
+        [str(row["bank"]), str(row["seed"]), f"{row['weights']:,}"]
+        + [db(row[f"psnr_{level}"]) for level in levels]
+        + [_digits(row["seconds_a_step"])]
+        for row in found
+    )
 
 
 @table("cameras")

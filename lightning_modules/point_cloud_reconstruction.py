@@ -1,6 +1,6 @@
 """Denoising of point clouds by an operator whose parameters are learned by expectation-maximisation."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -16,14 +16,17 @@ from lightning_modules.point_clouds import (
     chamfer_distance,
     clouds,
     estimate_cloud_noise,
+    halves,
+    held_out_error,
     surface_distance,
 )
 
 if TYPE_CHECKING:
     from torch_geometric.data import Batch, Data
 
-# Sets the draw of a noise level apart from the draws of the noise: both start from one key.
-_LEVEL_STREAM = 0x5DEE_CE66
+# Sets the draw of a noise level, and that of the points that are held out, apart from the draws of the noise: all start
+# from one key.
+_LEVEL_STREAM, _HELD_OUT_STREAM = 0x5DEE_CE66, 0x1F83_D9AB
 # Distances are shown as in the literature: squared, in units of the bounding sphere's radius, times this.
 _SHOWN = 1e4
 
@@ -33,7 +36,8 @@ class PointCloudReconstruction(CheckpointedModule):
 
     Trained under `callbacks.EMParameterCallback`, the operator's parameters are learned. The loss of a cloud is the
     mean squared distance of its points to the surface over the variance of the noise, so that clouds of any size and
-    level count alike: 1 where nothing is gained along the normals.
+    level count alike: 1 where nothing is gained along the normals. From noisy scans only, it is estimated: a half of
+    the points, chosen anew for each batch, is denoised, and the other half compared with it (`held_out_error`).
 
     A batch is a dict: `cloud`, a PyG `Batch` whose `pos` are the points and, for each cloud, `radius`, that of the
     bounding sphere; `surface` and `surface_normal`, with `surface_batch`, points of the true surface, where it is
@@ -42,9 +46,13 @@ class PointCloudReconstruction(CheckpointedModule):
     Args:
         operator: The denoiser, which declares the parameters.
         em_parameters: Their table; by default one that learns all of them between the declared bounds.
+        add_noise: Whether the clouds are clean and noise is added to them. False for scans, whose noise has the level
+            that the batch's `noise_std` says, or else is estimated.
         noise_std: Standard deviation of the noise to add, as a part of the bounding sphere's radius: a number, or a
             range from which that of each cloud is drawn.
         estimate_noise: Estimate each cloud's noise level in place of telling the operator the true one.
+        objective: What the parameters are learned from: `"supervised"`, the true surface, or `"held_out"`, the noisy
+            points only.
         optimizer: Makes the optimizer, which has nothing to move but in modules that add to this one.
 
     Raises:
@@ -61,8 +69,10 @@ class PointCloudReconstruction(CheckpointedModule):
         self,
         operator: PointCloudDiffusion,
         em_parameters: ParameterTable | None = None,
+        add_noise: bool = True,
         noise_std: float | tuple[float, float] = (0.01, 0.03),
         estimate_noise: bool = False,
+        objective: Literal["supervised", "held_out"] = "supervised",
         optimizer: OptimizerCallable = torch.optim.Adam,
     ) -> None:
         super().__init__()
@@ -72,6 +82,13 @@ class PointCloudReconstruction(CheckpointedModule):
                 "noise_std must be a part of the bounding sphere's radius, between 0 and 1, or a range (lower, upper), "
                 f"got {noise_std}"
             )
+        if objective not in ("supervised", "held_out"):
+            raise ValueError(f"objective must be 'supervised' or 'held_out', got {objective!r}")
+        if objective == "supervised" and not add_noise:
+            raise ValueError(
+                "add_noise=False keeps the noise that the scans came with, and objective='supervised' compares with "
+                "the true surface: choose objective='held_out'"
+            )
         self.save_hyperparameters(ignore=["operator", "em_parameters", "optimizer"])
         if "_instantiator" in self.hparams:  # from the command line: injected parts are plain configuration, as well
             self.save_hyperparameters()
@@ -79,10 +96,12 @@ class PointCloudReconstruction(CheckpointedModule):
         self.em_parameters = (ParameterTable() if em_parameters is None else em_parameters).declare(
             operator.parameter_specs
         )
+        self.add_noise = add_noise
         self.noise_range = (float(levels[0]), float(levels[1]))
         self.estimate_noise = estimate_noise
+        self.objective = objective
         self.optimizer = optimizer
-        names = ("loss", "chamfer", "chamfer_noisy", "surface", "surface_noisy")
+        names = ("loss", "chamfer", "chamfer_noisy", "surface", "surface_noisy") if add_noise else ("loss",)
         metrics: dict[str, Metric | MetricCollection] = {name: MeanMetric() for name in names}
         self.val_metrics = MetricCollection(metrics, prefix="val/", compute_groups=False)
         self.test_metrics = self.val_metrics.clone(prefix="test/")
@@ -108,10 +127,12 @@ class PointCloudReconstruction(CheckpointedModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """E-step: denoised clouds and the loss of each under the current parameters."""
-        noisy, level = self._observe(batch)
+        noisy, level = self._observe(batch, self.add_noise)
         parameters = self._theta(len(level))
-        restored = self.operator(noisy, noise=level, **parameters)
-        error = _surface_error(batch["cloud"], restored) / level.square()
+        if self.objective == "held_out":
+            error = self._held_out_error(noisy, level, parameters, batch["key"])
+        else:
+            error = _surface_error(batch["cloud"], self._denoise(noisy, level, parameters)) / level.square()
         weight = batch["weight"].to(error)
         loss = self.em_parameters.attach((weight * error).mean())
         self.log("train/loss", loss.detach(), batch_size=len(error), prog_bar=True, sync_dist=True)
@@ -126,14 +147,15 @@ class PointCloudReconstruction(CheckpointedModule):
         return self._evaluate(batch, self.test_metrics)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """Denoise clouds as they are; noise is added first, unless `batch["clean"]` is False.
+        """Denoise clouds as they are; noise is added first where the module adds it, unless `batch["clean"]` is
+        False.
 
         Shape:
             - output: `restored` and `noisy`, a list of `[N, 3]` each; `noise_std` and each of `parameters` `[B]`
         """
-        noisy, level = self._observe(batch, add_noise=bool(batch.get("clean", True)))
+        noisy, level = self._observe(batch, add_noise=self.add_noise and bool(batch.get("clean", True)))
         parameters = self._theta(len(level))
-        restored = self.operator(noisy, noise=level, **parameters)
+        restored = self._denoise(noisy, level, parameters)
         used = {name: torch.as_tensor(value).expand(len(level)) for name, value in parameters.items()}
         return {
             "restored": [restored[part] for part in clouds(noisy)],
@@ -150,7 +172,27 @@ class PointCloudReconstruction(CheckpointedModule):
     def _theta(self, count: int) -> dict[str, Tensor | int]:
         return self.em_parameters(torch.zeros(count, 0, device=self.em_parameters.shared.device))
 
-    def _observe(self, batch: dict[str, Any], add_noise: bool = True) -> "tuple[Batch, Tensor]":
+    def _denoise(self, noisy: "Batch", level: Tensor, parameters: dict[str, Tensor | int]) -> Tensor:
+        restored: Tensor = self.operator(noisy, noise=level, **parameters)
+        return restored
+
+    def _held_out_error(
+        self, noisy: "Batch", level: Tensor, parameters: dict[str, Tensor | int], key: Tensor
+    ) -> Tensor:
+        """Estimated error of each cloud, `[B]`; 0 for one without noise, from which nothing can be learned."""
+        from lightning_modules._pyg import Batch, Data
+
+        parts = [noisy.pos[part] for part in clouds(noisy)]
+        splits = [halves(len(part), own ^ _HELD_OUT_STREAM) for part, own in zip(parts, key, strict=True)]
+        taken = Batch.from_data_list([Data(pos=part[own]) for part, (own, _) in zip(parts, splits, strict=True)])
+        restored = self._denoise(taken, level, parameters)
+        errors = [
+            held_out_error(restored[own], part[left], each)
+            for own, part, (_, left), each in zip(clouds(taken), parts, splits, level, strict=True)
+        ]
+        return torch.where(level > 0, torch.stack(errors), 0.0)
+
+    def _observe(self, batch: dict[str, Any], add_noise: bool) -> "tuple[Batch, Tensor]":
         """The noisy clouds of a batch, and the level that the operator is told of."""
         cloud = batch["cloud"].clone()
         cloud.pos = cloud.pos.to(self.dtype)
@@ -165,20 +207,25 @@ class PointCloudReconstruction(CheckpointedModule):
 
     @torch.no_grad()
     def _evaluate(self, batch: dict[str, Any], metrics: MetricCollection) -> dict[str, Any]:
-        noisy, level = self._observe(batch)
+        noisy, level = self._observe(batch, self.add_noise)
         parameters = self._theta(len(level))
-        restored = self.operator(noisy, noise=level, **parameters)
-        values = {"loss": _surface_error(batch["cloud"], restored) / level.square()}
+        restored = self._denoise(noisy, level, parameters)
         clean = batch["cloud"]
-        scale = _SHOWN / clean.radius.square()
-        for suffix, points in (("", restored), ("_noisy", noisy.pos)):
-            values[f"surface{suffix}"] = scale * _surface_error(clean, points)
-            values[f"chamfer{suffix}"] = scale * _chamfer(clean, points)
+        values: dict[str, Tensor] = {}
+        if self.add_noise:
+            scale = _SHOWN / clean.radius.square()
+            for suffix, points in (("", restored), ("_noisy", noisy.pos)):
+                values[f"surface{suffix}"] = scale * _surface_error(clean, points)
+                values[f"chamfer{suffix}"] = scale * _chamfer(clean, points)
+            values["loss"] = values["surface"] / (scale * level.square())
+        if self.objective == "held_out":
+            values["loss"] = self._held_out_error(noisy, level, parameters, batch["key"])
         counted = (batch["weight"] > 0).to(level)
         for name, value in values.items():
             metrics[name].update(value, counted)
         self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=len(level))
-        return {"clean": clean.pos, "noisy": noisy.pos, "restored": restored, "cloud_of_point": clean.batch}
+        drawn = {"noisy": noisy.pos, "restored": restored, "cloud_of_point": clean.batch}
+        return drawn | ({"clean": clean.pos} if self.add_noise else {})
 
 
 def _normal(key: Tensor, cloud: "Batch") -> Tensor:

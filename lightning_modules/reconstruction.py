@@ -443,8 +443,9 @@ class Reconstruction(CheckpointedModule):
         moves them.
         """
         probe = seeded_normal(key ^ _PROBE_STREAM, noisy.shape[1:]).to(noisy.dtype)
-        perturbed = self._restore(noisy + probe_step(level).view(-1, 1, 1, 1) * probe, level, parameters)
-        return stein_risk(noisy, restored, perturbed, probe, level) * self.data_range**2
+        step = probe_step(level, learning=self.training)
+        perturbed = self._restore(noisy + step.view(-1, 1, 1, 1) * probe, level, parameters)
+        return stein_risk(noisy, restored, perturbed, probe, level, learning=self.training) * self.data_range**2
 
     def _losses(self, restored: Tensor, clean: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.loss == "log_mse":

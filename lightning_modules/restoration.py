@@ -1,6 +1,5 @@
 """`restore`: any photograph, in memory or in a file, by the denoiser that comes with the package or by any operator."""
 
-import math
 import os
 import time
 import warnings
@@ -30,6 +29,7 @@ from lightning_modules.imaging import (
     write_picture,
 )
 from lightning_modules.noise import NoiseModel, estimate_noise_model
+from lightning_modules.noise.model import LIGHT_REACH
 from lightning_modules.operators import RestorationOperator
 
 Progress = Callable[[float], Any]
@@ -193,18 +193,19 @@ def restore_picture(
         return Restored(picture, found)
     if found.is_white:
         level = float(found.level)
-        restored = _in_tiles(pixels, operator(len(pixels)), level, progress)
+        restored = _in_tiles(pixels, operator(len(pixels)), partial(_denoise, level=level), progress)
         if isinstance(noise, str):  # of little noise, an estimate that is a little off costs more than it gains
             trust = min(max((level - _UNTRUSTED) / (_TRUSTED - _UNTRUSTED), 0.0), 1.0)
             if trust < 1:
                 with torch.inference_mode():  # in place: a copy of a large picture is large
                     restored.lerp_(pixels, 1 - trust)
     elif found.is_uncorrelated:
-        restored = _stabilized(pixels, operator(len(pixels)), found, progress)
+        restored = _in_tiles(pixels, operator(len(pixels)), partial(_denoise_stabilized, noise=found), progress)
     else:
         chosen = operator(len(pixels), camera=True)
         gain = 1.0 if getattr(chosen, "knows_correlation", False) else float(found.low_frequency_gain)
-        restored = _in_tiles(pixels, chosen, (gain * found.level_map(pixels[None])).clamp_max(1), progress)
+        by_map = partial(_denoise_by_map, noise=found, gain=gain)
+        restored = _in_tiles(pixels, chosen, by_map, progress, beyond=LIGHT_REACH)
     return Restored(replace(picture, pixels=restored), found)
 
 
@@ -325,40 +326,69 @@ def _numbers(noise: NoiseModel) -> dict[str, str]:
     return {name: f"{float(number):.6f}" for name, number in numbers.items()}
 
 
-def _stabilized(pixels: Tensor, operator: RestorationOperator, noise: NoiseModel, progress: Progress | None) -> Tensor:
+def _denoise(operator: RestorationOperator, image: Tensor, level: float | Tensor) -> Tensor:
+    """Restores an image; a denoiser of color restores gray as color, and one of gray restores each channel.
+
+    Shape:
+        - image: `[1, C, H, W]`
+        - level: a number, or `[1, 1, H, W]`
+        - output: `[1, C, H, W]`
+    """
+    parameters = {spec.name: list(spec.starts) if spec.shape else spec.starts[0] for spec in operator.parameter_specs}
+    channels = getattr(operator, "channels", None)
+    if channels == 3 and image.shape[1] == 1:
+        return operator(image.expand(-1, 3, -1, -1), noise=level, **parameters).mean(1, keepdim=True)
+    if channels == 1:
+        return operator(image.transpose(0, 1), noise=level, **parameters).transpose(0, 1)
+    return operator(image, noise=level, **parameters)
+
+
+def _denoise_stabilized(operator: RestorationOperator, image: Tensor, noise: NoiseModel) -> Tensor:
     """Restores an image whose noise is white but not as strong everywhere, between a transform that makes it so and
     the way back.
 
     Shape:
-        - pixels: `[C, H, W]`
-        - output: `[C, H, W]` in [0, 1]
+        - image: `[1, C, H, W]`
+        - output: `[1, C, H, W]`
     """
-    offset, scale = noise.stable_range(pixels)
-    stable = (noise.stabilize(pixels[None])[0] - offset) * scale
-    restored = _in_tiles(stable, operator, float(scale), progress, limits=(-math.inf, math.inf))
-    return noise.unstabilize((restored / scale + offset)[None])[0].clamp(0, 1)
+    offset, scale = noise.stable_range(image[0])
+    restored = _denoise(operator, (noise.stabilize(image) - offset) * scale, float(scale))
+    return noise.unstabilize(restored / scale + offset)
+
+
+def _denoise_by_map(operator: RestorationOperator, image: Tensor, noise: NoiseModel, gain: float) -> Tensor:
+    """Restores an image by the level of each pixel's noise.
+
+    Shape:
+        - image: `[1, C, H, W]`
+        - output: `[1, C, H, W]`
+    """
+    return _denoise(operator, image, (gain * noise.level_map(image)).clamp_max(1))
 
 
 @torch.inference_mode()
 def _in_tiles(
     pixels: Tensor,
     operator: RestorationOperator,
-    level: float | Tensor,
+    denoise: Callable[[RestorationOperator, Tensor], Tensor],
     progress: Progress | None,
-    limits: tuple[float, float] = (0.0, 1.0),
+    beyond: int = 0,
 ) -> Tensor:
     """Restores an image of any size in bounded memory: in tiles, each with a halo that is computed and thrown away.
 
-    A denoiser of color restores gray as color, and one of gray restores each channel.
+    Args:
+        pixels: The image.
+        operator: The operator.
+        denoise: Restores a tile by it.
+        progress: Is told the share that is done.
+        beyond: How much farther than the operator the restoration of a pixel looks.
 
     Shape:
         - pixels: `[C, H, W]`
-        - level: a number, or `[1, 1, H, W]`
-        - output: `[C, H, W]` between the limits
+        - output: `[C, H, W]` in [0, 1]
     """
-    parameters = {spec.name: list(spec.starts) if spec.shape else spec.starts[0] for spec in operator.parameter_specs}
     device = next((tensor.device for tensor in operator.state_dict().values()), pixels.device)
-    channels, halo = getattr(operator, "channels", None), getattr(operator, "halo", _HALO)
+    halo = getattr(operator, "halo", _HALO) + beyond
     halo += -halo % _ALIGNMENT
     output = torch.empty_like(pixels)
     height, width = pixels.shape[1:]
@@ -366,16 +396,9 @@ def _in_tiles(
     for done, (top, left) in enumerate(corners, start=1):
         rows = slice(max(top - halo, 0), min(top + _TILE_SIZE + halo, height))
         columns = slice(max(left - halo, 0), min(left + _TILE_SIZE + halo, width))
-        part = pixels[:, rows, columns].to(device)[None]
-        noise = level[..., rows, columns].to(device) if isinstance(level, Tensor) else level
-        if channels == 3 and len(pixels) == 1:
-            restored = operator(part.expand(-1, 3, -1, -1), noise=noise, **parameters).mean(1)
-        elif channels == 1:
-            restored = operator(part.transpose(0, 1), noise=noise, **parameters)[:, 0]
-        else:
-            restored = operator(part, noise=noise, **parameters)[0]
+        restored = denoise(operator, pixels[None, :, rows, columns].to(device))[0]
         inside = restored[:, top - rows.start :, left - columns.start :][:, :_TILE_SIZE, :_TILE_SIZE]
-        output[:, top : top + _TILE_SIZE, left : left + _TILE_SIZE] = inside.clamp(*limits)
+        output[:, top : top + _TILE_SIZE, left : left + _TILE_SIZE] = inside.clamp(0, 1)
         if progress is not None:
             progress(done / len(corners))
     return output

@@ -17,6 +17,7 @@ from lightning_modules import restore
 from lightning_modules.cli import main
 from lightning_modules.cli import restore as command
 from lightning_modules.imaging import read_picture
+from lightning_modules.noise import NoiseModel
 from lightning_modules.operators import RestorationOperator, TotalVariation
 from lightning_modules.restoration import load_operator
 
@@ -135,6 +136,18 @@ def test_tiles_leave_no_seam_and_progress_is_told(size: tuple[int, int, int]) ->
     assert len(parts) >= 2
 
 
+@pytest.mark.parametrize("side", [1, 3])
+def test_noise_that_follows_the_light_leaves_no_seam_either(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a transform where the noise is independent, by a map of its levels where it is not."""
+    image = torch.rand(3, 70, 90, generator=torch.Generator().manual_seed(0))
+    white = NoiseModel.white(torch.tensor([0.05]), 3)
+    kernel = white.kernel.expand(-1, -1, -1, side, side) / side
+    noise = NoiseModel(white.slope + 0.02, white.intercept, white.brightness, kernel)
+    whole = restore(image, noise=noise, model=TotalVariation(2))
+    monkeypatch.setattr("lightning_modules.restoration._TILE_SIZE", 32)
+    assert torch.allclose(restore(image, noise=noise, model=TotalVariation(2)), whole, atol=1e-6)
+
+
 @pytest.mark.parametrize(("model", "channels"), [(3, 1), (1, 3), (3, 3), (1, 1)])
 def test_a_denoiser_of_other_channels_is_adapted(model: int, channels: int) -> None:
     array = noisy(channels=channels)
@@ -250,22 +263,32 @@ print("loaded:", *sys.modules.keys() & unwanted)
 
 
 @pytest.mark.slow
-def test_memory_grows_by_few_pictures(tmp_path: Path) -> None:
-    """From 2.25 to 6 megapixels, and on in a line: at most 1.5 GB for 24."""
+@pytest.mark.parametrize("noise", ["auto", "line", "camera"])
+def test_memory_grows_by_few_pictures(noise: str, tmp_path: Path) -> None:
+    """From 2.25 to 6 megapixels, and on in a line: at most 1.5 GB for 24, whatever the kind of the noise."""
     save(tmp_path / "a.jpg", np.tile(noisy(200, 300), (10, 10, 1)))
     code = """
 import sys
+import torch
 from lightning_modules import restore
+from lightning_modules.noise import NoiseModel
 from lightning_modules.operators import TotalVariation
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024
-restore(sys.argv[2], model=TotalVariation(2))
+white = NoiseModel.white(torch.tensor([0.05]), 3)
+line = white.slope + 0.01, white.intercept, white.brightness
+noise = {
+    "auto": "auto",
+    "line": NoiseModel(*line, white.kernel),
+    "camera": NoiseModel(*line, white.kernel.expand(-1, -1, -1, 3, 3) / 3),
+}[sys.argv[3]]
+restore(sys.argv[2], noise=noise, model=TotalVariation(2))
 before = peak()
-restore(sys.argv[1], model=TotalVariation(2))
+restore(sys.argv[1], noise=noise, model=TotalVariation(2))
 print(before, peak())
 """
     small = save(tmp_path / "b.jpg", np.tile(noisy(150, 150), (10, 10, 1)))
-    command = [sys.executable, "-c", code, str(tmp_path / "a.jpg"), str(small)]
+    command = [sys.executable, "-c", code, str(tmp_path / "a.jpg"), str(small), noise]
     run = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True)
     before, after = map(float, run.stdout.split())
     assert after + (24 - 6) / (6 - 2.25) * (after - before) < 1500

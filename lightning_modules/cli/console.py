@@ -8,16 +8,11 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NoReturn
 
-import lightning
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning_utilities.core import rank_zero
 
-import callbacks
-import datamodules
-import lightning_modules
 from lightning_modules.checkpoints.trust import complaint
 
 # Lines of Lightning's log that leave nothing to do.
@@ -34,7 +29,8 @@ _MEANT = (
     r"The `srun` command is available",
     r"The '\w+' does not have many workers",
 )
-_PACKAGES = (lightning_modules, callbacks, datamodules, lightning)
+# Packages whose own `raise` says enough.
+_PACKAGES = ("lightning_modules", "callbacks", "datamodules", "lightning")
 
 
 class Parser(LightningArgumentParser):
@@ -114,9 +110,9 @@ def _is_refusal(error: Exception) -> bool:
         trace = trace.tb_next
     if trace is None:
         return False
-    file = trace.tb_frame.f_code.co_filename
-    homes = [str(Path(str(package.__file__)).parent) + os.sep for package in _PACKAGES]
-    return file.startswith(tuple(homes)) and linecache.getline(file, trace.tb_lineno).lstrip().startswith("raise ")
+    frame = trace.tb_frame
+    line = linecache.getline(frame.f_code.co_filename, trace.tb_lineno)
+    return frame.f_globals.get("__name__", "").partition(".")[0] in _PACKAGES and line.lstrip().startswith("raise ")
 
 
 def _plain(cause: str, message: str) -> str:

@@ -37,7 +37,7 @@ _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b
 Found = tuple[np.ndarray, dict[str, Any]]
 
 
-def read_picture(path: Path, white: float | None = None) -> Picture:
+def read_picture(path: str | Path, white: float | None = None) -> Picture:
     """Reads a file of any kind with all that goes back into it: metadata, color profile, depth, opacity.
 
     The orientation is applied and reset. Of an animation it takes the first frame; CMYK and palettes become RGB.
@@ -49,7 +49,7 @@ def read_picture(path: Path, white: float | None = None) -> Picture:
     Raises:
         ValueError: If it cannot be read as an image; the message names it.
     """
-    array, fields = _decode(path)
+    array, fields = _decode(Path(path))
     return _picture(array, fields, path, white)
 
 
@@ -64,7 +64,7 @@ def to_picture(image: Image.Image | np.ndarray, white: float | None = None) -> P
     return _picture(array, fields, "the image", white)
 
 
-def read_image(path: Path) -> Tensor:
+def read_image(path: str | Path) -> Tensor:
     """Decodes a file to eight-bit RGB, upright.
 
     Of an animation or a multi-page file it takes the first frame. Transparent pixels are laid over white. 16-bit
@@ -74,7 +74,7 @@ def read_image(path: Path) -> Tensor:
     Shape:
         - output: `[3, H, W]`, uint8
     """
-    return _to_bytes(*_decode(path), path)
+    return _to_bytes(*_decode(Path(path)), path)
 
 
 def decode_image(image: Image.Image) -> Tensor:

@@ -22,12 +22,13 @@ NOT_READ = frozenset(
 )
 
 
-def find_images(root: Path) -> list[Path]:
+def find_images(root: str | Path) -> list[Path]:
     """Returns the image files below a folder, sorted by relative path.
 
     Links are followed; hidden files and folders are left out. Other files that look like images are counted by suffix
     in a warning.
     """
+    root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a folder. root must be a folder with images ({', '.join(SUFFIXES)})")
     paths, left_out = [], Counter[str]()

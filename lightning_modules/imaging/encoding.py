@@ -62,7 +62,7 @@ def check_quality(quality: int | None) -> None:
         raise ValueError(f"quality must be a whole number from 1 to 100, got {quality!r}")
 
 
-def write_picture(picture: Picture, path: Path, quality: int | None = None) -> None:
+def write_picture(picture: Picture, path: str | Path, quality: int | None = None) -> None:
     """Writes a picture in its own kind, with everything that its file held, whole or not at all.
 
     JPEG files have the quantization tables and the subsampling of the file that was read; 16 bits stay 16 bits where
@@ -82,10 +82,10 @@ def write_picture(picture: Picture, path: Path, quality: int | None = None) -> N
         content = _encode(picture, quality)
     except Exception as error:
         raise ValueError(f"{path} cannot be written as {picture.kind}: {error}") from error
-    write_whole(path, content)
+    write_whole(Path(path), content)
 
 
-def write_png(image: Tensor, path: Path) -> None:
+def write_png(image: Tensor, path: str | Path) -> None:
     """Writes an image as an 8-bit PNG.
 
     Shape:

@@ -53,19 +53,21 @@ class Blocks(NamedTuple):
         return (self.coefficients.square().flatten(2) @ member).to(bands.width) / bands.width
 
 
-def read_blocks(image: Tensor) -> Blocks:
+def read_blocks(image: Tensor, size: int | None = None, max_count: int = _MAX_BLOCKS) -> Blocks:
     """Blocks spread evenly over an image, without those that hold no noise of it.
 
     Left out are frames, enlarged pixels and blocks that are largely flat or clipped, as `estimate_noise_std` does.
 
     Args:
         image: One image.
+        size: Side of the blocks; smaller in small images by default.
+        max_count: Of larger images, so many blocks are looked at.
 
     Shape:
         - image: `[C, H, W]`
     """
-    size = min(_SMALL_SIZE if min(image.shape[-2:]) < _SMALL else _SIZE, *image.shape[-2:])
-    patches, kept, _ = distinct_patches(image[None], size, _MAX_BLOCKS)
+    size = size or min(_SMALL_SIZE if min(image.shape[-2:]) < _SMALL else _SIZE, *image.shape[-2:])
+    patches, kept, _ = distinct_patches(image[None], size, max_count)
     clipped = ((patches <= 0) | (patches >= 1)).to(image.dtype).mean(-1).amax(1)
     kept = kept & (clipped <= _MAX_CLIPPED) & (equal_neighbors(patches, size) <= _MAX_EQUAL)
     chosen = patches[0].movedim(1, 0)[kept[0]]

@@ -1,14 +1,16 @@
 """Noise models of noisy images: of each image, or of all images of a camera together."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from lightning_modules.noise.blocks import Bands, Blocks, frequency_bands, read_blocks
-from lightning_modules.noise.camera_level import LEAST_LEVEL, describe_blocks, trained_camera_level
+from lightning_modules.noise.camera_level import LEAST_LEVEL, describe_image, trained_camera_level
 from lightning_modules.noise.em import (
     LEAST_VARIANCE,
     NoiseParameters,
@@ -20,6 +22,7 @@ from lightning_modules.noise.em import (
 )
 from lightning_modules.noise.estimate import COLORS, estimate_noise_std
 from lightning_modules.noise.model import NoiseModel
+from lightning_modules.noise.variance_line import refine_line
 
 _STEPS = 20
 # How many blocks as flat as the start has found them count as a prior, against slopes that few brightnesses show.
@@ -41,20 +44,27 @@ _FILTER_RADIUS = 5
 # High frequencies, in units of half the sampling rate, where there is little texture.
 _FINE = 0.4
 # Colors show noise where at least this share of the blocks has no texture, and the flattest of them differ no more than
-# by this factor beyond chance; the whole shows a camera's where this share has none and the flattest are as flat.
+# by this factor beyond chance; the whole shows a camera's where this share has none, a smaller one where simulated
+# cameras are asked as well, and the flattest are as flat.
 _ALIKE, _MAX_SPREAD = 0.25, 2.2
-_CAMERA_ALIKE, _MAX_DECLINE, _MAX_CAMERA_SPREAD = 0.18, 1.3, 10.0
-# Where simulated cameras speak for less noise than the first, there is none; for more than the second, fewer blocks do.
-_LEAST_LEARNED, _STRONG_LEVEL, _STRONG_ALIKE = 0.6 / 255, 2.5 / 255, 0.08
+_CAMERA_ALIKE, _LEARNED_ALIKE, _MAX_DECLINE, _MAX_CAMERA_SPREAD = 0.18, 0.14, 1.3, 10.0
+# Simulated cameras speak for noise where the level that they speak for is above this, by so many standard deviations;
+# by themselves where it is above the second, and that of its logarithm is small; and against white noise and noise of
+# the colors if it is so many times as much.
+_LEAST_LEARNED, _SURE, _LEAST_SURE, _MAX_DOUBT, _MUCH_MORE = 1.0 / 255, 2.0, 2.0 / 255, 0.1, 1.5
 # Standard deviation of the logarithm of EM's level, beside that of the learned one; and by which factor it is higher
 # where it counts no longer.
 _EM_DOUBT, _MAX_DISAGREEMENT = 0.2, 3.0
 # What a camera has left at high frequencies, at most, in units of the mean.
-_MAX_FINE = 0.25
+_MAX_FINE = 0.17
 # Less noise than this is none; more than that in the colors is more than a camera leaves there.
 _LEAST_LEVEL, _MAX_CAMERA_COLOR = 0.6 / 255, 2.5 / 255
 # White noise is about as strong at low frequencies as at high ones, and in the light as in the dark.
 _MAX_WHITE_RATIO, _MIN_VARIANCE_RATIO = 1.8, 1.35
+# Shares of the blocks that are darker than the brightnesses between which the second is measured; under which
+# level single pixels would take texture of the colors for noise; and over which few of them are never clipped.
+_DARK_LIGHT, _LEAST_LINE, _MOST_LINE = (0.05, 0.95), 8 / 255, 32 / 255
+_SQUARE = 16  # pixels over which the light is averaged where there are no blocks
 # What the estimate of white noise says of it, at least, in units of what the colors show.
 _WHITE_SHARE = 0.7
 # Power of the frequency with which independent noise falls, at most, where shading begins.
@@ -317,7 +327,8 @@ def _of_image(image: Tensor, white: NoiseModel, kind: str) -> NoiseModel:
     """
     evidence = _look(image)
     if evidence is None:
-        return white
+        squares = avg_pool2d(image.mean(0, keepdim=True)[None], min(_SQUARE, *image.shape[1:]))
+        return _by_brightness(image, squares.flatten(), white)
     brightness = image.mean((1, 2)).double()
     colors, whole = _views(evidence)
     start = _start(colors)
@@ -325,36 +336,55 @@ def _of_image(image: Tensor, white: NoiseModel, kind: str) -> NoiseModel:
     level = _mean_level(colors, seen)
     is_alike = float(seen.weight[0]) > _ALIKE and level > _LEAST_LEVEL
     is_alike = is_alike and _unevenness(colors, seen)[0] < _MAX_SPREAD
+    learned = _learned_level(image)
+    sure = learned[0] if learned is not None and learned[1] < _MAX_DOUBT else 0.0
     if is_alike and (_is_flat(colors, seen) or level > _MAX_CAMERA_COLOR):
-        return _independent(colors, seen, brightness, white)
+        own = _independent(image, colors, seen, white)
+        if sure < _MUCH_MORE * float(own.level):
+            return own
     start = _start(whole)
     common = _fit([whole], start, start, _PRIOR_BLOCKS)
     least = max(1.3 * float(white.level), 2 * _LEAST_LEVEL, 2 * level * is_alike)
     spread, decline = _unevenness(whole, common)
-    is_camera = _mean_level(whole, common) > least and spread < _MAX_CAMERA_SPREAD and decline < _MAX_DECLINE
     fine = float(common.spectrum[:, whole.bands.frequency > 0.7].mean())
-    learned = _learned_level(evidence)
-    is_strong = learned is not None and learned[0] > _STRONG_LEVEL
-    is_camera = is_camera and fine < _MAX_FINE
-    is_camera = is_camera and float(common.weight[0]) > (_STRONG_ALIKE if is_strong else _CAMERA_ALIKE)
-    is_camera = is_camera and (learned is None or learned[0] > _LEAST_LEARNED)
+    is_camera = spread < _MAX_CAMERA_SPREAD and decline < _MAX_DECLINE and fine < _MAX_FINE
+    is_camera = is_camera and float(common.weight[0]) > (_CAMERA_ALIKE if learned is None else _LEARNED_ALIKE)
+    if learned is not None:
+        is_camera = is_camera and learned[0] * math.exp(-_SURE * learned[1]) > _LEAST_LEARNED
+    is_sure = sure > max(_LEAST_SURE, _MUCH_MORE * float(white.level))
+    is_camera = (is_camera or is_sure) and _mean_level(whole, common) > least
     if is_alike and not is_camera:
-        return _independent(colors, seen, brightness, white)
+        return _independent(image, colors, seen, white)
     if is_camera or kind == "camera":
         start = _start(evidence, _STEEPEST_LINE)
         few = _CAMERA_SHARE * len(evidence.means)
         found = _model(evidence, _fit([evidence], start, _level_line(evidence, start), few), brightness)
         return _calibrated(found, learned) if is_camera and learned is not None else found
-    return white
+    return _by_brightness(image, colors.means.mean(1), white) if _is_flat(colors, seen) else white
 
 
-def _learned_level(evidence: _Evidence) -> tuple[float, float] | None:
+def _by_brightness(image: Tensor, light: Tensor, white: NoiseModel, guess: Tensor | None = None) -> NoiseModel:
+    """White noise, or such whose variance is a line over the light of the blocks, where that differs enough."""
+    ends = white.level.square().expand(2) if guess is None else guess
+    if _LEAST_LINE < float(white.level) < _MOST_LINE:
+        ends = refine_line(image, ends)
+    light = torch.quantile(light, light.new_tensor(_DARK_LIGHT)).to(ends)
+    variance = ends[0] * (1 - light) + ends[1] * light
+    if bool(variance.amax() <= _MIN_VARIANCE_RATIO * variance.amin()):
+        return white
+    each = torch.ones(1, len(image)).to(image)
+    slope, intercept = (ends[1] - ends[0]) * each, ends[0] * each
+    return NoiseModel(slope, intercept, image.mean((1, 2))[None], white.kernel)
+
+
+def _learned_level(image: Tensor) -> tuple[float, float] | None:
     """Level that the simulated cameras speak for and the standard deviation of its logarithm; None where they do not
     know images of this kind.
     """
-    if evidence.means.shape[1] != 3 or evidence.blocks.coefficients.shape[-1] != 16:
+    features = describe_image(image.float()) if len(image) == 3 else None
+    if features is None:
         return None
-    mean, doubt = trained_camera_level()(describe_blocks(evidence.blocks)[None].cpu())
+    mean, doubt = trained_camera_level()(features[None].cpu())
     return float(mean.exp()), float(doubt)
 
 
@@ -436,31 +466,24 @@ def _is_flat(evidence: _Evidence, found: NoiseParameters) -> bool:
     return not middling.numel() or bool(middling.mean() < _MAX_WHITE_RATIO * high.mean())
 
 
-def _independent(colors: _Evidence, seen: NoiseParameters, brightness: Tensor, white: NoiseModel) -> NoiseModel:
+def _independent(image: Tensor, colors: _Evidence, seen: NoiseParameters, white: NoiseModel) -> NoiseModel:
     """Noise that each channel has of its own: white, as strong everywhere or not, or correlated from pixel to pixel."""
-    bands, channels = colors.bands, len(brightness)
-    fine = bands.frequency > _FINE
-    power = (seen.spectrum * bands.width * fine).sum(1) / (bands.width * fine).sum()
-    is_flat = float(white.level) > _WHITE_SHARE * _mean_level(colors, seen) or _is_flat(colors, seen)
-    if is_flat:
-        ends = (seen.ends * power).mean(1)
-        light = torch.quantile(colors.means.mean(1), torch.tensor([0.05, 0.95]).to(ends))
-        variance = ends[0] * (1 - light) + ends[1] * light
-        if float(variance.amax() / variance.amin()) < _MIN_VARIANCE_RATIO:
-            return white
-        kernel = white.kernel
-    else:
-        spectrum = seen.spectrum.clone()
-        gentle = (bands.frequency[1] / bands.frequency[0]) ** _GENTLEST
-        spectrum[:, 0] = torch.minimum(spectrum[:, 0], gentle * spectrum[:, 1])
-        model = _model(colors, seen._replace(spectrum=spectrum), colors.means.mean(0), steepest=0.0)
-        ends = torch.stack([model.intercept, model.intercept + model.slope]).mean((1, 2)).double()
-        shape = model.kernel.diagonal(dim1=1, dim2=2).mean(-1)
-        shape = shape / shape.square().sum((1, 2), keepdim=True).sqrt()
-        kernel = torch.eye(channels)[None, ..., None, None].to(shape) * shape[:, None, None]
+    bands, channels = colors.bands, len(image)
+    if float(white.level) > _WHITE_SHARE * _mean_level(colors, seen) or _is_flat(colors, seen):
+        fine = bands.frequency > _FINE
+        power = (seen.spectrum * bands.width * fine).sum(1) / (bands.width * fine).sum()
+        return _by_brightness(image, colors.means.mean(1), white, (seen.ends * power).mean(1).to(image))
+    spectrum = seen.spectrum.clone()
+    gentle = (bands.frequency[1] / bands.frequency[0]) ** _GENTLEST
+    spectrum[:, 0] = torch.minimum(spectrum[:, 0], gentle * spectrum[:, 1])
+    model = _model(colors, seen._replace(spectrum=spectrum), colors.means.mean(0), steepest=0.0)
+    ends = torch.stack([model.intercept, model.intercept + model.slope]).mean((1, 2)).double()
+    shape = model.kernel.diagonal(dim1=1, dim2=2).mean(-1)
+    shape = shape / shape.square().sum((1, 2), keepdim=True).sqrt()
+    kernel = torch.eye(channels)[None, ..., None, None].to(shape) * shape[:, None, None]
     each = torch.ones(1, channels, device=ends.device)
     slope, intercept = ((ends[1] - ends[0]) * each).float(), (ends[0] * each).float()
-    return NoiseModel(slope, intercept, brightness[None].float(), kernel)
+    return NoiseModel(slope, intercept, image.mean((1, 2))[None].float(), kernel)
 
 
 def _stack(models: list[NoiseModel]) -> NoiseModel:

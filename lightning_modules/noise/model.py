@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from lightning_modules.imaging import seeded_normal
 
-_LIGHT_SIZE = 5  # pixels over which the brightness is averaged that the noise of a pixel depends on
+# How far around a pixel the brightness is averaged that its noise depends on.
+LIGHT_REACH = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,7 +231,7 @@ class NoiseModel:
             - noisy: `[B, C, H, W]`
             - output: `[B, 1, H, W]`
         """
-        light = F.avg_pool2d(noisy, _LIGHT_SIZE, 1, _LIGHT_SIZE // 2, count_include_pad=False)
+        light = F.avg_pool2d(noisy, 2 * LIGHT_REACH + 1, 1, LIGHT_REACH, count_include_pad=False)
         return self.variance(light).mean(1, keepdim=True).sqrt()
 
     def of(self, index: int) -> "NoiseModel":

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from scipy.spatial import KDTree
 from torch import Tensor
 
 from lightning_modules.operators.operator import Noise, ParameterSpec, RestorationOperator, per_image
@@ -13,6 +14,7 @@ from lightning_modules.point_clouds.neighborhoods import (
     median_spacing,
     smallest_eigenvector,
     thinned_neighbors,
+    thinning,
     unit,
 )
 
@@ -100,7 +102,6 @@ class PointCloudDiffusion(RestorationOperator):
         *,
         noise: Noise,
         guide: Tensor | None = None,
-        topology: "list[Topology] | None" = None,
         **parameters: Tensor | float,
     ) -> Tensor:
         """Denoised positions.
@@ -109,8 +110,6 @@ class PointCloudDiffusion(RestorationOperator):
             noisy: PyG `Data` or `Batch` with `pos`, and `guide` where there is one.
             noise: Standard deviation of the noise of each cloud, in the unit of the positions.
             guide: Features of the points, in place of those in the data.
-            topology: An empty list is filled with the graphs that are built; one that has been filled by a call gives
-                this call its graphs, so that the two differ as a smooth function of the positions does.
             parameters: By the names declared: one number for all clouds or one for each.
 
         Shape:
@@ -132,17 +131,13 @@ class PointCloudDiffusion(RestorationOperator):
         for name, values in named.items():
             if not (values >= 0).all() or not values.isfinite().all():
                 raise ValueError(f"{name} must be finite and not negative, got {values.tolist()}")
-        if not topology:
-            built = [Topology.of(noisy.pos[part].detach()) for part in parts]
-            topology = built if topology is None else topology
-            topology += built if topology is not built else []
         moved = []
         for number, part in enumerate(parts):
             own = noisy.pos[part]
             if len(own) >= _LEAST_POINTS:
                 features = None if guide is None else _scaled(guide[part])
                 own_values = {name: value[number] for name, value in named.items()}
-                own = self._diffuse(own, features, topology[number], **own_values)
+                own = self._diffuse(own, features, **own_values)
             moved.append(own)
         return torch.cat(moved)[torch.cat(parts).argsort()]
 
@@ -150,7 +145,6 @@ class PointCloudDiffusion(RestorationOperator):
         self,
         points: Tensor,
         features: Tensor | None,
-        topology: "Topology",
         noise: Tensor,
         width_noise: Tensor,
         width_spacing: Tensor,
@@ -158,15 +152,17 @@ class PointCloudDiffusion(RestorationOperator):
         sigma_normal: Tensor,
         tau: Tensor,
     ) -> Tensor:
-        width = ((width_noise * noise) ** 2 + (width_spacing * topology.spacing) ** 2).sqrt()
-        if not (reach := _REACH * float(width.detach())):
-            return points
         center = points.detach().mean(0)
         position = points - center
+        tree = KDTree(position.detach().cpu().numpy())
+        width = ((width_noise * noise) ** 2 + (width_spacing * median_spacing(tree)) ** 2).sqrt()
+        if not (reach := _REACH * float(width.detach())):
+            return points
+        count = min(self.num_neighbors, len(points))
+        groups, place = compact_groups(position.detach(), _GROUP)
+        parts = thinning(tree, _centers(position.detach(), groups), reach, count)
         for turn in range(self.graphs):
-            if turn == len(topology.graphs):
-                topology.graphs.append(topology.build(position.detach(), reach, self.num_neighbors, turn))
-            graph = topology.graphs[turn]
+            graph = _Graph.build(position.detach(), groups, place, reach, count, parts, turn)
             height = sigma_height * noise / width
             position = width * self._on_graph(graph, position / width, features, width, height, sigma_normal, tau)
         return torch.where(noise > 0, position + center, points)
@@ -184,51 +180,14 @@ class PointCloudDiffusion(RestorationOperator):
         """Positions after the steps on a graph; these, and the heights, in units of the width."""
         parts = graph.split()
         near = [part.distance_weight(position, width) for part in parts]
-        normal = torch.cat([part.normals(position, w) for part, w in zip(parts, near, strict=True)])[graph.place]
+        normal = graph.ungroup([part.normals(position, w) for part, w in zip(parts, near, strict=True)])
         smoothed = [p.smoothed(normal, features, w, sigma_normal) for p, w in zip(parts, near, strict=True)]
-        normal = torch.cat(smoothed)[graph.place]
+        normal = graph.ungroup(smoothed)
         frames = [part.frame(normal, features, w, sigma_normal) for part, w in zip(parts, near, strict=True)]
         for _ in range(self.steps):
             heights = [p.height(position, frame, sigma_height) for p, frame in zip(parts, frames, strict=True)]
-            position = position + tau * torch.cat(heights)[graph.place][:, None] * normal
+            position = position + tau * graph.ungroup(heights)[:, None] * normal
         return position
-
-
-class Topology(NamedTuple):
-    """What of a cloud's graphs does not change smoothly with its points: their median distance, groups of near points
-    `[G, S]`, where each point is in them `[N]`, and the graphs.
-    """
-
-    spacing: float
-    groups: Tensor
-    place: Tensor
-    graphs: "list[_Graph]"
-
-    @classmethod
-    def of(cls, points: Tensor) -> "Topology":
-        """That of a cloud, before any graph is built.
-
-        Shape:
-            - points: `[N, 3]`
-        """
-        return cls(median_spacing(points), *compact_groups(points, _GROUP), [])
-
-    def build(self, position: Tensor, radius: float, count: int, turn: int) -> "_Graph":
-        """The graph of points within a radius of each other.
-
-        Shape:
-            - position: `[N, 3]`
-        """
-        centers = position[self.groups].median(1).values  # which an outlier does not move
-        neighbors = thinned_neighbors(position, centers, radius, min(count, len(position)), turn)
-        farthest = (position[neighbors[:, -1]] - centers).norm(dim=1, keepdim=True)
-        if neighbors.shape[1] == len(position):
-            farthest = torch.full_like(farthest, torch.inf)
-        within = (farthest - (position[self.groups] - centers[:, None]).norm(dim=2)).clamp_max(radius)
-        # Where a group is wide for its neighbors, a point has at least those within half of their distance.
-        limit = torch.maximum(within, 0.5 * farthest.clamp_max(radius)).square()
-        limit = limit.clamp_min(torch.finfo(limit.dtype).tiny ** 0.5)  # of points that are all at one place
-        return _Graph(self.groups, self.place, neighbors, limit)
 
 
 class _Frame(NamedTuple):
@@ -249,6 +208,27 @@ class _Graph(NamedTuple):
     place: Tensor
     neighbors: Tensor
     limit: Tensor
+
+    @classmethod
+    def build(
+        cls, position: Tensor, groups: Tensor, place: Tensor, radius: float, count: int, parts: int, turn: int
+    ) -> "_Graph":
+        """The graph of points `[N, 3]` within a radius of each other."""
+        own = _taken(position, groups)
+        centers = _centers(position, groups)
+        neighbors = thinned_neighbors(position, centers, count, parts, turn)
+        farthest = (position[neighbors[:, -1]] - centers).norm(dim=1, keepdim=True)
+        if neighbors.shape[1] == len(position):
+            farthest = torch.full_like(farthest, torch.inf)
+        within = (farthest - (own - centers[:, None]).norm(dim=2)).clamp_max(radius)
+        # Where a group is wide for its neighbors, a point has at least those within half of their distance.
+        limit = torch.maximum(within, 0.5 * farthest.clamp_max(radius)).square()
+        limit = limit.clamp_min(torch.finfo(limit.dtype).tiny ** 0.5)  # of points that are all at one place
+        return cls(groups, place, neighbors, limit)
+
+    def ungroup(self, parts: list[Tensor]) -> Tensor:
+        """Values of the groups' points, part by part `[·, ...]`, as those of the points `[N, ...]`."""
+        return torch.cat(parts).index_select(0, self.place)
 
     def split(self) -> "list[_Graph]":
         """Parts that stay in the cache."""
@@ -299,6 +279,10 @@ class _Graph(NamedTuple):
         here, there = _taken(position, self.groups), _taken(position, self.neighbors)
         origin = here[:, :1].detach()
         return here - origin, there - origin
+
+
+def _centers(position: Tensor, groups: Tensor) -> Tensor:
+    return _taken(position, groups).median(1).values  # which an outlier does not move
 
 
 def _taken(values: Tensor, index: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import math
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from scipy.spatial import KDTree
 from torch import Tensor
@@ -17,20 +18,16 @@ if TYPE_CHECKING:
 _SAMPLE = 256
 
 
-def median_spacing(points: Tensor) -> float:
-    """Median distance of a cloud's points from each other: the root of the area that a point has to itself.
+def median_spacing(tree: KDTree) -> float:
+    """Median distance of the points of a k-d tree from each other: the root of the area that a point has to itself.
 
     From the disk that holds the eight nearest neighbors, which noise changes less than the distance of the nearest.
-
-    Shape:
-        - points: `[N, 3]`
     """
-    count = min(8, len(points) - 1)
+    count = min(8, tree.n - 1)
     if count < 1:
         return 0.0
-    array = points.detach().cpu().numpy()
-    order = permutation(len(points), 0)[:_SAMPLE].numpy()
-    distance = KDTree(array).query(array[order], [count + 1])[0]
+    order = permutation(tree.n, 0)[:_SAMPLE].numpy()
+    distance = tree.query(tree.data[order], [count + 1])[0]
     return float(torch.from_numpy(distance).median()) * math.sqrt(math.pi / count)
 
 
@@ -51,46 +48,60 @@ def compact_groups(points: Tensor, size: int) -> tuple[Tensor, Tensor]:
         groups *= 2
     each = -(-count // groups)
     # Some points come twice, so that all halves are equal; spread over the cloud, and so over the groups.
-    order = torch.cat(
-        [torch.arange(count), torch.arange(groups * each - count) * count // max(groups * each - count, 1)]
+    order = np.concatenate(
+        [np.arange(count), np.arange(groups * each - count) * count // max(groups * each - count, 1)]
     )
-    order = order.to(points.device)
+    array = points.detach().cpu().numpy()
     blocks = 1
     while blocks < groups:
-        part = points[order].view(blocks, -1, 3)
-        axis = (part.amax(1) - part.amin(1)).argmax(1)
-        along = part.gather(2, axis[:, None, None].expand(-1, part.shape[1], 1))[..., 0]
-        order = order.view(blocks, -1).gather(1, along.argsort(1)).flatten()
+        part = array[order].reshape(blocks, -1, 3)
+        axis = np.ptp(part, axis=1).argmax(1)
+        along = np.take_along_axis(part, axis[:, None, None], 2)[..., 0]
+        halves = along.argpartition(along.shape[1] // 2, axis=1)
+        order = np.take_along_axis(order.reshape(blocks, -1), halves, 1).ravel()
         blocks *= 2
-    place = torch.empty(count, dtype=torch.long, device=points.device)
-    place[order] = torch.arange(len(order), device=points.device)
-    return order.view(groups, each), place
+    place = np.empty(count, dtype=np.int64)
+    place[order] = np.arange(len(order))
+    return torch.from_numpy(order).view(groups, each).to(points.device), torch.from_numpy(place).to(points.device)
 
 
-def thinned_neighbors(points: Tensor, centers: Tensor, radius: float, count: int, turn: int) -> Tensor:
-    """Neighbors of some places, spread over all points within a radius: the nearest of every m-th point of the cloud.
+def thinning(tree: KDTree, centers: Tensor, radius: float, count: int) -> int:
+    """Number m of parts into which a cloud is taken apart, so that some places have `count` neighbors within a radius.
 
-    Where there are no more than `count` within the radius, m is 1, and they are the nearest. Where the noise is longer
-    than the points are apart there are many more, and the nearest would be those that the noise has brought near. The
-    m parts of the cloud are chosen at random, once; which part a place looks into goes round with `turn`.
+    Where there are no more than `count`, m is 1. Where the noise is longer than the points are apart there are many
+    more, and the nearest would be those that the noise has brought near.
+
+    Args:
+        tree: The points.
+        centers: The places.
+        radius: The radius.
+        count: Number of neighbors; no more than there are points.
+
+    Shape:
+        - centers: `[G, 3]`
+    """
+    places = centers[permutation(len(centers), 0)[:_SAMPLE]].cpu().numpy()
+    within = float(np.median(tree.query_ball_point(places, radius, return_length=True)))
+    return max(1, min(round(within / count), tree.n // count, len(centers)))
+
+
+def thinned_neighbors(points: Tensor, centers: Tensor, count: int, parts: int, turn: int) -> Tensor:
+    """Neighbors of some places: the nearest of every m-th point of the cloud; see `thinning`.
+
+    The m parts of the cloud are chosen at random, once; which part a place looks into goes round with `turn`.
 
     Args:
         points: The points.
         centers: The places.
-        radius: The radius.
-        count: Number K of neighbors; no more than there are points.
+        count: Number K of neighbors; no more than there are in a part.
+        parts: Number m of parts.
         turn: Number of the graph, counted from 0.
 
     Shape:
         - points: `[N, 3]`; centers: `[G, 3]`
         - output: `[G, K]`, int64
     """
-    size = len(points)
-    order, places = permutation(size, 0), permutation(len(centers), 0)
-    within = KDTree(points.cpu().numpy()).query_ball_point(
-        centers[places[:_SAMPLE]].cpu().numpy(), radius, return_length=True
-    )
-    parts = max(1, min(round(float(torch.from_numpy(within).double().median()) / count), size // count, len(centers)))
+    order, places = permutation(len(points), 0), permutation(len(centers), 0)
     neighbors = torch.empty(len(centers), count, dtype=torch.long)
     for part in range(parts):
         sources, targets = order[part::parts], places[(part + turn) % parts :: parts]

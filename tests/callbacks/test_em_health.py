@@ -58,12 +58,20 @@ class Sieve:
 class Patient(LightningModule):
     """A module whose statistics a test lays down."""
 
-    def __init__(self, proxy: Any = None, similarity: float = 0.6, weight: float = 0.4, rows: Any = (0, 1)) -> None:
+    def __init__(
+        self,
+        proxy: Any = None,
+        similarity: float = 0.6,
+        weight: float = 0.4,
+        rows: Any = (0, 1),
+        perceptual: float | None = None,
+    ) -> None:
         super().__init__()
         self.em_parameters = textbook_table(
             learned=["sigma", "tau"], per_row=["tau"], row_names=["cat", "dog"], bounds={"sigma": (0.1, 0.5)}
         )
         self.proxy, self.similarity, self.weight, self.rows = proxy, similarity, weight, rows
+        self.perceptual = perceptual  # times the reconstruction
         self.operator = Sieve()
         self.noise = torch.Generator().manual_seed(0)
 
@@ -73,7 +81,9 @@ class Patient(LightningModule):
         value = torch.rand((), generator=self.noise).item() if self.proxy is None else self.proxy(number)
         rows = torch.eye(2)[torch.tensor(self.rows)].double()
         each = torch.full((2,), value)
-        return {"loss": loss, "em": EStep(rows, None, each, similarity=torch.full((2,), self.similarity))}
+        perceptual = None if self.perceptual is None else self.perceptual * each
+        similarity = torch.full((2,), self.similarity)
+        return {"loss": loss, "em": EStep(rows, None, each, perceptual, similarity=similarity)}
 
     def diagnose(self, batch: Tensor) -> dict[str, Tensor]:
         return {"mesh": torch.tensor([self.weight, torch.nan]), "unknown": torch.full((2,), torch.nan)}
@@ -105,10 +115,11 @@ def run(
     return health
 
 
-def test_a_sound_run_has_no_findings(tmp_path: Path) -> None:
+@pytest.mark.parametrize("perceptual", [None, 20.0])
+def test_a_sound_run_has_no_findings(perceptual: float | None, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="EMHealth")
-        assert run(tmp_path, Patient()).findings == {}
+        assert run(tmp_path, Patient(perceptual=perceptual)).findings == {}
 
 
 SICK = {
@@ -123,6 +134,7 @@ SICK = {
     ),
     "similarity": ({"similarity": 0.1}, Script(), "the similarity is 0.1"),
     "sieve/clogged": ({"weight": 1e-5}, Script(), "the sieve is clogged: its mesh is 1e-05"),
+    "perceptual": ({"perceptual": 1e5}, Script(), r"the perceptual loss is 1e\+05 times the reconstruction loss"),
     "empty/dog": ({"rows": (0, 0)}, Script(), "row 'dog' of the parameter table gets no images"),
     "moving/sigma": ({}, Script(lambda step: -2.2 + 0.009 * step), r"sigma moved by \+\d+% over the last fifth"),
 }

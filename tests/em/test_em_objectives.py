@@ -51,6 +51,32 @@ def test_the_probe_measures_the_trace() -> None:
     torch.testing.assert_close(risk, expected, rtol=1e-9, atol=0)
 
 
+def test_the_probe_to_learn_by_meets_the_kinks() -> None:
+    """A soft threshold is smooth in pieces only: the gradient of its risk is the error's, and not much noisier."""
+    clean = 0.3 * draw(400, 1, 12, 12)
+    level = torch.full((400,), 0.2, dtype=torch.float64)
+    noisy, probe = clean + 0.2 * draw(*clean.shape, seed=1), draw(*clean.shape, seed=2)
+
+    def gradients(learning: bool | None) -> Tensor:
+        threshold = torch.full((400, 1, 1, 1), 0.12, dtype=torch.float64, requires_grad=True)
+
+        def shrink(images: Tensor) -> Tensor:
+            return images.sign() * F.relu(images.abs() - threshold)
+
+        restored = shrink(noisy)
+        if learning is None:
+            loss = squared_error(restored, clean)
+        else:
+            perturbed = shrink(noisy + probe_step(level, learning).view(-1, 1, 1, 1) * probe)
+            loss = stein_risk(noisy, restored, perturbed, probe, level, learning)
+        return torch.autograd.grad(loss.sum(), threshold)[0].flatten()
+
+    error, short, long = gradients(None), gradients(False), gradients(True)
+    assert float(short.std()) > 8 * float(error.std())  # why there are two lengths
+    assert float(long.std()) < 4 * float(error.std())
+    assert abs(float((long - error).mean())) < 4 * float((long - error).std()) / 400**0.5
+
+
 def make(**arguments: Any) -> GraphDiffusionReconstruction:
     table = ParameterTable(
         initial={"radius": 2.0, "sigma_s": 2.0, "smooth_steps": 2}, bounds={"radius": (1.5, 3.0), "sigma_s": (0.5, 20)}

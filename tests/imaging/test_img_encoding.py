@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lightning_modules.imaging import output_names, write_png
+from lightning_modules.imaging import find_images, output_names, read_image, read_picture, write_picture, write_png
 
 
 @pytest.mark.parametrize(
@@ -31,3 +31,12 @@ def test_values_are_rounded_not_cut(tmp_path: Path) -> None:
     assert np.asarray(Image.open(tmp_path / "a.png")).tolist() == [[0, 0, 0], [1, 255, 255]]
     with pytest.raises(ValueError, match=r"got \[2, 4, 4\]"):
         write_png(torch.rand(2, 4, 4), tmp_path / "b.png")
+
+
+def test_files_may_be_named_by_strings(tmp_path: Path) -> None:
+    image = torch.rand(3, 4, 5).mul(255).round() / 255
+    write_png(image, str(tmp_path / "a.png"))
+    (found,) = find_images(str(tmp_path))
+    assert torch.equal(read_image(str(found)), (255 * image).byte())
+    write_picture(read_picture(str(found)), str(tmp_path / "b.png"))
+    assert torch.equal(read_image(tmp_path / "b.png"), read_image(found))

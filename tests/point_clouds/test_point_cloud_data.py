@@ -87,6 +87,8 @@ def test_wrong_arguments_of_the_data_are_named(options: dict[str, Any], message:
     [
         ({"noise_std": 0.0}, "noise_std must be a part"),
         ({"noise_std": (0.03, 0.01)}, "noise_std must be a part"),
+        ({"objective": "sure"}, "objective must be 'supervised' or 'held_out'"),
+        ({"add_noise": False}, "choose objective='held_out'"),
     ],
 )
 def test_wrong_arguments_of_the_module_are_named(options: dict[str, Any], message: str) -> None:

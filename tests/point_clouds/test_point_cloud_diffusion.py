@@ -10,16 +10,17 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from scipy.spatial import KDTree
 from torch import Tensor
 from torch_geometric.data import Batch, Data
 
 from lightning_modules import PointCloudDiffusion
-from lightning_modules.point_clouds import Topology
 from lightning_modules.point_clouds.neighborhoods import (
     compact_groups,
     median_spacing,
     smallest_eigenvector,
     thinned_neighbors,
+    thinning,
 )
 
 LEVEL = 0.05
@@ -92,7 +93,7 @@ def test_steps_equal_dense_matrices(steps: int, guided: bool) -> None:
     expected = dense(
         points.numpy(),
         features,
-        width=math.hypot(2 * LEVEL, median_spacing(points)),
+        width=math.hypot(2 * LEVEL, median_spacing(KDTree(points.numpy()))),
         height=values["sigma_height"] * LEVEL,
         s=values["sigma_normal"],
         tau=values["tau"],
@@ -105,14 +106,14 @@ def test_steps_equal_dense_matrices(steps: int, guided: bool) -> None:
 @pytest.mark.parametrize(("neighbors", "free"), [(150, 0), (60, 2)])
 def test_parameters_have_the_derivatives_of_finite_differences(neighbors: int, free: int) -> None:
     points = bumpy(150)
-    operator = PointCloudDiffusion(num_neighbors=neighbors, graphs=2, steps=2)
-    # With all points as neighbors nothing jumps. With fewer, graphs are kept, and with them the ends of the weights.
-    topology: list[Topology] | None = [] if free else None
+    # With all points as neighbors nothing jumps. With fewer, a second graph may be another one, and so may the first
+    # under other widths.
+    operator = PointCloudDiffusion(num_neighbors=neighbors, graphs=1 if free else 2, steps=2)
     names, numbers = zip(*start().items(), strict=True)
 
     def restored(*values: Tensor) -> Tensor:
         parameters = dict(zip(names, numbers[:free] + values, strict=True))
-        return operator(Data(pos=points), noise=LEVEL, topology=topology, **parameters)
+        return operator(Data(pos=points), noise=LEVEL, **parameters)
 
     values = [torch.tensor(number, dtype=torch.float64, requires_grad=True) for number in numbers[free:]]
     assert torch.autograd.gradcheck(restored, values, fast_mode=True)
@@ -292,7 +293,8 @@ def test_groups_hold_every_point(count: int, size: int) -> None:
 @pytest.mark.parametrize("radius", [0.1, 0.6, 1.5])
 def test_thinned_neighbors_are_the_nearest_of_a_part(radius: float) -> None:
     points, centers, count = bumpy(600), bumpy(50, 1), 12
-    found = thinned_neighbors(points, centers, radius, count, 1)
+    parts = thinning(KDTree(points.numpy()), centers, radius, count)
+    found = thinned_neighbors(points, centers, count, parts, 1)
     distance = torch.cdist(centers, points)
     within = (distance < radius).sum(1).double().median()
     if within <= count:
@@ -320,5 +322,6 @@ def test_smallest_eigenvector_is_that_of_eigh() -> None:
 
 def test_spacing_is_the_root_of_the_area_of_a_point() -> None:
     points = sphere(3000, 0.0)
-    assert median_spacing(points) == pytest.approx(math.sqrt(4 * math.pi / 3000), rel=0.1)
-    assert median_spacing(100 * points) == pytest.approx(100 * median_spacing(points))
+    near, far = (median_spacing(KDTree(scale * points.numpy())) for scale in (1, 100))
+    assert near == pytest.approx(math.sqrt(4 * math.pi / 3000), rel=0.1)
+    assert far == pytest.approx(100 * near)
