@@ -57,12 +57,13 @@ def run_directory(trainer: Trainer) -> str | None:
     return directory if trainer.loggers and isinstance(directory, str) else None
 
 
-def is_drawn(number: int) -> bool:
-    """Tells whether the picture of an occasion, counted from 0, is drawn: 0, 1, 2, 3, 4, 6, 8, 12, 16, 24 and so on.
+def is_drawn(epoch: int, every_n_epochs: int) -> bool:
+    """Whether a picture is drawn in this epoch: of every n-th one the numbers 0, 1, 2, 3, 4, 6, 8, 12, 16, 24 and so on.
 
-    A picture takes hundreds of kilobytes, and a run has hundreds of epochs an hour or one.
+    A picture takes hundreds of kilobytes, and an hour has one epoch or hundreds.
     """
-    return number % max(1, 2 ** (number.bit_length() - 2)) == 0 if number > 1 else True
+    number, rest = divmod(epoch, every_n_epochs)
+    return rest == 0 and number % 2 ** max(0, number.bit_length() - 2) == 0
 
 
 def leave_bar(trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,7 +1,7 @@
 """TensorBoard's logger of a command: one run a training, and what is evaluated as a table."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,17 @@ class RunLogger(TensorBoardLogger):
         )
 
     @rank_zero_only
-    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Write the numbers, those without a course as a table."""
-        results = {name: float(value) for name, value in metrics.items() if name.startswith(self.tabled)}
+        results = {
+            name: float(value) for name, value in metrics.items() if name.startswith(self.tabled) and name != "epoch"
+        }
         if results:
-            self._results |= {name: value for name, value in results.items() if name != "epoch"}
+            self._results |= results
             lines = [f"| {name} | {value:.4g} |" for name, value in self._results.items()]
             self.experiment.add_text("results", "\n".join(["| | |", "|---|---|", *lines]), step)
-        if courses := {name: value for name, value in metrics.items() if name not in results}:
+        courses = {name: value for name, value in metrics.items() if name not in results}
+        if courses.keys() - {"epoch"}:
             super().log_metrics(courses, step)
 
 

@@ -252,13 +252,7 @@ def test_an_interrupted_run_is_reported_after_its_bar(
             print("the bar ends")
 
     with pytest.raises(SystemExit):
-        fit(
-            tmp_path,
-            Stopped(table),
-            callbacks=[EMReport(), Bar()],
-            enable_checkpointing=False,
-            enable_progress_bar=True,
-        )
+        fit(tmp_path, Stopped(table), callbacks=[EMReport(), Bar()], enable_checkpointing=False)
     printed = capsys.readouterr().out
     assert 0 <= printed.find("the bar ends") < printed.find("Learned parameters after 1 steps")
     assert (tmp_path / "run [1]" / "em_parameters.yaml").is_file()
