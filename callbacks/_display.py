@@ -58,7 +58,7 @@ def run_directory(trainer: Trainer) -> str | None:
 
 
 def is_drawn(epoch: int, every_n_epochs: int) -> bool:
-    """Whether a picture is drawn in this epoch: of every n-th one the numbers 0, 1, 2, 3, 4, 6, 8, 12, 16, 24 and so on.
+    """Whether a picture is drawn in this epoch: the numbers 0, 1, 2, 3, 4, 6, 8, 12, 16, 24 and so on of each n-th.
 
     A picture takes hundreds of kilobytes, and an hour has one epoch or hundreds.
     """

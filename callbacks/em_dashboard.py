@@ -33,8 +33,8 @@ class EMDashboard(Callback):
       `default_hp_metric: false`, or its placeholder is in the way.
 
     Args:
-        every_n_epochs: Draw the heat map after every n-th epoch, beginning with the first, and after the last; more rarely
-            as the run grows long.
+        every_n_epochs: Draw the heat map after every n-th epoch, beginning with the first, and after the last; more
+            rarely as the run grows long.
 
     Example:
         >>> from lightning.pytorch import Trainer

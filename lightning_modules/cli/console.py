@@ -1,4 +1,4 @@
-"""What a command that trains prints: what its user can act on, and an error as a sentence."""
+"""Console of a command that trains: what its user can act on, and an error as a sentence."""
 
 import linecache
 import logging
