@@ -121,12 +121,14 @@ def test_what_is_evaluated_is_within_the_run_and_a_table(capsys: pytest.CaptureF
     last = Path("logs/demo/version_0/checkpoints/last.ckpt")
     for verb in ("validate", "test", "predict"):
         main([verb, *SMALL[:5], f"--ckpt_path={last}"])
+    main(["predict", *SMALL[:5], f"--ckpt_path={last}"])  # what is there already stays
     main(["test", *SMALL[:5]])
     with pytest.raises(SystemExit):
         main(["test", *SMALL[:5], "--data.crop_size=900"])
     assert sorted(path.name for path in Path("logs/demo").iterdir()) == ["test", "version_0"]
     run = last.parents[1]
-    assert list((run / "predict/restored").glob("*.png"))
+    for folder in ("predict", "predict_1"):
+        assert len(list((run / folder / "restored").glob("*.png"))) == 8
     assert not list((run / "predict").rglob("events*")), "nothing to draw"
     for verb, prefix in (("validate", "val"), ("test", "test")):
         events = EventAccumulator(str(run / verb)).Reload()

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +66,17 @@ class _Unopened:
 def evaluation_place(arguments: Any, verb: str, checkpoint: str | None) -> None:
     """Lets a logger's arguments name a folder `verb` within that of the run whose checkpoint is evaluated.
 
-    Without a run of its own it is beside them, `<name>/<verb>`.
+    Without a run of its own it is beside them, `<name>/<verb>`. What a former evaluation has left stays: the next one
+    is `<verb>_1`.
     """
     if arguments.get("version") is not None:
         return
     folder = Path(checkpoint).parent if checkpoint else Path()
     if folder.name == "checkpoints" and folder.parent.name:
         arguments["save_dir"], arguments["name"] = str(folder.parents[1]), folder.parent.name
-    arguments["version"] = verb
+    home = Path(arguments["save_dir"], arguments.get("name") or "")
+    names = (verb if number == 0 else f"{verb}_{number}" for number in count())
+    arguments["version"] = next(name for name in names if not (home / name).exists())
 
 
 def remove_unbegun(folder: Path) -> None:
