@@ -5,9 +5,9 @@ inside: the kernel in C (`cpu.kernel`) where it takes the tensors, torch (`stenc
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Sequence  # noqa: UP035  (as torch 2.6 reads the operators' annotations)
 
 import torch
 from torch import Tensor
