@@ -155,7 +155,7 @@ class PointCloudDiffusion(RestorationOperator):
     ) -> Tensor:
         center = points.detach().mean(0)
         position = points - center
-        tree = KDTree(position.detach().cpu().numpy())
+        tree = KDTree(position.detach().cpu().numpy(), balanced_tree=False)
         width = ((width_noise * noise) ** 2 + (width_spacing * median_spacing(tree)) ** 2).sqrt()
         if not (reach := _REACH * float(width.detach())):
             return points
