@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from numpy.typing import NDArray
 from torch_geometric.data import Data
 
 from callbacks import PointCloudView, PointCloudWriter
@@ -143,10 +144,29 @@ def test_files_of_others_are_not_overwritten_and_results_not_denoised_again(fold
         predict(folder / "scans", folder / "scans")
 
 
-def test_a_file_without_finite_points_is_named(tmp_path: Path) -> None:
-    np.save(tmp_path / "holes.npy", np.full((40, 3), np.nan))
-    with pytest.raises(ValueError, match=r"holes\.npy has no point with finite coordinates"):
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [
+        (np.full((40, 3), np.nan), "it has no point with finite coordinates"),
+        (np.random.default_rng(0).random((400, 3)).astype("f4") + np.float32(5e6), r"as large as 5e\+06 have steps of"),
+        (1e30 * np.random.default_rng(0).random((400, 3)), "squares that are out of the range of torch.float32"),
+    ],
+)
+def test_a_file_that_cannot_be_denoised_is_named(points: NDArray[Any], message: str, tmp_path: Path) -> None:
+    np.save(tmp_path / "bad.npy", points)
+    with pytest.raises(ValueError, match=rf"bad\.npy cannot be taken: .*{message}"):
         predict(tmp_path, tmp_path / "out")
+
+
+def test_a_stray_point_does_not_cost_a_scan_its_digits(tmp_path: Path) -> None:
+    points = np.random.default_rng(0).random((400, 3))
+    np.save(tmp_path / "near.npy", points)
+    np.save(tmp_path / "stray.npy", np.append(points + np.array([5e5, 5e6, 100]), np.zeros((1, 3)), 0))
+    data = PointCloudDataModule(str(tmp_path), batch_size=1)
+    data.setup("predict")
+    near, stray = (batch["cloud"].pos for batch in data.predict_dataloader())
+    shift = stray[:-1] - near
+    torch.testing.assert_close(shift, shift[:1].expand_as(shift), atol=1e-6, rtol=0)
 
 
 def test_the_view_needs_counts() -> None:
