@@ -15,7 +15,6 @@ from datamodules._surface_samples import Sampling, sample_surface
 from datamodules.image_data_module import BatchDataset, ImageDataModule, Split
 from lightning_modules.imaging import draw, mix, permutation
 from lightning_modules.point_clouds.files import find_clouds, read_cloud
-from lightning_modules.point_clouds.neighborhoods import check_coordinates
 
 if TYPE_CHECKING:
     from torch_geometric.data import Data
@@ -150,12 +149,9 @@ class _Source:
 def _source(path: Path, name: str) -> _Source:
     file = read_cloud(path)
     try:
-        source = _Source(name, *file.finite_mesh())
-        for points in (file.points.astype(file.precision)[file.finite], source.points.astype(np.float32)):
-            check_coordinates(torch.from_numpy(points))
+        return _Source(name, *file.finite_mesh())
     except ValueError as error:
         raise ValueError(f"{path} cannot be taken: {error}") from error
-    return source
 
 
 class _Clouds(BatchDataset):

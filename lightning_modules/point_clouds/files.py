@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from lightning_modules.imaging import write_whole
+from lightning_modules.point_clouds.neighborhoods import check_coordinates
 
 _AXES = ("x", "y", "z")
 _INSTALL = 'pip install "lightning-em[point-clouds]"'
@@ -56,16 +58,12 @@ class CloudFile:
         """Which points have coordinates that are numbers [N]; scanners mark what they have missed by NaN."""
         return np.asarray(np.isfinite(self.points).all(1))
 
-    @property
-    def precision(self) -> np.dtype[Any]:
-        """Floating-point type that has the digits of the coordinates."""
-        return np.result_type(np.float32, *(self.vertices[axis] for axis in _AXES))
-
     def finite_mesh(self) -> tuple[NDArray[np.float64], NDArray[np.int64] | None]:
         """Points that are finite [M, 3], and the triangles between them that have an area [F, 3]; None without any.
 
         Raises:
-            ValueError: If there is no such point, or a triangle has a corner that is none of the points.
+            ValueError: If there is no such point, a triangle has a corner that is none of them, or the numbers are too
+                coarse, or about their median out of the range of single precision.
         """
         finite, faces = self.finite, self.faces
         if not finite.any():
@@ -76,7 +74,11 @@ class CloudFile:
             faces = (finite.cumsum() - 1)[faces[finite[faces].all(1)]]
             first, second, third = (self.points[finite][faces[:, corner]] for corner in range(3))
             faces = faces[np.cross(second - first, third - first).any(1)]
-        return self.points[finite], faces if faces is not None and len(faces) else None
+        points = self.points[finite]
+        own = np.result_type(np.float32, *(self.vertices[axis] for axis in _AXES))
+        for numbers in (points.astype(own), (points - np.median(points, 0)).astype(np.float32)):
+            check_coordinates(torch.from_numpy(numbers))
+        return points, faces if faces is not None and len(faces) else None
 
     def moved(self, points: NDArray[np.float64]) -> "CloudFile":
         """The same with other coordinates, rounded to the precision that the file has."""
