@@ -140,7 +140,7 @@ def test_files_of_others_are_not_overwritten_and_results_not_denoised_again(fold
     with pytest.raises(FileExistsError, match="is not an earlier result"):
         predict(folder / "scans", tmp_path / "other")
     assert (tmp_path / "other" / "scan.ply").read_text() == "mine"
-    with pytest.raises(ValueError, match="would be denoised again"):
+    with pytest.raises(ValueError, match="would be restored again"):
         predict(folder / "scans", folder / "scans")
 
 
@@ -172,3 +172,41 @@ def test_a_stray_point_does_not_cost_a_scan_its_digits(tmp_path: Path) -> None:
 def test_the_view_needs_counts() -> None:
     with pytest.raises(ValueError, match="num_clouds"):
         PointCloudView(num_clouds=0)
+
+
+def test_names_that_differ_in_their_suffix_only_get_files_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "scans").mkdir()
+    points = np.random.default_rng(0).random((3, 20, 3))
+    np.savetxt(tmp_path / "scans" / "a.xyz", points[0])
+    write_ply(CloudFile.of(points[1]), tmp_path / "scans" / "a.ply")
+    write_ply(CloudFile.of(points[2]), tmp_path / "scans" / "a.xyz.ply")
+    predict(tmp_path / "scans", tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*.ply"))) == 3
+
+
+def test_the_next_run_replaces_what_a_killed_one_has_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "scans").mkdir()
+    for name in ("a", "b"):
+        np.save(tmp_path / "scans" / f"{name}.npy", np.random.default_rng(0).random((40, 3)))
+    with monkeypatch.context() as patch:
+        patch.setattr(PointCloudWriter, "on_predict_epoch_end", lambda *_: None)  # as if killed before the table
+        predict(tmp_path / "scans", tmp_path / "out")
+    assert not (tmp_path / "out" / "restored.csv").exists()
+    predict(tmp_path / "scans", tmp_path / "out")
+    assert (tmp_path / "out" / "restored.csv").read_text().count("\n") == 3
+
+
+def test_a_cloud_that_cannot_be_written_is_listed_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "scans").mkdir()
+    for name in ("a", "b"):
+        np.save(tmp_path / "scans" / f"{name}.npy", np.random.default_rng(0).random((40, 3)))
+
+    def write(file: CloudFile, path: Path) -> None:
+        if path.name == "a.ply":
+            raise PermissionError("a.ply: no")
+        write_ply(file, path)
+
+    monkeypatch.setattr("callbacks.point_cloud_writer.write_ply", write)
+    with pytest.raises(RuntimeError, match=r"1 clouds could not be written, all others are: a\.npy: a\.ply: no"):
+        predict(tmp_path / "scans", tmp_path / "out")
+    assert (tmp_path / "out" / "b.ply").is_file()
