@@ -42,7 +42,7 @@ class BuildWheel(bdist_wheel):
 
 def prebuild(folder: Path) -> None:
     """Compiles the kernel, in both precisions and for every processor, where there is a compiler that will."""
-    spec = importlib.util.spec_from_file_location("library", ROOT / CPU / "library.py")
+    spec = importlib.util.spec_from_file_location("library", ROOT / PACKAGE / "native" / "library.py")
     library = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(library)
     source, *includes = (ROOT / CPU / name for name in ("kernel.c", "planes.h", "vectors.h"))

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 
 import lightning_modules
 from lightning_modules.cli.configs import config_folder, config_names, find_config
-from lightning_modules.graph.cpu import library
+from lightning_modules.native import library
 
 PROJECT = Path(__file__).parents[1]
 PACKAGES = ("lightning_modules", "callbacks", "datamodules")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lightning_modules.graph.cpu import library
+from lightning_modules.native import library
 
 SOURCE = '#include "answer.h"\nint answer(void) { return ANSWER; }\n'
 
