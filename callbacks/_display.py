@@ -19,9 +19,14 @@ def em_table(pl_module: LightningModule) -> "ParameterTable | None":
 
 def error_bars(trainer: Trainer) -> Tensor | None:
     """Returns how well each parameter is known, in log units `[K + 1, P]`, where the rule of the run says so."""
+    found = learner(trainer)
+    return None if found is None else found.standard_deviation()
+
+
+def learner(trainer: Trainer) -> EMParameterCallback | None:
+    """Returns the M-step of a run, where it has one."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    found = [callback for callback in callbacks if isinstance(callback, EMParameterCallback)]
-    return found[0].standard_deviation() if found else None
+    return next((callback for callback in callbacks if isinstance(callback, EMParameterCallback)), None)
 
 
 def at_bound(value: float, bound: float) -> bool:
@@ -50,6 +55,22 @@ def run_directory(trainer: Trainer) -> str | None:
     directory = trainer.log_dir
     # the stand-in logger of `fast_dev_run` answers every attribute with a function
     return directory if trainer.loggers and isinstance(directory, str) else None
+
+
+def is_drawn(epoch: int, every_n_epochs: int) -> bool:
+    """Whether a picture is drawn in this epoch: the numbers 0, 1, 2, 3, 4, 6, 8, 12, 16, 24 and so on of each n-th.
+
+    A picture takes hundreds of kilobytes, and an hour has one epoch or hundreds.
+    """
+    number, rest = divmod(epoch, every_n_epochs)
+    return rest == 0 and number % 2 ** max(0, number.bit_length() - 2) == 0
+
+
+def leave_bar(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Ends the progress bar of a `fit`, so that what is printed next comes after it."""
+    bar = trainer.progress_bar_callback
+    if bar is not None:
+        bar.teardown(trainer, pl_module, "fit")
 
 
 def require_positive(owner: object, **arguments: int) -> None:

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from callbacks._display import em_table, error_bars, require_positive, stopped_at, tensorboard_loggers
+from callbacks._display import em_table, error_bars, is_drawn, require_positive, stopped_at, tensorboard_loggers
 from callbacks._em_metrics import MAX_SCALARS, values_by_name
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ class EMDashboard(Callback):
       `default_hp_metric: false`, or its placeholder is in the way.
 
     Args:
-        every_n_epochs: Draw the heat map after every n-th epoch, beginning with the first, and after the last.
+        every_n_epochs: Draw the heat map after every n-th epoch, beginning with the first, and after the last; more
+            rarely as the run grows long.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -60,7 +61,7 @@ class EMDashboard(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws the heat map."""
-        if trainer.current_epoch % self.every_n_epochs == 0:
+        if is_drawn(trainer.current_epoch, self.every_n_epochs):
             self._draw(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

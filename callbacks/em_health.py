@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from callbacks._display import em_table, require_positive, stopped_at, tensorboard_loggers
@@ -36,10 +36,11 @@ class EMHealth(Callback):
     It looks for parameters that are stopped by a bound, in the global set or a row; a loss proxy that oscillates; a row
     that gets no images; a perceptual loss beside which the reconstruction has no say; parameters that still move at the
     end; and whatever else the operator warns of (`RestorationOperator.warnings`), from the means of its own
-    diagnostics. Findings go to the log, to TensorBoard's
-    text page under `em/health`, and below the closing table of `EMReport`. It reads the device only on steps that log
-    (`log_every_n_steps`) or end an epoch or the run. A run of few looks is judged at its end, by what all of them saw,
-    and bounds by where the values rest then, as the closing table does; what the run was too short to tell is said.
+    diagnostics. A finding goes to TensorBoard's text page under `em/health`, and once to the console: below the closing
+    table where the run has an `EMReport`, or else as a warning when it is found. That a run will be too short is a
+    warning at its start. It reads the device only on steps that log (`log_every_n_steps`) or end an epoch or the run. A
+    run of few looks is judged at its end, by what all of them saw, and bounds by where the values rest then, as the
+    closing table does.
 
     Args:
         patience: Looks on end that must see the same before it is a finding; in a run of fewer looks, all of them.
@@ -70,13 +71,22 @@ class EMHealth(Callback):
         self._rows: list[float] = []
         self._path: list[tuple[int, list[list[float]]]] = []
         self._of_operator: set[str] = set()
-        self._first_step = self._last_step = 0
+        self._last_step = 0
+        #: Whether someone else prints the findings; `EMReport` does.
+        self.is_reported = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begins a new record."""
+        """Begins a new record, and counts the steps to come."""
         self.findings, self._seen, self._path, self._proxies, self._rows = {}, {}, [], [], []
         self._messages, self._looks, self._sums, self._of_operator = {}, {}, None, set()
-        self._first_step = self._last_step = trainer.global_step
+        self._last_step = trainer.global_step
+        steps = trainer.estimated_stepping_batches
+        if em_table(pl_module) is not None and steps < self.window and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_warn(
+                f"this run ends after {steps} steps, and learning takes some hundred; fewer than {self.window} do not "
+                "show either whether it oscillates or still moves: raise max_epochs, make the batches smaller, or take "
+                "more crops of each image"
+            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -107,12 +117,6 @@ class EMHealth(Callback):
         for key, message in self._messages.items():
             if 0 < self._seen[key] == self._looks[key] < self.patience:
                 self._warn(trainer, key, message)
-        steps = trainer.global_step - self._first_step
-        if 0 < steps < self.window:
-            rank_zero_info(
-                f"EMHealth: {steps} steps are too few to tell whether the loss proxy oscillates (it takes "
-                f"{self.window}) or parameters still move."
-            )
         moving = still_moving(table, self._path, trainer.global_step)
         for name in table.learned:
             changes = {row: change for (parameter, row), change in moving.items() if parameter == name}
@@ -220,7 +224,8 @@ class EMHealth(Callback):
         if key in self.findings:
             return
         self.findings[key] = message
-        rank_zero_warn(f"EMHealth at step {trainer.global_step}: {message}.")
+        if not self.is_reported:
+            rank_zero_warn(f"EMHealth at step {trainer.global_step}: {message}.")
         if trainer.is_global_zero:
             for logger in tensorboard_loggers(trainer):
                 text = "\n".join(f"- {finding}" for finding in self.findings.values())

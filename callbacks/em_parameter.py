@@ -24,6 +24,10 @@ _RECENT = 5
 _PATIENCE = 10
 # Values of the global set that the progress bar shows.
 _SHOWN = 3
+# Occasions on which a run logs, after which it does so half as often with each doubling.
+_DENSE_LOGS = 1024
+# Metric of the validation that is kept from before the first step.
+_SCORE = "val/psnr"
 # Most that responsibilities may sum to above 1 by rounding, bfloat16's included.
 _ROUNDING = 0.02
 
@@ -39,7 +43,8 @@ class EMParameterCallback(Callback):
 
     What it logs as `em/…` has the step of the module's own `train/…`, and can be monitored by name, as by
     `EarlyStopping(monitor="em/loss_proxy")`: the value is that of the last step that logged or ended an epoch. The
-    progress bar shows the first three learned values of the global set after every step.
+    progress bar shows the first three learned values of the global set after every step. A run that logs more than
+    1024 times does so half as often from then on, and again with each doubling, so that its events stay small.
 
     The `last.ckpt` of a `ModelCheckpoint` with a monitor is the newest state, not a copy of the best.
 
@@ -102,6 +107,9 @@ class EMParameterCallback(Callback):
         self._statistics = SufficientStatistics(0, 0)
         self._last_step = 0
         self._scale: Tensor | None = None
+        #: Validation PSNR before the first step, where all of the validation data were looked at then
+        #: (`num_sanity_val_steps: -1`).
+        self.start_score: float | None = None
         self._warned: set[str] = set()
 
     # For whoever prefers numbers to TensorBoard ------------------------------------------------------------------
@@ -272,7 +280,7 @@ class EMParameterCallback(Callback):
         shown = dict([*values_by_name(table, "em", table.values()[:1], table.learned).items()][:_SHOWN])
         pl_module.log_dict(shown, prog_bar=True, logger=False, on_step=True, on_epoch=False)
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        logs = every > 0 and trainer.global_step % every == 0
+        logs = every > 0 and trainer.global_step % every == 0 and _is_logged(trainer.global_step // every)
         if logs or table.shared.device.type == "cpu":
             self._check_run(table)
         if logs or trainer.is_last_batch:
@@ -283,6 +291,17 @@ class EMParameterCallback(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep what is learned out of the averages that validation is about to use, wherever in the list we are."""
         _keep_from_averages(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the score of the start values, and log what has been gained over it on a scale of its own."""
+        score = trainer.callback_metrics.get(_SCORE)
+        if score is None or trainer.state.fn != "fit":
+            return
+        if trainer.sanity_checking:
+            whole = trainer.num_sanity_val_steps == float("inf")  # -1 in the configuration
+            self.start_score = float(score) if whole and trainer.global_step == 0 else None
+        elif self.start_score is not None:
+            _log_to_loggers(trainer, {"val/psnr_over_start": float(score) - self.start_score})
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """As `on_validation_start`: an average may have begun with this epoch."""
@@ -314,6 +333,7 @@ class EMParameterCallback(Callback):
             "rule": type(self.rule).__name__,
             "rule_state": {name: tensor.cpu() for name, tensor in self._rule_state.items()},
             "skipped": self._skipped.cpu(),
+            "start_score": self.start_score,
             "proxies": torch.stack([*self._proxies]).cpu() if self._proxies else [],
             "states": [(state.shared.cpu(), state.offsets.cpu()) for state in self._states],
         }
@@ -327,6 +347,7 @@ class EMParameterCallback(Callback):
                 f"the checkpoint was written under {state_dict.get('rule')}, this run uses {type(self.rule).__name__}: "
                 "the parameters go on from where they were, the rule starts afresh"
             )
+        self.start_score = state_dict.get("start_score")
         # The total goes on; a streak of skipped steps that stopped a run must not stop the one that resumes it.
         total = state_dict.get("skipped", self._skipped)[:1].cpu()
         self._skipped = torch.cat([total, torch.zeros(2, dtype=torch.long)])
@@ -518,6 +539,11 @@ def _keep_from_averages(trainer: Trainer, pl_module: LightningModule) -> None:
             if isinstance(source, torch.nn.Module) and isinstance(copy, torch.nn.Module):
                 for learned, averaged in zip(source.buffers(recurse=False), copy.buffers(recurse=False), strict=True):
                     averaged.copy_(learned)
+
+
+def _is_logged(number: int) -> bool:
+    """Whether the n-th occasion to log is taken."""
+    return number % 2 ** max(0, number.bit_length() - (_DENSE_LOGS - 1).bit_length()) == 0
 
 
 def _log_to_loggers(trainer: Trainer, numbers: dict[str, float]) -> None:

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from callbacks._display import em_table, error_bars, run_directory, stopped_at
+from callbacks._display import em_table, error_bars, learner, leave_bar, run_directory, stopped_at
 from callbacks.em_health import EMHealth
 from lightning_modules.checkpoints.module import checkpoint_paths
 
@@ -23,10 +23,15 @@ if TYPE_CHECKING:
     from lightning_modules.em import ParameterTable
 
 FILE_NAME = "em_parameters.yaml"
+_SCORES = ("val/psnr", "val/psnr_noisy")
 
 
 class EMReport(Callback):
-    """Prints every learned parameter at the end of `fit`, and writes them to `em_parameters.yaml` beside the logs.
+    """Prints every learned parameter at the end of `fit`, and writes them to `em_parameters.yaml` beside the logs; of a
+    run that is interrupted, what it has reached.
+
+    Below the table are what `EMHealth` has found and the validation PSNR: of the start values and of those learned,
+    where the Trainer has looked at the validation data before the first step (`num_sanity_val_steps: -1`).
 
     The file is a config: `lightning-em fit -c demo -c logs/.../em_parameters.yaml` starts where this run
     ended, with its bounds and what it learned. A parameter in units of the noise level is shown as such, and in its own
@@ -40,38 +45,66 @@ class EMReport(Callback):
     def __init__(self) -> None:
         self._directory: str | None = None
         self._channels = 3
+        self._first_step = 0
+        self._scores: dict[str, float] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Warns where there is nothing to report."""
+        """Warns where there is nothing to report; takes over what `EMHealth` has to say."""
+        for health in _healths(trainer):
+            health.is_reported = True
         if stage == "fit" and em_table(pl_module) is None:
             rank_zero_warn(f"EMReport prints no parameters: {type(pl_module).__name__} has no em_parameters.")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Asks for the directory, on every rank."""
         self._directory = run_directory(trainer)
+        self._scores = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes where the run begins."""
+        self._first_step = trainer.global_step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Notes the channels of the images, on which a unit may depend."""
         if batch_idx == 0 and isinstance(batch, dict) and "image" in batch:
             self._channels = batch["image"].shape[1]
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keeps the scores, on every rank: to ask for them may be a collective."""
+        if not trainer.sanity_checking:
+            metrics = trainer.callback_metrics
+            self._scores = {name: float(metrics[name]) for name in _SCORES if name in metrics}
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints and writes."""
+        self._report(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Prints and writes what an interrupted run has reached."""
+        if trainer.state.fn == "fit" and trainer.global_step > self._first_step:
+            self._report(trainer, pl_module)
+
+    def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        console = get_console()  # that of the progress bar, which moves out of the way
+        leave_bar(trainer, pl_module)
+        console = get_console()
         table = em_table(pl_module)
         exported = None
         if table is not None:
             level, factors = units_of_noise(pl_module, table, self._channels)
-            console.print(parameter_report(table, error_bars(trainer), level, factors))
+            report = parameter_report(table, error_bars(trainer), level, factors)
+            report.title = f"Learned parameters after {trainer.global_step} steps"
+            console.print(report)
             if self._directory is not None:
                 exported = Path(self._directory) / FILE_NAME
                 exported.parent.mkdir(parents=True, exist_ok=True)
                 exported.write_text(yaml.safe_dump(overlay(pl_module, table), sort_keys=False, allow_unicode=True))
         for finding in findings(trainer):
             console.print(f"! {finding}", markup=False, highlight=False)
-        for line in summary(trainer.callback_metrics, self._directory, checkpoint_paths(trainer), exported):
+        step = learner(trainer)
+        start = None if step is None else step.start_score
+        for line in summary(self._scores, self._directory, checkpoint_paths(trainer), exported, start):
             # A path is printed in one piece, so that it can be copied; brackets in it are no markup.
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -107,7 +140,7 @@ def parameter_report(
     Shape:
         - deviation: `[K + 1, P]`
     """
-    report = Table(title="Learned parameters", caption=_caption(table), caption_justify="left")
+    report = Table(title="Learned parameters", caption=_caption(table, deviation), caption_justify="left")
     bars = None if deviation is None else deviation.tolist()
     report.add_column("", no_wrap=True)
     for name in table.learned:
@@ -148,14 +181,31 @@ def overlay(pl_module: LightningModule, table: "ParameterTable") -> dict[str, An
 
 
 def summary(
-    metrics: Mapping[str, Any], directory: str | None, checkpoints: tuple[str, str], exported: Path | None
+    scores: Mapping[str, float],
+    directory: str | None,
+    checkpoints: tuple[str, str],
+    exported: Path | None,
+    start: float | None = None,
 ) -> list[str]:
-    """Returns the lines below the table: the metric before and after, and where things are."""
+    """Returns the lines below the table: what has been gained, and where things are.
+
+    Args:
+        scores: The last metrics of the validation.
+        directory: Where the logs are.
+        checkpoints: The best and the newest.
+        exported: The file of parameters.
+        start: Validation PSNR of the start values, where it is known.
+    """
     lines = []
-    if "val/psnr" in metrics and "val/psnr_noisy" in metrics:
-        before, after = float(metrics["val/psnr_noisy"]), float(metrics["val/psnr"])
-        gain = float(metrics.get("val/psnr_gain", after - before))
-        lines.append(f"validation PSNR: {before:.2f} dB before restoration, {after:.2f} dB after: {gain:+.2f} dB")
+    if "val/psnr" in scores and "val/psnr_noisy" in scores:
+        noisy, after = (f"{scores[name]:.2f}" for name in ("val/psnr_noisy", "val/psnr"))
+        # Of the numbers as they are printed, so that they add up.
+        lines.append(
+            f"validation PSNR: noisy {noisy} dB, restored {after} dB: {float(after) - float(noisy):+.2f} dB"
+            if start is None
+            else f"validation PSNR: start values {start:.2f} dB, learned {after} dB: "
+            f"{float(after) - float(f'{start:.2f}'):+.2f} dB (noisy {noisy} dB)"
+        )
     if exported is not None:
         lines.append(f"parameters: {exported} (the next run starts from them with -c CONFIG -c {exported})")
     if directory is not None:
@@ -170,8 +220,12 @@ def summary(
 
 def findings(trainer: Trainer) -> list[str]:
     """Returns what `EMHealth` has seen in this run, where it took part."""
+    return [text for health in _healths(trainer) for text in health.findings.values()]
+
+
+def _healths(trainer: Trainer) -> list[EMHealth]:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return [text for callback in callbacks if isinstance(callback, EMHealth) for text in callback.findings.values()]
+    return [callback for callback in callbacks if isinstance(callback, EMHealth)]
 
 
 def class_path(cls: type) -> str:
@@ -184,7 +238,7 @@ def class_path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _caption(table: "ParameterTable") -> str:
+def _caption(table: "ParameterTable", deviation: Tensor | None) -> str:
     now, values = table.get_parameters(), table.values()
     stopped = any(
         stopped_at(table, name, value)
@@ -192,7 +246,17 @@ def _caption(table: "ParameterTable") -> str:
         for value in values[:, table.columns(name)].flatten().tolist()
     )
     fixed = ", ".join(f"{name} {_text(now[name])}" for name in table.names if name not in table.learned)
-    return escape("; ".join(["* rests on a bound"] * stopped + [f"fixed: {fixed}"] * bool(fixed)))
+    known = deviation is not None and any(
+        not isinstance(now[name], list) and not deviation[0, table.columns(name)].isnan().any()
+        for name in table.learned
+    )
+    legend = {
+        "* rests on a bound": stopped,
+        "± one standard deviation": known,
+        "… least, middle and largest of a bank": any(isinstance(now[name], list) for name in table.learned),
+        f"fixed: {fixed}": bool(fixed),
+    }
+    return escape("; ".join(text for text, is_shown in legend.items() if is_shown))
 
 
 def _heading(table: "ParameterTable", name: str) -> str:

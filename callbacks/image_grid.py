@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.utils import make_grid
 
-from callbacks._display import require_positive, tensorboard_loggers
+from callbacks._display import is_drawn, require_positive, tensorboard_loggers
 
 _NAMES = ("clean", "noisy", "restored")
 _LEAST_SIDE = 96  # pixels; smaller images are enlarged by a whole factor
@@ -23,7 +23,7 @@ class ImageGrid(Callback):
 
     Args:
         num_images: How many images, one a column.
-        every_n_epochs: Draw in every n-th epoch, beginning with the first.
+        every_n_epochs: Draw in every n-th epoch, beginning with the first; more rarely as the run grows long.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -73,7 +73,7 @@ class ImageGrid(Callback):
     def _draws(self, trainer: Trainer) -> bool:
         if trainer.sanity_checking or not trainer.is_global_zero or not tensorboard_loggers(trainer):
             return False
-        return trainer.state.fn != TrainerFn.FITTING or trainer.current_epoch % self.every_n_epochs == 0
+        return trainer.state.fn != TrainerFn.FITTING or is_drawn(trainer.current_epoch, self.every_n_epochs)
 
 
 def image_grid(samples: list[tuple[Tensor, ...]]) -> Tensor:

@@ -215,7 +215,7 @@ class Reconstruction(CheckpointedModule):
         noise = estimate_noise_std(noisy) if noise_std is None else noise_std
         level = noise_level(noise, noisy)
         parameters = self._theta(noisy, level, labels)
-        return self._restore(noisy, level if isinstance(noise, Tensor | float | int) else noise, parameters)
+        return self._restore(noisy, level if isinstance(noise, (Tensor, float, int)) else noise, parameters)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Refuse labels without a row while they are on the host, where a look costs an accelerator nothing."""

@@ -77,6 +77,10 @@ class LastCheckpoint(ModelCheckpoint):
             path = "" if self.file_exists(free, trainer) else free
         self._leader.last_model_path = self.best_model_path = path
 
+    def save(self, trainer: Trainer) -> None:
+        """Writes the state of this moment, which must be that after a step."""
+        self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
 
 def keep_newest(trainer: Trainer) -> None:
     """Lets `last.ckpt` be the newest state of a `fit` where a `ModelCheckpoint` of the run would keep the best in it.

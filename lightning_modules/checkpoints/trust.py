@@ -316,7 +316,9 @@ def differences(text: str) -> str:
 def complaint(text: str) -> tuple[list[str], str]:
     """Returns the keys, from the outermost in, and the cause that a message of jsonargparse names."""
     # It nests what it has tried; the cause has the deepest indent.
-    noise = re.compile("NoneType|Given value|Subtypes:|Errors:|Does not validate")
+    noise = re.compile(
+        "NoneType|Given value|Subtypes:|Errors:|Does not validate|Subclass types expect|- a (class|dict)"
+    )
     lines = [line for line in text.splitlines() if line.strip() and not noise.search(line)] or [text]
     keys = re.findall('Parser key "([^"]+)"', text)
     return keys, max(lines, key=lambda line: len(line) - len(line.lstrip())).strip(" -")

@@ -29,6 +29,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -54,10 +55,15 @@ from lightning_modules.checkpoints.module import (
 )
 from lightning_modules.checkpoints.trust import building_from, check_entries, differences, names_in
 from lightning_modules.cli.configs import config_names, find_config
+from lightning_modules.cli.console import Parser, Refusal, calm
 from lightning_modules.cli.folds import leave_one_source_out
+from lightning_modules.cli.run_logger import RunLogger, evaluation_place, remove_unbegun
+from lightning_modules.cli.stopping import StopBetweenSteps
 
 # The mode of `test` that leaves each source out in turn.
 _FOLDS = "--leave_one_source_out"
+# What a shell has as the code of a command that Ctrl-C has ended.
+_INTERRUPTED = 128 + signal.SIGINT
 # Seconds that a rank which is to end has for what remains.
 _PATIENCE = 10.0
 
@@ -140,14 +146,21 @@ class EMCommand(LightningCLI):
         config = self.config[self.subcommand] if self.subcommand else self.config
         if config.trainer.enable_progress_bar is False and config.trainer.callbacks:
             config.trainer.callbacks = [c for c in config.trainer.callbacks if not _is_progress_bar(c.class_path)]
-        if self.subcommand == "fit" and config.ckpt_path:
-            _stay_in_folder(config.trainer.logger, Path(config.ckpt_path))
+        self._place_logger(config)
         table = config.get("model.init_args.em_parameters.init_args")
         if table is None or table.get("row_names") is not None:
             return
         self._parser(self.subcommand).link_arguments(
             "data.class_names", "model.init_args.em_parameters.init_args.row_names", apply_on="instantiate"
         )
+
+    def _place_logger(self, config: Any) -> None:
+        """Give the run its place: a folder of its own, or in that of the run that it goes on with or evaluates."""
+        if self.subcommand == "fit" and config.ckpt_path:
+            _stay_in_folder(config.trainer.logger, Path(config.ckpt_path))
+        elif self.subcommand not in ("fit", None) and not config.get(_FOLDS.strip("-")):
+            for logger in _logger_configs(config):
+                evaluation_place(logger.init_args, self.subcommand, config.ckpt_path)
 
     def instantiate_classes(self) -> None:
         """Build data, module and trainer, of which `--ckpt_path` may have named parts."""
@@ -168,6 +181,36 @@ class EMCommand(LightningCLI):
             and type(strategy.checkpoint_io) is TorchCheckpointIO
         ):
             strategy.checkpoint_io = AtomicCheckpointIO()
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        if not self.trainer.fast_dev_run and (found := _logger_configs(config)):  # type: ignore[attr-defined]
+            others = [logger for logger in self.trainer.loggers if type(logger) is not TensorBoardLogger]
+            ours = [RunLogger(**logger.init_args) for logger in found]
+            self.trainer.loggers = [*ours, *others]
+            for logger in ours:
+                logger.tabled = "" if self.subcommand == "validate" else logger.tabled  # evaluated once: no course
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run the command; one that fails before it has begun leaves no run behind."""
+        loggers = [logger for logger in self.trainer.loggers if isinstance(logger, RunLogger)]
+        fresh = [Path(log.log_dir) for log in loggers if self.trainer.is_global_zero and not Path(log.log_dir).exists()]
+        try:
+            super()._run_subcommand(subcommand)
+        except BaseException:
+            if self.trainer.global_step == 0:
+                for folder in fresh:
+                    remove_unbegun(folder)
+            raise
+
+    def fit(self, model: L.LightningModule, **options: Any) -> None:
+        """Fit; stopped by Ctrl-C, say what goes on."""
+        try:
+            self.trainer.fit(model, **options)
+        except SystemExit:
+            if not self.trainer.interrupted or self.trainer.world_size > 1:
+                raise
+            rank_zero_info(f"\nstopped at step {self.trainer.global_step}")
+            self.after_fit()
+            raise SystemExit(_INTERRUPTED) from None
 
     def test(self, model: L.LightningModule, **options: Any) -> None:
         """Test, or leave each source out in turn."""
@@ -178,16 +221,17 @@ class EMCommand(LightningCLI):
             self.trainer.test(model, **options)
 
     def after_fit(self) -> None:
-        """Say what to run next: what evaluates the best state, and what goes on from the newest."""
+        """Say what to run next: what evaluates the newest state, and what goes on from it."""
         best, last = checkpoint_paths(self.trainer)
         if not (best or last) or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         root = _relative(self.trainer.log_dir or self.trainer.default_root_dir)
         words = _without("--ckpt_path", [word for word in self._arguments if word != "fit"])
-        lines = [self._next(verb, words, best or last) for verb in ("validate", "test", "predict")]
+        # As the closing line and the pages have it, the state that the run has ended with; the best is named above.
+        lines = [self._next(verb, words, last or best) for verb in ("validate", "test", "predict")]
         if last:
             limit = self.trainer.max_epochs or -1
-            if 0 < limit <= self.trainer.current_epoch:
+            if 0 < limit <= self.trainer.current_epoch and not self.trainer.interrupted:
                 words = [*_without("--trainer.max_epochs", words), "--trainer.max_epochs", str(2 * limit)]
             lines.append(self._next("fit", words, last))
         lines.append(f"  tensorboard --logdir {root}")
@@ -217,12 +261,11 @@ class EMCommand(LightningCLI):
                     check_class(kind, stored)
                 except CheckpointError as error:
                     raise CheckpointError(f"{path} does not fit the configuration: {error}") from None
-        said = io.StringIO()
         try:
-            with self._trust(), contextlib.redirect_stderr(said):
+            with self._trust(), contextlib.redirect_stderr(io.StringIO()):
                 super()._parse_ckpt_path()
-        except SystemExit:
-            raise CheckpointError(f"{path} does not fit: {differences(said.getvalue())}") from None
+        except Refusal as refusal:
+            raise CheckpointError(f"{path} does not fit: {differences(refusal.message)}") from None
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and keep the words for the hints at the end."""
@@ -239,23 +282,32 @@ def build(args: list[str] | None, run: bool = False) -> EMCommand:
     """
     _check_packages()
     try:
-        return EMCommand(
-            L.LightningModule,
-            L.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
-            trainer_defaults={"callbacks": [EndTogether()]},
-            run=run,
-            args=args,
-            parser_kwargs={
-                "epilog": "Beside these: `lightning-em restore PATH...` restores photographs without training."
-            },
-        )
+        with calm() if run else contextlib.nullcontext():
+            return EMCommand(
+                L.LightningModule,
+                L.LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                auto_configure_optimizers=False,
+                seed_everything_default=0,
+                save_config_kwargs={"overwrite": True},
+                parser_class=Parser,
+                # Lightning's summary counts weights; `--trainer.enable_model_summary true` shows it.
+                trainer_defaults={"callbacks": [EndTogether(), StopBetweenSteps()], "enable_model_summary": False},
+                run=run,
+                args=args,
+                parser_kwargs={
+                    "epilog": "Beside these: `lightning-em restore PATH...` restores photographs without training."
+                },
+            )
     except CheckpointError as error:
         raise SystemExit(f"lightning-em: {error}") from None
+
+
+def _logger_configs(config: Any) -> list[Any]:
+    """What the configuration has of TensorBoard's loggers."""
+    loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
+    return [logger for logger in loggers if locate(getattr(logger, "class_path", "")) is TensorBoardLogger]
 
 
 def _stay_in_folder(logger: Any, checkpoint: Path) -> None:

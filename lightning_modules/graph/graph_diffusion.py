@@ -250,7 +250,7 @@ class GraphDiffusion(RestorationOperator):
         self, noise: Noise, images: Tensor, radius: Tensor, max_radius: float | None
     ) -> tuple[Tensor, Tensor | None]:
         """Level of the noise, and what it adds to the distances at each offset where it is an object that knows."""
-        if isinstance(noise, Tensor | float | int):
+        if isinstance(noise, (Tensor, float, int)):
             return noise_level(noise, images), None
         if self.signal == "patches":
             raise ValueError("signal='patches' takes the noise level as a number, not an object: use signal='image'")
@@ -285,7 +285,7 @@ class GraphDiffusion(RestorationOperator):
         each = data.x.new_empty(count_graphs(data))
         parameters = DiffusionParameters.of_each(each, *values)
         bound = float(parameters.radius.detach().max()) if len(each) else 1.0
-        if not isinstance(noise, Tensor | float | int):
+        if not isinstance(noise, (Tensor, float, int)):
             raise ValueError("a graph takes the noise level as a number for each, not an object")
         level = per_image("noise", noise, each).to(each.dtype)
         check_numbers({"noise": level})

@@ -244,7 +244,7 @@ def noise_level(noise: Noise, images: Tensor) -> Tensor:
     Raises:
         ValueError: If a level is negative or above 1, or the shape is none of these.
     """
-    if not isinstance(noise, Tensor | float | int):
+    if not isinstance(noise, (Tensor, float, int)):
         return noise.variance(images).sqrt()
     # A number is filled in, not copied: a copy to an accelerator would make the host wait.
     level = noise.to(images) if isinstance(noise, Tensor) else images.new_full((), noise)
@@ -332,7 +332,7 @@ def per_image(name: str, value: Tensor | float | Sequence[float], images: Tensor
     """
     if isinstance(value, Tensor):
         number = value.to(images.device)
-    elif isinstance(value, float | int):  # filled in, not copied: a copy would make the host wait for an accelerator
+    elif isinstance(value, (float, int)):  # filled in, not copied: a copy would make the host wait for an accelerator
         number = images.new_full((), value, dtype=torch.long if isinstance(value, int) else images.dtype)
     else:
         number = torch.tensor(value, dtype=images.dtype, device=images.device)

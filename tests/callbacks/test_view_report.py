@@ -7,14 +7,17 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from tables import bank_table, textbook_table
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from callbacks import EMParameterCallback, SignRule
 from callbacks.em_report import EMReport, class_path, overlay, parameter_report, summary
+from lightning_modules import EStep
 from lightning_modules.em import ParameterTable
 
 
@@ -58,7 +61,8 @@ def render(value: Any, width: int = 80) -> str:
 def fit(tmp_path: Path, module: LightningModule, **arguments: Any) -> Trainer:
     logger = TensorBoardLogger(str(tmp_path), name="", version="run [1]", default_hp_metric=False)
     settings = {"logger": logger, "callbacks": [EMReport(), ModelCheckpoint()], "max_epochs": 1} | arguments
-    trainer = Trainer(accelerator="cpu", enable_progress_bar=False, enable_model_summary=False, **settings)
+    has_bar = any(isinstance(callback, ProgressBar) for callback in settings["callbacks"])
+    trainer = Trainer(accelerator="cpu", enable_progress_bar=has_bar, enable_model_summary=False, **settings)
     trainer.fit(module, DataLoader(torch.rand(4, 2), 2), DataLoader(torch.rand(4, 2), 2))
     return trainer
 
@@ -173,8 +177,8 @@ def test_fit_prints_the_report_and_writes_the_file(
     printed = capsys.readouterr().out
     exported = tmp_path / "run [1]" / "em_parameters.yaml"
     assert yaml.safe_load(exported.read_text()) == overlay(Duck(table), table)
-    assert "Learned parameters" in printed
-    assert "validation PSNR: 20.50 dB before restoration, 28.00 dB after: +7.50 dB" in printed
+    assert "Learned parameters after 2 steps" in printed
+    assert "validation PSNR: noisy 20.50 dB, restored 28.00 dB: +7.50 dB" in printed
     for path in (exported, tmp_path / "run [1]", trainer.checkpoint_callback.best_model_path):
         assert str(path) in printed, "in one piece, so that it can be copied"
 
@@ -200,3 +204,77 @@ def test_the_summary_tells_what_there_is() -> None:
 def test_a_module_without_parameters_is_told_so(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="Duck has no em_parameters"):
         fit(tmp_path, Duck(None))
+
+
+class Slipping(Duck):
+    """A module whose score rises by one at each step, and whose table learns."""
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("val/psnr", 28.0 + self.trainer.global_step, batch_size=len(batch))
+        self.log("val/psnr_noisy", 20.5, batch_size=len(batch))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        loss = self.em_parameters.attach(super().training_step(batch, batch_idx))
+        return {"loss": loss, "em": EStep(torch.zeros(len(batch), 3), None, torch.rand(len(batch)))}
+
+
+@pytest.mark.parametrize(
+    ("sanity", "line"), [(-1, "start values 28.00 dB, learned 30.00 dB: +2.00 dB (noisy"), (2, "+9.50")]
+)
+def test_the_closing_line_compares_to_the_start_values_where_all_were_validated(
+    sanity: int, line: str, tmp_path: Path, table: ParameterTable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    learner = EMParameterCallback(SignRule())
+    trainer = fit(tmp_path, Slipping(table), num_sanity_val_steps=sanity, callbacks=[learner, EMReport()])
+    assert line in capsys.readouterr().out
+    events = EventAccumulator(str(tmp_path / "run [1]")).Reload()
+    gains = [e.value for e in events.Scalars("val/psnr_over_start")] if sanity < 0 else []
+    assert gains == ([2.0] if sanity < 0 else [])
+    assert ("val/psnr_over_start" in events.Tags()["scalars"]) == (sanity < 0)
+    state = learner.state_dict()
+    resumed = EMParameterCallback(SignRule())
+    resumed.load_state_dict(state)
+    assert resumed.start_score == learner.start_score == (28.0 if sanity < 0 else None)
+    assert trainer.global_step == 2
+
+
+def test_an_interrupted_run_is_reported_after_its_bar(
+    tmp_path: Path, table: ParameterTable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Stopped(Duck):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            if self.trainer.global_step == 1:
+                raise KeyboardInterrupt
+            return super().training_step(batch, batch_idx)
+
+    class Bar(ProgressBar):
+        def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+            print("the bar ends")
+
+    with pytest.raises(SystemExit):
+        fit(tmp_path, Stopped(table), callbacks=[EMReport(), Bar()], enable_checkpointing=False)
+    printed = capsys.readouterr().out
+    assert 0 <= printed.find("the bar ends") < printed.find("Learned parameters after 1 steps")
+    assert (tmp_path / "run [1]" / "em_parameters.yaml").is_file()
+
+
+def test_a_run_that_has_taken_no_step_reports_nothing(
+    tmp_path: Path, table: ParameterTable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Stopped(Duck):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit):
+        fit(tmp_path, Stopped(table))
+    assert "Learned" not in capsys.readouterr().out
+
+
+def test_the_legend_has_what_the_table_shows() -> None:
+    table = textbook_table(learned=["sigma"])
+    assert "rests" not in render(parameter_report(table))
+    deviation = torch.full((1, len(table.shared)), torch.nan)
+    assert "±" not in render(parameter_report(table, deviation))
+    deviation[0, 0] = 0.1
+    assert "± one standard deviation" in " ".join(render(parameter_report(table, deviation), 160).split())
+    assert "of a bank" in " ".join(render(parameter_report(bank_table(3)), 160).split())

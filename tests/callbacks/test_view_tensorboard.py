@@ -16,6 +16,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from callbacks._display import is_drawn
 from callbacks.em_dashboard import EMDashboard, bank_map, custom_scalars_layout, heat_map, hyperparameters, render
 from callbacks.image_grid import ImageGrid, image_grid
 from lightning_modules.em import ParameterTable, TableValues
@@ -95,6 +96,12 @@ def test_the_grid_shows_the_same_samples_every_time(tmp_path: Path) -> None:
     assert [event.step for event in drawn] == [3, 9], "epochs 0 and 2, and nothing from the sanity check"
     factor = 96 // 13
     assert (drawn[0].width, drawn[0].height) == (5 * (11 * factor + 2) + 2, 3 * (13 * factor + 2) + 2)
+
+
+def test_a_long_run_draws_more_and_more_rarely() -> None:
+    assert [epoch for epoch in range(50) if is_drawn(epoch, 1)] == [0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48]
+    assert [epoch for epoch in range(50) if is_drawn(epoch, 5)] == [0, 5, 10, 15, 20, 30, 40]
+    assert sum(is_drawn(epoch, 1) for epoch in range(10_000)) < 30
 
 
 def test_the_grid_holds_the_first_images_in_rows(tmp_path: Path) -> None:
