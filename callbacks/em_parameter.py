@@ -298,8 +298,9 @@ class EMParameterCallback(Callback):
         if score is None or trainer.state.fn != "fit":
             return
         if trainer.sanity_checking:
-            whole = trainer.num_sanity_val_steps == float("inf")  # -1 in the configuration
-            self.start_score = float(score) if whole and trainer.global_step == 0 else None
+            if trainer.global_step == 0:  # a run that is resumed keeps the score of its own start
+                whole = trainer.num_sanity_val_steps == float("inf")  # -1 in the configuration
+                self.start_score = float(score) if whole else None
         elif self.start_score is not None:
             _log_to_loggers(trainer, {"val/psnr_over_start": float(score) - self.start_score})
 

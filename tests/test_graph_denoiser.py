@@ -343,7 +343,7 @@ class TestCard:
     def test_the_files_are_small_and_the_card_names_the_data(self, card: Path) -> None:
         assert sum(path.stat().st_size for path in card.parent.glob("graph_denoiser.*")) <= 700_000
         text = card.read_text()
-        config = "configs/cameras.yaml" if card.parent.name == "camera" else "configs/photographs.yaml"
+        config = f"fit -c {'cameras' if card.parent.name == 'camera' else 'photographs'}"
         for word in ("google/dreambooth", "CC BY 4.0", "Unsplash", config):
             assert word in text
 

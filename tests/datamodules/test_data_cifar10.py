@@ -127,7 +127,7 @@ def test_absent(tmp_path):
     data.prepare_data()  # download=False: nothing happens
     with pytest.raises(FileNotFoundError) as error:
         data.setup("fit")
-    for part in (str(tmp_path / "nowhere" / "cifar-10-batches-py"), "data_batch_1", "tar -xzf", "configs/demo.yaml"):
+    for part in (str(tmp_path / "nowhere" / "cifar-10-batches-py"), "data_batch_1", "tar -xzf", "-c demo"):
         assert part in str(error.value)
     assert not (tmp_path / "nowhere").exists()
 
@@ -142,7 +142,7 @@ def test_truncated(fake_cifar):
     root = fake_cifar()
     path = root / "cifar-10-batches-py" / "data_batch_3"
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(ValueError, match=r"data_batch_3 is truncated.*configs/demo\.yaml") as error:
+    with pytest.raises(ValueError, match=r"data_batch_3 is truncated.*-c demo") as error:
         CIFAR10DataModule(str(root), val_size=5).setup("fit")
     assert str(path) in str(error.value)
 
@@ -239,7 +239,7 @@ class TestDownload:
     def test_failure_leaves_nothing_that_counts_as_good(self, archive, url, tmp_path, served):
         archive.write_bytes(archive.read_bytes()[:-200]) if served == "half" else archive.unlink()
         data = CIFAR10DataModule(str(tmp_path / "new"), download=True, url=url)
-        with pytest.raises(RuntimeError, match=r"could not be downloaded.*configs/demo\.yaml"):
+        with pytest.raises(RuntimeError, match=r"could not be downloaded.*-c demo"):
             data.prepare_data()
         assert not (tmp_path / "new" / "cifar-10-batches-py").exists()
         with pytest.raises(FileNotFoundError):
