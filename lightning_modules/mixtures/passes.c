@@ -28,6 +28,7 @@ typedef float real;
 #define OUT_OF_REACH 1e38 /* squares from here on may overflow in float32 */
 
 typedef float vector __attribute__((vector_size(VECTOR_BYTES)));
+typedef int32_t names __attribute__((vector_size(VECTOR_BYTES)));
 
 #define ALWAYS static inline __attribute__((always_inline))
 
@@ -54,36 +55,58 @@ ALWAYS double total_of(const double *parts) {
     return total;
 }
 
-ALWAYS float lower(float a, float b) { return a < b ? a : b; }
-ALWAYS float higher(float a, float b) { return a > b ? a : b; }
+ALWAYS double not_negative(double number) { return number > 0 ? number : 0; } /* fmax is a call */
 
 int64_t panel(void) { return PANEL; }
 
+/* One or the other in each lane, without a branch, which would be guessed wrong half the time. */
+#define PICK(type, lanes, mask, one, other) ((type)(((lanes)(one) & (mask)) | ((lanes)(other) & ~(mask))))
+
 typedef struct {
-    float nearest[PANEL], second[PANEL];
-    int32_t label[PANEL];
+    vector nearest[2], second[2];
+    names label[2];
 } Best;
 
-ALWAYS void compare(Best *best, const float *score, int32_t name) {
-    for (long lane = 0; lane < PANEL; lane++) {
-        float new = score[lane], old = best->nearest[lane];
-        best->second[lane] = lower(best->second[lane], higher(new, old));
-        best->label[lane] = new < old ? name + (int32_t)lane : best->label[lane];
-        best->nearest[lane] = lower(new, old);
+ALWAYS void compare(Best *best, const vector *score, names name) {
+    for (long half = 0; half < 2; half++, name += (int32_t)LANES) {
+        names closer = score[half] < best->nearest[half];
+        vector farther = PICK(vector, names, closer, best->nearest[half], score[half]);
+        names second = farther < best->second[half];
+        best->second[half] = PICK(vector, names, second, farther, best->second[half]);
+        best->nearest[half] = PICK(vector, names, closer, score[half], best->nearest[half]);
+        best->label[half] = PICK(names, names, closer, name, best->label[half]);
     }
 }
 
-/* The best of all lanes to lane 0. */
-ALWAYS void reduce(Best *best) {
+typedef float quad __attribute__((vector_size(16)));
+typedef int32_t quad_names __attribute__((vector_size(16)));
+
+/* The best of all lanes: four at a time, then one. */
+ALWAYS void reduce(const Best *best, float *nearest, float *second, int32_t *label) {
+    quad near[PANEL / 4], far[PANEL / 4];
+    quad_names name[PANEL / 4];
+    memcpy(near, best->nearest, sizeof near);
+    memcpy(far, best->second, sizeof far);
+    memcpy(name, best->label, sizeof name);
 #pragma GCC unroll 8
-    for (long half = PANEL / 2; half; half /= 2)
-        for (long lane = 0; lane < half; lane++) {
-            float one = best->nearest[lane], other = best->nearest[lane + half];
-            best->second[lane] = lower(lower(best->second[lane], best->second[lane + half]), higher(one, other));
-            int32_t closer = -(other < one); /* a branch would be guessed wrong half the time */
-            best->label[lane] = (best->label[lane + half] & closer) | (best->label[lane] & ~closer);
-            best->nearest[lane] = lower(one, other);
-        }
+    for (long i = 1; i < PANEL / 4; i++) {
+        quad_names closer = near[i] < near[0];
+        quad loser = PICK(quad, quad_names, closer, near[0], near[i]);
+        quad least = PICK(quad, quad_names, far[i] < far[0], far[i], far[0]);
+        far[0] = PICK(quad, quad_names, loser < least, loser, least);
+        near[0] = PICK(quad, quad_names, closer, near[i], near[0]);
+        name[0] = PICK(quad_names, quad_names, closer, name[i], name[0]);
+    }
+    *nearest = near[0][0], *second = far[0][0], *label = name[0][0];
+#pragma GCC unroll 4
+    for (long i = 1; i < 4; i++) {
+        float one = *nearest, other = near[0][i], loser = other < one ? one : other;
+        int32_t closer = -(other < one);
+        *second = far[0][i] < *second ? far[0][i] : *second;
+        *second = loser < *second ? loser : *second;
+        *label = (name[0][i] & closer) | (*label & ~closer);
+        *nearest = other < one ? other : one;
+    }
 }
 
 /* Label of each sample, and a lower bound on the distance to the second nearest center less that to the nearest: NaN
@@ -94,9 +117,15 @@ double nearest(const Samples *samples, int64_t first, int64_t last, const float 
     int64_t width = samples->width;
     float *tile = calloc(ROWS * width + 1, sizeof *tile);
     double largest = tile ? 0 : -1;
+    names first_names;
+    for (int32_t lane = 0; lane < LANES; lane++) first_names[lane] = lane;
     for (int64_t begin = first; tile && begin < last; begin += ROWS) {
         int64_t rows = last - begin < ROWS ? last - begin : ROWS;
         double norm[ROWS];
+        /* samples in an order that the processor does not foresee */
+        for (int64_t n = begin + rows; samples->index && n < last && n < begin + 2 * rows; n++)
+            for (int64_t d = 0; d < width; d += 64 / (int64_t)sizeof(real))
+                __builtin_prefetch(samples->x + row_of(samples, n) * width + d);
         for (int64_t r = 0; r < rows; r++) {
             const real *row = samples->x + row_of(samples, begin + r) * width;
             double parts[PARTS] = {0};
@@ -117,9 +146,9 @@ double nearest(const Samples *samples, int64_t first, int64_t last, const float 
         }
         Best best[ROWS];
         for (long r = 0; r < ROWS; r++)
-            for (long lane = 0; lane < PANEL; lane++) {
-                best[r].nearest[lane] = best[r].second[lane] = INFINITY;
-                best[r].label[lane] = 0;
+            for (long half = 0; half < 2; half++) {
+                best[r].nearest[half] = best[r].second[half] = (vector){0} + INFINITY;
+                best[r].label[half] = (names){0};
             }
         const float *at = packed;
         for (int64_t p = 0; p < panels; p++) {
@@ -138,14 +167,17 @@ double nearest(const Samples *samples, int64_t first, int64_t last, const float 
                     sum[r][1] += z * high;
                 }
             }
-            for (long r = 0; r < ROWS; r++) compare(&best[r], (const float *)sum[r], (int32_t)(p * PANEL));
+            for (long r = 0; r < ROWS; r++) compare(&best[r], sum[r], first_names + (int32_t)(p * PANEL));
         }
         for (int64_t r = 0; r < rows; r++) {
-            reduce(&best[r]);
-            double near = best[r].nearest[0], second = best[r].second[0];
+            float least, next;
+            int32_t label;
+            reduce(&best[r], &least, &next, &label);
+            double near = least, second = next;
             double margin = (norm[r] + largest_center) * error + (width + 8) * FLT_MIN;
-            labels[begin + r] = best[r].label[0];
-            double upper = sqrt(fmax(near + norm[r] + margin, 0)), under = sqrt(fmax(second + norm[r] - margin, 0));
+            labels[begin + r] = label;
+            double upper = sqrt(not_negative(near + norm[r] + margin));
+            double under = sqrt(not_negative(second + norm[r] - margin));
             gap[begin + r] = norm[r] < OUT_OF_REACH && second - near > 2 * margin ? under - upper : NAN;
         }
     }
