@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from lightning_modules._cached import cached_tensors
-from lightning_modules.graph.cpu.library import load_library
 from lightning_modules.graph.exponents import Exponents
 from lightning_modules.graph.stencil import StencilGeometry
 from lightning_modules.graph.weights import SELF_WEIGHT
+from lightning_modules.native.library import load_library
 from lightning_modules.operators.operator import is_readable
 
 _FOLDER = Path(__file__).parent
