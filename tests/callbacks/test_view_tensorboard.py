@@ -1,5 +1,6 @@
 """ImageGrid and EMDashboard: what TensorBoard finds in the event files."""
 
+import io
 import re
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from PIL import Image
 from tables import bank_table, textbook_table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
@@ -96,6 +98,24 @@ def test_the_grid_shows_the_same_samples_every_time(tmp_path: Path) -> None:
     assert [event.step for event in drawn] == [3, 9], "epochs 0 and 2, and nothing from the sanity check"
     factor = 96 // 13
     assert (drawn[0].width, drawn[0].height) == (5 * (11 * factor + 2) + 2, 3 * (13 * factor + 2) + 2)
+
+
+def test_of_large_images_the_grid_shows_the_middle(tmp_path: Path) -> None:
+    image = torch.zeros(1, 3, 301, 450)
+    image[..., 86:214, 161:289] = 1
+    batch = {"image": image, "index": torch.zeros(1)}
+    drawer = ImageGrid(num_images=5)
+    trainer = Trainer(
+        logger=TensorBoardLogger(str(tmp_path), name="", version="run"),
+        callbacks=[drawer],
+        accelerator="cpu",
+        enable_progress_bar=False,
+    )
+    trainer.validate(Duck(), DataLoader([batch], batch_size=None), verbose=False)
+    (drawn,) = EventAccumulator(trainer.log_dir).Reload().Images("val/clean_noisy_restored")
+    assert (drawn.width, drawn.height) == (128 + 4, 3 * (128 + 2) + 2)
+    pixels = np.asarray(Image.open(io.BytesIO(drawn.encoded_image_string)))
+    assert (pixels[2:130, 2:130] == 255).all(), "the part that is white is the middle, and no more is drawn"
 
 
 def test_a_long_run_draws_more_and_more_rarely() -> None:
