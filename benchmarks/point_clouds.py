@@ -166,12 +166,13 @@ def main() -> None:
     parser = arguments("Denoising of point clouds, beside peers.")
     parser.add_argument("--steps", type=int, default=24, help="batches of four clouds to learn from")
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 50_000], help="points of a cloud")
+    parser.add_argument("--shapes", type=int, help="report on so many shapes only, the first by name")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     files = sorted((options.data / "shapes").glob("*.obj"))
-    shapes = [Shape(path) for path in files if path.stem != CHOSEN_ON]
+    shapes = [Shape(path) for path in files if path.stem != CHOSEN_ON][: options.shapes]
     other = [Shape(path) for path in files if path.stem == CHOSEN_ON]
     rows: list[dict[str, Any]] = []
 
@@ -201,7 +202,7 @@ def main() -> None:
     points = noisy(shapes[0].clean(200_000), 0.01)
     warm = noisy(shapes[0].clean(10_000), 0.01)
     seconds = []
-    for _ in range(7):
+    for _ in range(21):
         begin = time.process_time()
         ours(warm, 0.01, **parameters)
         seconds.append(time.process_time() - begin)

@@ -6,8 +6,7 @@ import torch
 from scipy.spatial import KDTree
 from torch import Tensor
 
-from lightning_modules.imaging import permutation
-from lightning_modules.point_clouds.neighborhoods import clouds
+from lightning_modules.point_clouds.neighborhoods import clouds, random_order
 
 if TYPE_CHECKING:
     from torch_geometric.data import Data
@@ -43,7 +42,7 @@ def _level(points: Tensor) -> Tensor:
     if count <= _TERMS:
         return points.new_zeros(())
     array = (points - points.mean(0)).double().cpu().numpy()
-    order = permutation(size, 0).numpy()
+    order = random_order(size).numpy()
     places = array[order[:_PLACES]]
     least = radius = float(torch.from_numpy(KDTree(array).query(places, [count + 1])[0]).median())
     level, former = 0.0, -1.0
