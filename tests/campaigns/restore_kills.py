@@ -1,6 +1,6 @@
 """`lightning-em restore` on 30 mixed files, killed at random and run again: complete, identical to an undisturbed run.
 
-    python tests/campaigns/restore_kills.py [KILLS]
+python tests/campaigns/restore_kills.py [KILLS]
 """
 
 import csv
