@@ -1,6 +1,5 @@
 """Diffusion of a point cloud along its normals, over graphs of near points."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from lightning_modules.point_clouds.neighborhoods import (
     smallest_eigenvector,
     thinned_neighbors,
     thinning,
+    typical_point,
     unit,
 )
 
@@ -153,7 +153,7 @@ class PointCloudDiffusion(RestorationOperator):
         sigma_normal: Tensor,
         tau: Tensor,
     ) -> Tensor:
-        center = points.detach().mean(0)
+        center = typical_point(points.detach())
         position = points - center
         tree = KDTree(position.detach().cpu().numpy(), balanced_tree=False)
         width = ((width_noise * noise) ** 2 + (width_spacing * median_spacing(tree)) ** 2).sqrt()
@@ -181,7 +181,7 @@ class PointCloudDiffusion(RestorationOperator):
         """Positions after the steps on a graph; these, and the heights, in units of the width."""
         parts = graph.split()
         near, normals = zip(*[part.normals(position, width) for part in parts], strict=True)
-        normal = graph.ungroup(normals)
+        normal = graph.ungroup(list(normals))
         smoothed = [p.smoothed(normal, features, w, sigma_normal) for p, w in zip(parts, near, strict=True)]
         normal = graph.ungroup(smoothed)
         frames = [part.frame(normal, features, w, sigma_normal) for part, w in zip(parts, near, strict=True)]
@@ -227,7 +227,7 @@ class _Graph(NamedTuple):
         limit = limit.clamp_min(torch.finfo(limit.dtype).tiny ** 0.5)  # of points that are all at one place
         return cls(groups, place, neighbors, limit)
 
-    def ungroup(self, parts: Sequence[Tensor]) -> Tensor:
+    def ungroup(self, parts: list[Tensor]) -> Tensor:
         """Values of the groups' points, part by part `[·, ...]`, as those of the points `[N, ...]`."""
         return torch.cat(list(parts)).index_select(0, self.place)
 
@@ -274,10 +274,10 @@ class _Graph(NamedTuple):
         return (0.5 * (weight * twice).sum(2) / (weight.sum(2) + _NO_WEIGHT)).flatten()
 
     def _pair(self, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions of a group's points `[G, S, 3]` and of its neighbors `[G, 3, K]` about one of them."""
+        """Positions of a group's points `[G, S, 3]` and of its neighbors `[G, 3, K]` about one of these."""
         here, there = _taken(position, self.groups), _columns(position, self.neighbors)
-        origin = here[:, :1].detach()
-        return here - origin, there - origin.mT
+        origin = there[:, :, :1].detach()  # the nearest to the center: a group's own points may be outliers
+        return here - origin.mT, there - origin
 
 
 def _centers(position: Tensor, groups: Tensor) -> Tensor:

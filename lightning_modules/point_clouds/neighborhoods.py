@@ -42,6 +42,16 @@ def median_spacing(tree: KDTree) -> float:
     return float(torch.from_numpy(distance).median()) * math.sqrt(math.pi / count)
 
 
+def typical_point(points: Tensor) -> Tensor:
+    """Median coordinates of some of the points, which outliers do not move.
+
+    Shape:
+        - points: `[N, 3]`
+        - output: `[3]`
+    """
+    return points[random_order(len(points))[:_SAMPLE].to(points.device)].median(0).values
+
+
 def compact_groups(points: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Groups of equally many points that are near each other, by halving the cloud along its longest side repeatedly.
 
@@ -198,13 +208,28 @@ def check_cloud(data: "Data", guide: Tensor | None = None) -> None:
     if guide is not None and (guide.ndim != 2 or len(guide) != len(points) or not guide.is_floating_point()):
         raise ValueError(f"guide must be floating-point [N, F] with N = {len(points)}, got {list(guide.shape)}")
     for part in clouds(data):
-        own = points[part].detach()
-        if len(own) < 2:
-            continue
-        digit = float(own.abs().max()) * torch.finfo(own.dtype).eps
-        extent = float((own.amax(0) - own.amin(0)).max())
-        if extent and digit * len(own) ** 0.5 > 0.1 * extent:
-            raise ValueError(
-                f"coordinates as large as {float(own.abs().max()):.3g} have steps of {digit:.2g} in {own.dtype}, too "
-                f"long for {len(own)} points within {extent:.3g}: give them in float64, or subtract an origin first"
-            )
+        check_coordinates(points[part])
+
+
+def check_coordinates(points: Tensor) -> None:
+    """Raise `ValueError` if finite points have squares that are out of range, or no digits to tell them apart by.
+
+    Shape:
+        - points: `[N, 3]`
+    """
+    points = points.detach()
+    kind = torch.finfo(points.dtype)
+    largest = float(points.abs().max())
+    if largest and not kind.tiny**0.4 < largest < kind.max**0.4:
+        raise ValueError(
+            f"coordinates up to {largest:.3g} have squares that are out of the range of {points.dtype}: leave outliers "
+            "out, or give all in another unit of length"
+        )
+    middle = typical_point(points)
+    step = float(middle.abs().max()) * kind.eps
+    extent = 4 * float(typical_point((points - middle).abs()).max())
+    if extent and step * len(points) ** 0.5 > 0.1 * extent:
+        raise ValueError(
+            f"coordinates as large as {float(middle.abs().max()):.3g} have steps of {step:.2g} in {points.dtype}, too "
+            f"long for {len(points)} points within {extent:.3g}: give them in float64, or subtract an origin first"
+        )
