@@ -7,6 +7,7 @@ import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor
 
 from callbacks._em_metrics import MAX_SCALARS
@@ -65,10 +66,15 @@ def draw_course(table: "ParameterTable", parameters: Course, gain: Course) -> Fi
         gain: Validation PSNR above that of the start values; may be empty.
     """
     count = len(table.learned) + bool(gain.steps)
-    columns = min(count, _COLUMNS)
+    columns = 2 if count == 4 else min(count, _COLUMNS)
     lines = -(-count // columns)
-    figure = Figure(figsize=(4 * columns + 2, 2.7 * lines), dpi=90, layout="constrained")
-    grid = figure.subplots(lines, columns, squeeze=False).ravel()
+    width, height = 4 * columns + 2, 2.7 * lines + 0.2
+    figure = Figure(figsize=(width, height), dpi=90)
+    # Without a layout engine, which would draw all of it twice.
+    margins = {"left": 0.6 / width, "right": 1 - 2 / width, "bottom": 0.5 / height, "top": 1 - 0.35 / height}
+    grid = figure.subplots(
+        lines, columns, squeeze=False, gridspec_kw={**margins, "hspace": 0.35, "wspace": 0.22}
+    ).ravel()
     values = torch.stack(parameters.values)
     labels: dict[str, Any] = {}
     for axes, name in zip(grid, table.learned, strict=False):
@@ -83,7 +89,7 @@ def draw_course(table: "ParameterTable", parameters: Course, gain: Course) -> Fi
         axes.set_axis_off()
     for axes in grid[max(0, count - columns) : count]:
         axes.set_xlabel("step", fontsize=9)
-    figure.legend(labels.values(), labels.keys(), loc="outside right upper", fontsize=9, frameon=False)
+    figure.legend(labels.values(), labels.keys(), loc="upper right", fontsize=9, frameon=False)
     return figure
 
 
@@ -92,11 +98,12 @@ def _draw_parameter(
 ) -> dict[str, Any]:
     lower, upper = table.bounds[name]
     unit = {"noise": " (× noise)", "": ""}.get(table.units[name], f" ({table.units[name]})")
-    axes.set_title(f"{name}{unit}, {lower:g} to {upper:g}", fontsize=10)
+    axes.set_title(f"{name}{unit}, bounds {lower:g} and {upper:g}", fontsize=10)
     if name not in table.scales:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs="all"))
         axes.yaxis.set_major_formatter("{x:.3g}")
-        axes.yaxis.set_minor_formatter("{x:.3g}")
+        axes.yaxis.set_minor_locator(NullLocator())
     columns = table.columns(name)
     own = values[..., columns]
     labels: dict[str, Any] = {}

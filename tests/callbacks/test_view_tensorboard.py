@@ -13,6 +13,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 from tables import bank_table, textbook_table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 from torch import Tensor
@@ -21,7 +23,9 @@ from torch.utils.data import DataLoader
 from callbacks._course import Course, draw_course
 from callbacks._display import is_drawn
 from callbacks.em_dashboard import EMDashboard, bank_map, custom_scalars_layout, heat_map, hyperparameters, render
+from callbacks.em_parameter import _is_logged
 from callbacks.image_grid import ImageGrid, image_grid
+from lightning_modules.cli import main
 from lightning_modules.em import ParameterTable, TableValues
 
 
@@ -252,6 +256,32 @@ def test_the_course_is_resumed(tmp_path: Path) -> None:
     longer.fit(Duck(table()), loader(), loader(), ckpt_path=tmp_path / "a.ckpt")
     assert resumed.state_dict()["parameters"]["steps"] == [*range(13)]
     other.load_state_dict({})  # of a version before
+
+
+def test_events_of_a_long_run_stay_small(tmp_path: Path) -> None:
+    """Bytes by logged step and by picture, and what they make of an hour of the demo: as many steps and epochs."""
+    events = fit_demo(tmp_path)
+    sizes: dict[str, list[int]] = {"scalars": [], "images": []}
+    for raw in RawEventFileLoader(str(next(events.glob("events*")))).Load():
+        event = Event.FromString(raw)
+        for value in event.summary.value:
+            sizes["images" if value.HasField("image") else "scalars"].append(len(raw))
+    steps, epochs = 8, 2
+    by_step, by_epoch = sum(sizes["scalars"]) / steps, sum(sizes["images"]) / epochs
+    assert by_step < 4096, "with ten rows of two parameters"
+    assert by_epoch < 600_000, "three photographs, the course and the heat map"
+    steps_an_hour, epochs_an_hour = 50_000 / 5, 800  # twice as fast as two cores are
+    logged = sum(_is_logged(number) for number in range(int(steps_an_hour)))
+    drawn = sum(is_drawn(epoch, 1) for epoch in range(epochs_an_hour))
+    assert logged * by_step + drawn * by_epoch < 20e6
+
+
+def fit_demo(folder: Path) -> Path:
+    """Runs two epochs of the demo, four steps each, and returns the folder of the run."""
+    words = [f"--trainer.logger.save_dir={folder}", "--trainer.max_epochs=2", "--trainer.log_every_n_steps=1"]
+    words += ["--trainer.enable_progress_bar=false", "--data.train_crops=40", "--data.batch_size=10"]
+    main(["fit", "-c", str(Path(__file__).parents[2] / "configs" / "demo.yaml"), *words])
+    return folder / "demo" / "version_0"
 
 
 def test_the_run_is_entered_among_the_hyperparameters(tmp_path: Path) -> None:
