@@ -107,7 +107,7 @@ def main() -> None:
             val_fraction=0,
             seed=seed,
             rescale=(0.27, 0.6),
-            cache=True,
+            cache_gib=8,
             crops_per_image=64,
         )
         for size in args.sizes:

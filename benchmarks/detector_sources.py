@@ -109,7 +109,9 @@ def train_decoder(kind: str, photographs: Path, folder: Path, steps: int) -> Pat
     network = small_autoencoder(kind)
     optimizer = torch.optim.Adam(network.parameters(), 3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
-    data = ImageFolderDataModule(str(photographs), 48, 8, val_fraction=0, rescale=(0.4, 1.0), cache=True, seed=1)
+    data = ImageFolderDataModule(
+        str(photographs), 48, 8, val_fraction=0, rescale=(0.4, 1.0), cache_gib=8, crops_per_image=1, seed=1
+    )
     loader = data.train_dataloader()
     errors: list[float] = []
     while len(errors) < steps:

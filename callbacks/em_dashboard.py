@@ -10,7 +10,16 @@ from lightning.pytorch.utilities import rank_zero_warn
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from callbacks._display import em_table, error_bars, is_drawn, require_positive, stopped_at, tensorboard_loggers
+from callbacks._course import Course, draw_course
+from callbacks._display import (
+    em_table,
+    error_bars,
+    is_drawn,
+    learner,
+    require_positive,
+    stopped_at,
+    tensorboard_loggers,
+)
 from callbacks._em_metrics import MAX_SCALARS, values_by_name
 
 if TYPE_CHECKING:
@@ -22,18 +31,20 @@ _LEAST_RANGE = math.log2(1.1)  # of the colours: rows that differ by less than a
 
 
 class EMDashboard(Callback):
-    """Draws the M-step: a page of curves, a heat map of the rows, and the run's line among the hyperparameters.
+    """Draws the M-step: its course, a page of curves, a heat map of the rows, and the run's line among the
+    hyperparameters.
 
-    - *Custom scalars*: one chart for each learned parameter with the global value and every row; the loss proxy with
-      its parts; the smoothness; the validation metric.
-      Where the rule has error bars (`BayesianRule`), one more for each parameter with its band of 90 %.
-    - *Images*, `em/table`: rows by parameters, coloured by their ratio to the global value; a long bank as a picture of
-      its own, `em/table/<name>`.
+    - *Images*, `em/course`: each learned parameter over the steps, the global value and every row in colors of their
+      own, with the bounds where they are near, and the gain over the start values on a scale of its own. `em/table`:
+      rows by parameters, coloured by their ratio to the global value; a long bank as a picture of its own,
+      `em/table/<name>`.
+    - *Custom scalars*: one chart for each global value, the loss proxy, the smoothness, the validation metric and the
+      gain. Where the rule has error bars (`BayesianRule`), one more for each parameter with its band of 90 %.
     - *HParams*, at the end: start values against final values and validation metric, to compare runs. Give the logger
       `default_hp_metric: false`, or its placeholder is in the way.
 
     Args:
-        every_n_epochs: Draw the heat map after every n-th epoch, beginning with the first, and after the last; more
+        every_n_epochs: Draw after every n-th epoch, beginning with the first, and after the last; more
             rarely as the run grows long.
 
     Example:
@@ -44,10 +55,13 @@ class EMDashboard(Callback):
     def __init__(self, every_n_epochs: int = 1) -> None:
         require_positive(self, every_n_epochs=every_n_epochs)
         self.every_n_epochs = every_n_epochs
-        self._drawn_at = -1
+        self._drawn_at = self._last_step = -1
+        self._parameters, self._gain = Course(), Course()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Warns where there is nothing to draw."""
+        """Warns where there is nothing to draw; a run that is resumed gets its course after this."""
+        if stage == "fit":
+            self._parameters, self._gain = Course(), Course()
         if stage == "fit" and em_table(pl_module) is None:
             rank_zero_warn(f"EMDashboard draws nothing: {type(pl_module).__name__} has no em_parameters.")
 
@@ -57,15 +71,41 @@ class EMDashboard(Callback):
         self._drawn_at = -1
         if table is not None and trainer.is_global_zero:
             for logger in tensorboard_loggers(trainer):
-                logger.experiment.add_custom_scalars(custom_scalars_layout(table, error_bars(trainer) is not None))
+                has_start = trainer.num_sanity_val_steps == float("inf")
+                layout = custom_scalars_layout(table, error_bars(trainer) is not None, has_start)
+                logger.experiment.add_custom_scalars(layout)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begins the course."""
+        self._last_step = trainer.global_step
+        if not self._parameters.steps:
+            self._record(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Adds to the course, on steps that log."""
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if trainer.global_step != self._last_step and every > 0 and trainer.global_step % every == 0:
+            self._record(trainer, pl_module)
+        self._last_step = trainer.global_step
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Adds what has been gained over the start values."""
+        score, step = trainer.callback_metrics.get(_METRICS[0]), learner(trainer)
+        start = None if step is None else step.start_score
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and score is not None and start is not None:
+            if not self._gain.steps:
+                self._gain.add(0, torch.zeros(()))
+            self._gain.add(trainer.global_step, torch.as_tensor(float(score) - start))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draws the heat map."""
+        """Draws."""
         if is_drawn(trainer.current_epoch, self.every_n_epochs):
             self._draw(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draws the last heat map and enters the run among the hyperparameters."""
+        """Draws for the last time and enters the run among the hyperparameters."""
         table = em_table(pl_module)
         if table is None or not trainer.is_global_zero:
             return
@@ -77,6 +117,21 @@ class EMDashboard(Callback):
             logger.log_hyperparams({**known, **start}, metrics, step=max(trainer.global_step - 1, 0))
             logger.hparams = known  # hparams.yaml keeps to the arguments that build the module
 
+    def state_dict(self) -> dict[str, Any]:
+        """The course, for a run that goes on."""
+        return {"parameters": self._parameters.state_dict(), "gain": self._gain.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on with the course of the checkpoint."""
+        for name, course in (("parameters", self._parameters), ("gain", self._gain)):
+            if name in state_dict:
+                course.load_state_dict(state_dict[name])
+
+    def _record(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        table = em_table(pl_module)
+        if table is not None and trainer.is_global_zero:
+            self._parameters.add(trainer.global_step, table.values())
+
     def _draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
         table = em_table(pl_module)
         loggers = tensorboard_loggers(trainer)
@@ -84,30 +139,38 @@ class EMDashboard(Callback):
             return
         self._drawn_at = trainer.global_step
         pictures = {"em/table": heat_map(table)}
+        if len(self._parameters.steps) > 1 and table.learned:
+            pictures["em/course"] = draw_course(table, self._parameters, self._gain)
         pictures |= {f"em/table/{name}": bank_map(table, name) for name in table.names if _is_long(table, name)}
         for tag, figure in pictures.items():
             for logger in loggers:
                 logger.experiment.add_image(tag, render(figure), trainer.global_step, dataformats="HWC")
 
 
-def custom_scalars_layout(table: "ParameterTable", with_bars: bool = False) -> dict[str, dict[str, list[Any]]]:
+def custom_scalars_layout(
+    table: "ParameterTable", with_bars: bool = False, with_gain: bool = False
+) -> dict[str, dict[str, list[Any]]]:
     """Returns the page of curves in the form of `SummaryWriter.add_custom_scalars`.
 
-    A rule that knows how well it knows the parameters gets a page more, of bands that hold 90 % of the posterior.
+    TensorBoard gives all curves of a chart the color of their run, so that each chart has one; the rows are told apart
+    in `em/course`. A rule that knows how well it knows the parameters gets a page more, of bands that hold 90 % of the
+    posterior.
 
     Tags are regular expressions that match from the left: `$` keeps `em/sigma` from matching `em/sigma_s`.
     """
-    parameters = {
-        name: ["Multiline", [_pattern(table, name) + end for end in (["$", "/.+"] if name in table.per_row else ["$"])]]
-        for name in table.learned
+    charts = {
+        "loss proxy": "em/loss_proxy$",
+        "smoothness": "em/smoothness$",
+        "similarity": "em/similarity$",
+        "validation PSNR": "val/psnr$",
+        "skipped steps": "em/skipped_steps$",
     }
-    objective = {
-        "loss proxy and its parts": ["Multiline", ["em/loss_proxy$", "em/reconstruction$", "em/perceptual$"]],
-        "smoothness": ["Multiline", ["em/smoothness$", "em/similarity$"]],
-        "validation PSNR": ["Multiline", ["val/psnr$", "val/psnr_noisy$"]],
-        "skipped steps": ["Multiline", ["em/skipped_steps$"]],
+    if with_gain:
+        charts["validation PSNR above the start values, dB"] = "val/psnr_over_start$"
+    layout: dict[str, dict[str, list[Any]]] = {
+        "learned parameters": {name: ["Multiline", [f"{_pattern(table, name)}$"]] for name in table.learned},
+        "objective": {title: ["Multiline", [tag]] for title, tag in charts.items()},
     }
-    layout: dict[str, dict[str, list[Any]]] = {"learned parameters": parameters, "objective": objective}
     if with_bars:
         moving = [name for name in table.learned if name not in table.integers and not _is_long(table, name)]
         layout["90 % intervals"] = {

@@ -13,10 +13,12 @@ from callbacks._display import is_drawn, require_positive, tensorboard_loggers
 
 _NAMES = ("clean", "noisy", "restored")
 _LEAST_SIDE = 96  # pixels; smaller images are enlarged by a whole factor
+_MOST_SIDE = 128  # pixels; of larger images there is the middle, or a picture would take megabytes
 
 
 class ImageGrid(Callback):
-    """Draws the first images of the validation set, the same ones every time, clean above noisy above restored.
+    """Draws the first images of the validation set, the same ones every time, clean above noisy above restored; of
+    large ones the middle, pixel by pixel.
 
     It takes them from what `validation_step` returns (`{"clean", "noisy", "restored"}`, `[B, C, H, W]` each), without a
     forward pass of its own. With several processes it draws those of the first process.
@@ -59,7 +61,7 @@ class ImageGrid(Callback):
                 f"{type(pl_module).__name__}.validation_step returned "
                 f"{sorted(outputs) if isinstance(outputs, dict) else type(outputs).__name__}."
             )
-        images = (outputs[name][:missing].detach().float().cpu() for name in _NAMES)
+        images = (_middle(outputs[name][:missing]).detach().float().cpu() for name in _NAMES)
         self._samples += zip(*images, strict=True)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -94,3 +96,9 @@ def image_grid(samples: list[tuple[Tensor, ...]]) -> Tensor:
     factor = max(1, _LEAST_SIDE // max(height, width))
     tiles = tiles.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1)
     return make_grid(tiles, nrow=len(samples))
+
+
+def _middle(images: Tensor) -> Tensor:
+    """The middle of images that are larger than what is drawn."""
+    top, left = (max(0, side - _MOST_SIDE) // 2 for side in images.shape[-2:])
+    return images[..., top : top + _MOST_SIDE, left : left + _MOST_SIDE]

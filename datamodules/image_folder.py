@@ -1,6 +1,7 @@
 """A folder of the user's own images."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,25 @@ from lightning_modules.imaging import (
     ImageBatch,
     check_noise_std,
     cut_crop,
+    draw,
     find_images,
     mix,
     permutation,
     read_image,
     read_picture,
+    seeded_uniform,
+    stream,
 )
 
 # Set the place of a crop, and that of one that is scaled, apart from what else is derived from its key.
 _PLACE_STREAM = 0xC209_9ED5
 _SCALE_STREAM = 0x51AC_E0F7
+# Sets the places of the parts of images that are kept apart from other streams of the seed.
+_PART_STREAM = 0x70A7_0F1B
 _BITS = 0x7FFF_FFFF
+# Crops of an epoch, and of an evaluation, that there are at least: of few photographs several each.
+_LEAST_CROPS = {"train": 1600, "val": 96, "test": 96}
+_GIB = 2**30
 # What images are scaled down by: each smooths in its own way, and none is to be learned.
 _FILTERS = (Image.Resampling.BICUBIC, Image.Resampling.BOX)
 
@@ -37,8 +46,8 @@ class ImageFolderDataModule(ImageDataModule):
     """Images of any size and format in a folder and the folders below it.
 
     `predict` takes whole images, one a batch, to be restored as they are. `fit`, `validate` and `test` take square
-    crops, to which the module adds its noise: in an epoch of training some of each image, at other places each time,
-    and in evaluation one of each, always at the same place. An image smaller than a crop is continued by its mirror
+    crops, to which the module adds its noise: in an epoch of training at other places each time, and in evaluation
+    always at the same, several of each where images are few. An image smaller than a crop is continued by its mirror
     image. Grey, palette and CMYK images are converted to RGB, and the orientation that a camera recorded is applied;
     crops have eight bits, laid over white where there is transparency, and whole images the depth of their files and
     the colors beneath. There are no labels: every label is −1.
@@ -57,8 +66,11 @@ class ImageFolderDataModule(ImageDataModule):
         augment: Mirror training crops left to right, and turn them by quarters, at random.
         rescale: Smallest and largest factor, 1 at most, by which the image is scaled down before a crop is taken, drawn
             for each crop: photographs at their own size are smooth, and carry the traces of JPEG. None leaves them.
-        cache: Decode the images to train and validate on once and keep them in memory, 3 bytes a pixel.
-        crops_per_image: Training crops of each image in an epoch.
+        cache_gib: Memory of each process for decoded images, in GiB, at 3 bytes a pixel. Of images that are too large
+            for their equal share of it a part is kept, at a place drawn by the seed, and their crops are of that part.
+            0 keeps nothing: the whole image is decoded for each of its crops.
+        crops_per_image: Training crops of each image in an epoch; by default as many as make 1600 of all images, a
+            hundred batches of the default size, and one at least.
         on_error: `skip` decodes all files at the start and leaves out those that cannot be read, with a warning that
             counts them; `raise` ends the run at the first of them.
 
@@ -84,15 +96,17 @@ class ImageFolderDataModule(ImageDataModule):
         noise_std: float | None = None,
         augment: bool = True,
         rescale: tuple[float, float] | None = None,
-        cache: bool = False,
-        crops_per_image: int = 1,
+        cache_gib: float = 2.0,
+        crops_per_image: int | None = None,
         on_error: OnError = "skip",
     ) -> None:
         super().__init__(batch_size, num_workers, seed, augment)
         check_on_error(on_error)
         for name, value in (("crop_size", crop_size), ("crops_per_image", crops_per_image)):
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if not cache_gib >= 0:
+            raise ValueError(f"cache_gib must be a number of GiB, or 0 to keep no image, got {cache_gib}")
         if rescale is not None and not 0 < rescale[0] <= rescale[1] <= 1:
             raise ValueError(f"rescale must be two factors with 0 < lower ≤ upper ≤ 1, got {rescale}")
         if not 0 <= val_fraction <= 1:
@@ -104,7 +118,7 @@ class ImageFolderDataModule(ImageDataModule):
         self.val_fraction = val_fraction
         self.noise_std = noise_std
         self.rescale = rescale
-        self.cache = cache
+        self.cache_gib = cache_gib
         self.crops_per_image = crops_per_image
         self.on_error = on_error
         self._paths: list[Path] = []
@@ -139,8 +153,16 @@ class ImageFolderDataModule(ImageDataModule):
                 f"val_fraction={self.val_fraction} of the {len(paths)} images in {root} leaves none to {purpose}. Give "
                 f"{change} one, or add images"
             )
-        cache = self.cache and split != "test"  # it is passed over once
-        return _Crops(chosen, self.crop_size, self.rescale, cache, self.crops_per_image if train else 1)
+        count = math.ceil(_LEAST_CROPS[split] / max(len(chosen), 1))
+        if train and self.crops_per_image is not None:
+            count = self.crops_per_image
+        room = self.cache_gib * _GIB / len(paths)
+        least = self.crop_size / (1.0 if self.rescale is None else self.rescale[0])
+        parts = None
+        if room >= 3 * least**2:
+            keys = draw(stream(self.seed, _PART_STREAM), torch.arange(len(paths)))[held_out != train]
+            parts = _decode_parts(chosen, int(room / 3), keys, self.num_workers)
+        return _Crops(chosen, self.crop_size, self.rescale, parts, count)
 
     def _find(self, root: Path) -> list[Path]:
         """The files, looked at once."""
@@ -167,17 +189,29 @@ class ImageFolderDataModule(ImageDataModule):
 
 
 class _Crops(BatchDataset):
-    """Crops of each image, each at a place, and of the image at a scale, drawn from the sample's key."""
+    """Crops of each image, each at a place, and of the image at a scale, drawn from the sample's key.
+
+    Args:
+        paths: The files.
+        size: Side of a crop.
+        rescale: Range of the factors by which images are scaled down.
+        parts: The images, or what is kept of each; None decodes them for each crop.
+        crops_per_image: Crops of each image.
+    """
 
     def __init__(
-        self, paths: list[Path], size: int, rescale: tuple[float, float] | None, cache: bool, crops_per_image: int
+        self,
+        paths: list[Path],
+        size: int,
+        rescale: tuple[float, float] | None,
+        parts: list[Tensor] | None,
+        crops_per_image: int,
     ) -> None:
         self.paths = paths
         self.size = size
         self.rescale = rescale
         self.crops_per_image = crops_per_image
-        # Decoded before worker processes start, which then share the memory.
-        self.images = [read_image(path) for path in paths] if cache else None
+        self.parts = parts
 
     def __len__(self) -> int:
         return len(self.paths) * self.crops_per_image
@@ -189,7 +223,7 @@ class _Crops(BatchDataset):
         )
 
     def _crop(self, index: int, place: int, scale: int) -> Tensor:
-        image = read_image(self.paths[index]) if self.images is None else self.images[index]
+        image = read_image(self.paths[index]) if self.parts is None else self.parts[index]
         down, right = place & _BITS, place >> 32 & _BITS
         height, width = image.shape[1:]
         if self.rescale is not None:
@@ -202,6 +236,30 @@ class _Crops(BatchDataset):
                 return _scaled(image, corner, side, self.size, _FILTERS[scale >> 32 & 1])
         top, left = down % max(height - self.size + 1, 1), right % max(width - self.size + 1, 1)
         return cut_crop(image, top, left, self.size)
+
+
+def _decode_parts(paths: list[Path], pixels: int, keys: Tensor, threads: int) -> list[Tensor]:
+    """Decodes images, of each no more than so many pixels: a part of its proportions, at a place drawn from its key.
+
+    Before worker processes start, which then share the memory.
+
+    Shape:
+        - keys: `[N]`, int64
+        - output: `[3, H, W]` each, uint8
+    """
+
+    def part(path: Path, place: list[float]) -> Tensor:
+        image = read_image(path)
+        height, width = image.shape[1:]
+        share = min(1.0, math.sqrt(pixels / (height * width)))
+        height, width = max(1, int(height * share)), max(1, int(width * share))
+        top, left = (
+            int(p * (side - kept + 1)) for p, side, kept in zip(place, image.shape[1:], (height, width), strict=True)
+        )
+        return image if share == 1 else image[:, top : top + height, left : left + width].clone()
+
+    with ThreadPoolExecutor(max(threads, 1)) as pool:  # Pillow decodes without holding the interpreter's lock
+        return list(pool.map(part, paths, seeded_uniform(keys, 2).tolist()))
 
 
 def _scaled(image: Tensor, corner: tuple[float, float], side: float, size: int, resampling: Image.Resampling) -> Tensor:

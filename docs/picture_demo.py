@@ -1,4 +1,4 @@
-"""The README's first picture: photographs before and after, and how the parameters were learned.
+"""The demo's picture: photographs that were not trained on, before and after, and how the parameters were learned.
 
 lightning-em fit -c demo
 python docs/picture_demo.py logs/demo/version_0 --output docs/images
@@ -21,7 +21,10 @@ from torch import Tensor
 from datamodules import PhotoCropsDataModule
 from lightning_modules import GraphDiffusionReconstruction
 
-SHOWN = ("astronaut", "coffee", "ihc", "motorcycle_left", "china")
+# Where of the photographs a part is shown, by its top and left pixel: fur, edges, roofs, petals, grass.
+SHOWN = {"chelsea": (60, 130), "coffee": (40, 40), "china": (50, 100), "flower": (40, 100), "camera": (30, 70)}
+SIDE = 112
+STAGES = ("clean", "noisy", "restored")
 
 
 def main() -> None:
@@ -30,33 +33,44 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/images"), help="where demo.png goes")
     options = parser.parse_args()
     module = GraphDiffusionReconstruction.load_from_checkpoint(options.run / "checkpoints" / "last.ckpt").eval()
-    data = PhotoCropsDataModule(crop_size=56, val_crops=10)  # the largest that all held-out parts have room for
-    batch = data.on_after_batch_transfer(next(iter(data.predict_dataloader())), 0)
-    with torch.inference_mode():
-        output = module.predict_step(batch, 0)
-    chosen = [data.class_names.index(name) for name in SHOWN]
+    parts = restore_photographs(module)
 
     figure = plt.figure(figsize=(13, 4.6), dpi=100, layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[1.75, 1])
-    rows = {"clean": output["clean"], "noisy": output["noisy"].clamp(0, 1), "restored": output["restored"]}
-    draw_images(left, {name: images[chosen] for name, images in rows.items()})
+    draw_images(left, parts)
     draw_parameters(right.subplots(), options.run, module.em_parameters.learned)
     options.output.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.output / "demo.png", pil_kwargs={"optimize": True})
 
 
-def draw_images(figure: SubFigure, rows: dict[str, Tensor]) -> None:
-    grid = figure.subplots(len(rows), len(SHOWN))
-    for (label, images), line in zip(rows.items(), grid, strict=True):
-        line[0].set_ylabel(label, fontsize=11)
-        for axes, image, clean, name in zip(line, images, rows["clean"], SHOWN, strict=True):
-            axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
+def restore_photographs(module: GraphDiffusionReconstruction) -> dict[str, dict[str, Tensor]]:
+    """Parts of the photographs that validation and test are of, clean, noisy and restored, by name."""
+    data = PhotoCropsDataModule()
+    parts = {}
+    for loader in (data.val_dataloader(), data.predict_dataloader()):
+        for batch in loader:
+            with torch.inference_mode():
+                output = module.predict_step({**data.on_after_batch_transfer(batch, 0), "clean": True}, 0)
+            name = batch["name"][0].removesuffix(".png")
+            top, left = SHOWN[name]
+            parts[name] = {
+                stage: output[stage][0, :, top : top + SIDE, left : left + SIDE].clamp(0, 1) for stage in STAGES
+            }
+    return parts
+
+
+def draw_images(figure: SubFigure, parts: dict[str, dict[str, Tensor]]) -> None:
+    grid = figure.subplots(len(STAGES), len(parts))
+    for column, (name, stages) in zip(grid.T, parts.items(), strict=True):
+        column[0].set_title(name, fontsize=11)
+        for axes, stage in zip(column, STAGES, strict=True):
+            axes.imshow(stages[stage].permute(1, 2, 0).numpy(), interpolation="nearest")
             axes.set(xticks=[], yticks=[])
-            if label == "clean":
-                axes.set_title(name, fontsize=11)
-            else:
-                psnr = -10 * torch.log10((image - clean).square().mean())
+            if stage != "clean":
+                psnr = -10 * torch.log10((stages[stage] - stages["clean"]).square().mean())
                 axes.set_xlabel(f"{psnr:.1f} dB", fontsize=10, labelpad=2)
+    for axes, stage in zip(grid[:, 0], STAGES, strict=True):
+        axes.set_ylabel(stage, fontsize=11)
 
 
 def draw_parameters(axes: Axes, run: Path, names: tuple[str, ...]) -> None:

@@ -229,7 +229,7 @@ class _Graph(NamedTuple):
 
     def ungroup(self, parts: list[Tensor]) -> Tensor:
         """Values of the groups' points, part by part `[·, ...]`, as those of the points `[N, ...]`."""
-        return torch.cat(parts).index_select(0, self.place)
+        return torch.cat(list(parts)).index_select(0, self.place)
 
     def split(self) -> "list[_Graph]":
         """Parts that stay in the cache."""

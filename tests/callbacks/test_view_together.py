@@ -26,11 +26,11 @@ DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[L.Trainer, GraphDiffusionReconstruction]:
     folder = tmp_path_factory.mktemp("run")
-    data = PhotoCropsDataModule(batch_size=4)
+    data = PhotoCropsDataModule(batch_size=4, val_crops=8)
     table = ParameterTable(
         initial={"radius": 2.0, "smooth_steps": 2},
         bounds={"radius": (1.0, 2.0)},
-        learned=["sigma", "tau", "sigma_f"],
+        learned=["sigma", "tau"],
         per_row=["sigma", "tau"],
         row_names=data.class_names,
     )
@@ -74,7 +74,7 @@ def test_the_exported_file_starts_the_next_run_from_the_command_line(run: tuple)
     following = build(["-c", str(DEMO), "-c", str(exported), "--trainer.logger=false"]).model
     torch.testing.assert_close(following.em_parameters.values(), module.em_parameters.values(), rtol=1e-11, atol=0)
     assert isinstance(following, GraphDiffusionReconstruction)
-    assert following.em_parameters.learned == ("sigma", "tau", "sigma_f"), "those of the run, not the demo's"
+    assert following.em_parameters.learned == ("sigma", "tau"), "those of the run, not the demo's"
     assert following.em_parameters.bounds == module.em_parameters.bounds
     assert following.em_parameters.per_row == module.em_parameters.per_row
     assert (

@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 from datamodules import ImageFolderDataModule
+from datamodules import image_folder as image_folder_module
 from datamodules.image_folder import _scaled
-from lightning_modules.imaging import find_images
+from lightning_modules.imaging import find_images, read_image
 
 
 @pytest.fixture
@@ -59,11 +60,13 @@ class TestPredict:
     def test_unreadable_files_are_counted_and_left_out_of_every_split(self, folder):
         (folder / "image_1.png").write_bytes(b"")
         (folder / "sub" / "image_5.png").write_bytes((folder / "sub" / "image_5.png").read_bytes()[:300])
-        data = ImageFolderDataModule(str(folder), crop_size=8, batch_size=1, val_fraction=0.4)
+        data = ImageFolderDataModule(str(folder), crop_size=8, batch_size=1, val_fraction=0.4, crops_per_image=1)
         with pytest.warns(UserWarning, match=r"^2 of 7 files cannot be read.*image_1\.png, .*image_5\.png$"):
             names = [batch["name"][0] for batch in data.predict_dataloader()]
         assert names == ["image_0.png", "image_2.png", "image_3.png", "image_4.png", "sub/image_6.png"]
-        assert len(list(data.train_dataloader())) + len(list(data.val_dataloader())) == 5
+        data.setup("fit")
+        assert len(list(data.train_dataloader())) == len(data._data["train"].paths) == 3
+        assert len(data._data["val"].paths) == 2
         for path in folder.rglob("*.png"):
             path.write_bytes(b"")
         with (
@@ -89,14 +92,14 @@ class TestPredict:
 
 class TestCrops:
     def test_a_batch_has_the_agreed_form(self, folder):
-        data = ImageFolderDataModule(str(folder), crop_size=8, batch_size=3, val_fraction=0.3)
+        data = ImageFolderDataModule(str(folder), crop_size=8, batch_size=3, val_fraction=0.3, crops_per_image=1)
         sizes = []
         for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
             batches = [data.on_after_batch_transfer(batch, 0) for batch in loader]
             sizes.append([tuple(batch["image"].shape) for batch in batches])
             assert set(batches[0]) == {"image", "label", "index", "weight", "key"}
             assert batches[0]["image"].dtype == torch.float32
-        assert sizes == [[(3, 3, 8, 8), (2, 3, 8, 8)], [(2, 3, 8, 8)], [(2, 3, 8, 8)]]
+        assert sizes == [[(3, 3, 8, 8), (2, 3, 8, 8)], [(3, 3, 8, 8)] * 32, [(3, 3, 8, 8)] * 32]
 
     def test_training_crops_move_and_evaluation_crops_stay(self, folder):
         data = ImageFolderDataModule(str(folder), crop_size=8, batch_size=7, val_fraction=0.5, augment=False)
@@ -167,7 +170,7 @@ class TestCrops:
         assert len(crops(0)) == 21
         assert len(crops(0).flatten(1).unique(dim=0)) == 21, "each at a place of its own"
         assert not torch.equal(crops(0, rescale=(0.5, 0.9)), crops(0))
-        assert torch.equal(crops(0, rescale=(0.5, 0.9)), crops(0, rescale=(0.5, 0.9), cache=True))
+        assert torch.equal(crops(0, rescale=(0.5, 0.9)), crops(0, rescale=(0.5, 0.9), cache_gib=0))
         assert not torch.equal(crops(0, rescale=(0.5, 0.9)), crops(1, rescale=(0.5, 0.9)))
 
     def test_small_images_are_scaled_down_less_and_tiny_ones_mirrored(self, tmp_path):
@@ -175,7 +178,7 @@ class TestCrops:
         for size in (8, 16):
             data = ImageFolderDataModule(str(tmp_path), crop_size=size, val_fraction=0, rescale=(0.2, 0.3))
             crop = next(iter(data.train_dataloader()))["image"]
-            assert crop.shape == (1, 3, size, size)
+            assert crop.shape == (16, 3, size, size)
             assert (crop == 7).all()
 
     def test_training_crops_are_turned_and_evaluation_crops_are_not(self, folder):
@@ -186,9 +189,70 @@ class TestCrops:
             moved = (image.round() != batch["image"]).flatten(1).any(1)
             assert moved.any() == moves
 
+    def test_an_epoch_of_few_images_has_a_hundred_batches(self, folder):
+        data = ImageFolderDataModule(str(folder), val_fraction=0.3, crop_size=8)  # five to train on, two to validate
+        data.setup()
+        assert len(data.train_dataloader()) == 1600 / data.batch_size == 100
+        for loader in (data.val_dataloader(), data.test_dataloader()):
+            batches = list(loader)
+            assert sum(len(batch["image"]) for batch in batches) == 96
+            crops = torch.cat([batch["image"] for batch in batches])
+            assert len(crops.flatten(1).unique(dim=0)) > 70, "at places of their own"
+
+    def test_an_epoch_of_many_images_has_one_crop_of_each(self, tmp_path):
+        for number in range(1700):
+            (tmp_path / f"{number}.png").touch()
+        data = ImageFolderDataModule(str(tmp_path), val_fraction=0.05, cache_gib=0, on_error="raise")
+        data.setup("fit")
+        assert [len(data._data[split]) for split in ("train", "val")] == [1615, 170], "two of each of 85"
+
+    def test_decoded_images_stay_within_their_memory(self, tmp_path, monkeypatch):
+        for number in range(20):  # each pixel has a value of its own
+            values = np.random.default_rng(number).permutation(2400).reshape(40, 60)
+            Image.fromarray(
+                np.stack([values // 256, values % 256, np.full_like(values, number)], 2).astype(np.uint8)
+            ).save(tmp_path / f"{number:02d}.png")
+        decoded = []
+        monkeypatch.setattr(
+            image_folder_module, "read_image", lambda path: decoded.append(path.name) or read_image(path)
+        )
+
+        def epoch(room: float, seed: int = 0) -> tuple[torch.Tensor, ImageFolderDataModule]:
+            options = {"crop_size": 8, "batch_size": 10, "val_fraction": 0.25, "seed": seed}
+            data = ImageFolderDataModule(str(tmp_path), **options, crops_per_image=4, cache_gib=room / 2**30)
+            decoded.clear()
+            data.setup("fit")
+            return torch.cat([batch["image"] for batch in data.train_dataloader()]), data
+
+        whole, _ = epoch(20 * 7200)
+        assert len(decoded) == len(set(decoded)) == 20
+        crops, data = epoch(20 * 1800)  # a quarter: parts of 20×30 pixels
+        assert len(decoded) == len(set(decoded)) == 20, "once each, and not again for a crop"
+        kept = [part for split in ("train", "val") for part in data._data[split].parts]
+        assert sum(part.untyped_storage().nbytes() for part in kept) == 20 * 1800
+        assert {part.shape for part in kept} == {(3, 20, 30)}
+        places = set()
+        for part in kept:
+            pixels = part.long().numpy()
+            value = pixels[0] * 256 + pixels[1]
+            order = np.random.default_rng(int(pixels[2, 0, 0])).permutation(2400).reshape(40, 60)
+            top, left = (int(side[0]) for side in np.nonzero(order == int(value[0, 0])))
+            assert np.array_equal(value, order[top : top + 20, left : left + 30])
+            places.add((top, left))
+        assert len(places) > 15, "of each image at a place of its own"
+        assert torch.equal(crops, epoch(20 * 1800)[0])
+        assert not torch.equal(crops, epoch(20 * 1800, seed=1)[0])
+        assert torch.equal(whole, epoch(1e12)[0])
+        for room in (0, 20 * 3 * 8 * 8 - 1):  # no room for a crop of each
+            each, data = epoch(room)
+            assert data._data["train"].parts is None
+            assert torch.equal(whole, each)
+            assert len(decoded) == len(each) == 15 * 4
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [
+            ({"cache_gib": -1.0}, "cache_gib must be a number of GiB, or 0 to keep no image, got -1.0"),
             ({"rescale": (0.0, 0.5)}, "rescale must be two factors"),
             ({"rescale": (0.6, 0.5)}, "rescale must be two factors"),
             ({"rescale": (0.5, 1.5)}, "rescale must be two factors"),
@@ -215,7 +279,7 @@ class TestCrops:
             path.unlink()
         data = ImageFolderDataModule(str(folder), val_fraction=0.01)
         data.setup("fit")
-        assert [len(data._data[split]) for split in ("train", "val")] == [1, 1]
+        assert [len(data._data[split].paths) for split in ("train", "val")] == [1, 1]
 
     def test_everything_on_one_side(self, folder):
         trained_on = ImageFolderDataModule(str(folder), val_fraction=0)

@@ -1,4 +1,4 @@
-"""Crops of the embedded photographs: ten classes, two parts without a common pixel."""
+"""The embedded photographs: crops of ten to train on, others whole to evaluate on."""
 
 import re
 import socket
@@ -8,7 +8,7 @@ import torch
 
 from datamodules import PhotoCropsDataModule
 from datamodules import photo_crops as photo_crops_module
-from datamodules.photo_crops import _read_photograph, _region
+from datamodules.photo_crops import _TEST, _TRAIN, _VAL, _read_photograph
 
 
 @pytest.fixture(scope="module")
@@ -27,27 +27,36 @@ def test_ten_photographs_take_turns(data):
     assert train.images.dtype == torch.uint8
 
 
-@pytest.mark.parametrize("name", PhotoCropsDataModule().class_names)
-@pytest.mark.parametrize("val_fraction", [0.25, 0.37])
-def test_the_parts_share_no_pixel_and_leave_none_out(name, val_fraction):
-    height, width = _read_photograph(name).shape[1:]
-    number = torch.arange(height * width).reshape(1, height, width)  # every pixel has its own
-    train, held_out = (set(_region(number, part, val_fraction).flatten().tolist()) for part in (False, True))
-    assert not train & held_out
-    assert len(train) + len(held_out) == height * width
-    assert len(held_out) / number.numel() == pytest.approx(val_fraction, abs=0.01)
+def test_no_photograph_is_in_two_splits():
+    files = [file for split in (_TRAIN, _VAL, _TEST) for file in split.values()]
+    assert len(set(files)) == len(files) == 15
 
 
-def test_crops_come_from_their_own_part_only(monkeypatch):
+@pytest.mark.parametrize("whole", [True, False])
+def test_evaluation_sees_no_photograph_that_is_trained_on(monkeypatch, whole):
+    levels = {name: 10 * level for level, split in enumerate((_TRAIN, _VAL, _TEST), start=1) for name in split}
     monkeypatch.setattr(
         photo_crops_module,
-        "_region",
-        lambda image, held_out, _: torch.full_like(image[:, :50, :50], 200 if held_out else 100),
+        "_read_photograph",
+        lambda name, *_: torch.full((3, 40, 50), levels[name], dtype=torch.uint8),
     )
-    data = PhotoCropsDataModule(train_crops=20, val_crops=10)
+    data = PhotoCropsDataModule(train_crops=20, val_crops=None if whole else 10, augment=False)
     data.setup()
-    assert data._data["train"].images.unique().tolist() == [100]
-    assert {int(data._data[split].images.unique()) for split in ("val", "test", "predict")} == {200}
+    for split, level in (("train", 10), ("val", 20), ("test", 30), ("predict", 30)):
+        for batch in getattr(data, f"{split}_dataloader")():
+            assert batch["image"].unique().tolist() == [level]
+            assert (batch["label"] >= 0).all() if split == "train" else (batch["label"] == -1).all()
+
+
+def test_photographs_to_evaluate_on_are_whole():
+    data = PhotoCropsDataModule(batch_size=16)
+    for loader, names in ((data.val_dataloader(), _VAL), (data.predict_dataloader(), _TEST)):
+        batches = list(loader)
+        assert [batch["name"] for batch in batches] == [[f"{name}.png"] for name in names]
+        for batch, (name, file) in zip(batches, names.items(), strict=True):
+            assert torch.equal(batch["image"][0], _read_photograph(name, *file))
+            assert batch["label"].tolist() == [-1]
+            assert batch["weight"].tolist() == [1]
 
 
 def test_no_crop_occurs_twice(data):
@@ -56,11 +65,10 @@ def test_no_crop_occurs_twice(data):
 
 
 def test_a_crop_is_found_at_one_place_in_its_photograph(data):
-    image, crop = _read_photograph("chelsea"), data._data["train"].images[1]
+    image, crop = _read_photograph("hubble", *_TRAIN["hubble_deep_field"]), data._data["train"].images[1]
     same_corner = (image[:, :-31, :-31] == crop[:, :1, :1]).all(0).nonzero().tolist()
     places = [(y, x) for y, x in same_corner if torch.equal(image[:, y : y + 32, x : x + 32], crop)]
     assert len(places) == 1
-    assert places[0][1] + 32 <= round(image.shape[2] * 0.75)
 
 
 def test_the_seed_draws_the_crops(data):
@@ -74,13 +82,13 @@ def test_predict_shows_the_test_crops_with_names_and_keys(data):
     batch, test = next(iter(data.predict_dataloader())), next(iter(data.test_dataloader()))
     assert torch.equal(batch["image"], test["image"])
     assert torch.equal(batch["key"], test["key"])
-    names = [data.class_names[label] for label in batch["label"]]
-    assert batch["name"] == [f"{i:05d}_{name}.png" for i, name in enumerate(names)]
+    assert batch["name"] == [f"{i:05d}_{[*_TEST][i % len(_TEST)]}.png" for i in range(len(batch["index"]))]
 
 
 def test_photographs_are_reduced_to_about_one_size():
-    sides = [min(_read_photograph(name).shape[1:]) for name in PhotoCropsDataModule().class_names]
-    assert 190 < min(sides) <= max(sides) <= 300
+    files = {**_TRAIN, **_VAL, **_TEST}
+    sides = [min(_read_photograph(name, *file).shape[1:]) for name, file in files.items()]
+    assert 190 < min(sides) <= max(sides) <= 1.2 * 256
 
 
 def test_no_network(monkeypatch):
@@ -94,7 +102,7 @@ def test_no_network(monkeypatch):
 
 
 def test_a_photograph_that_is_missing(monkeypatch):
-    monkeypatch.setitem(photo_crops_module._PHOTOGRAPHS, "chelsea", ("skimage", "data/no_such_cat.png"))
+    monkeypatch.setitem(_VAL, "chelsea", ("skimage", "data/no_such_cat.png"))
     with pytest.raises(FileNotFoundError, match=r"no_such_cat\.png: the installed scikit-image \d.*pip install"):
         PhotoCropsDataModule().setup("fit")
 
@@ -105,8 +113,6 @@ def test_a_photograph_that_is_missing(monkeypatch):
         ({"crop_size": 0}, "crop_size must be at least 1, got 0"),
         ({"train_crops": 0}, "train_crops must be at least 1, got 0"),
         ({"val_crops": -3}, "val_crops must be at least 1, got -3"),
-        ({"val_fraction": 0.0}, "val_fraction must lie between 0 and 1, got 0.0"),
-        ({"val_fraction": 1.0}, "val_fraction must lie between 0 and 1, got 1.0"),
     ],
 )
 def test_arguments_out_of_range(options, message):
@@ -114,7 +120,7 @@ def test_arguments_out_of_range(options, message):
         PhotoCropsDataModule(**options)
 
 
-@pytest.mark.parametrize("options", [{"crop_size": 100}, {"val_crops": 10**6}])
+@pytest.mark.parametrize("options", [{"crop_size": 250, "val_crops": 9}, {"val_crops": 10**6}])
 def test_crops_that_do_not_fit(options):
-    with pytest.raises(ValueError, match=r"do not fit into the held-out part of .* smaller crop_size"):
+    with pytest.raises(ValueError, match=r"do not fit into .* smaller crop_size"):
         PhotoCropsDataModule(**options).setup("validate")
