@@ -478,6 +478,38 @@ def _share(row: Row, column: str) -> str:
     return f"{row[column]:.2f}" if column in row else ""
 
 
+# Point clouds
+
+# Luo & Hu, "Score-based point cloud denoising", ICCV 2021, tables 1 and 2: 10,000 points of the shapes of PU-Net.
+_SCORE_DENOISE = ["ScoreDenoise, as published, on other shapes", "2.52", "3.69", "4.71", "0.46", "1.07", "1.94", ""]
+
+
+@table("point_clouds")
+def point_clouds(found: list[Row]) -> Columns:
+    own = [row for row in found if "level" in row]
+    levels = sorted({row["level"] for row in own})
+    lines = []
+    for size, method in dict.fromkeys((row["points"], row["method"]) for row in own):
+        those = [row for row in own if (row["points"], row["method"]) == (size, method)]
+        by_level = [next((row for row in those if row["level"] == level), {}) for level in levels]
+        values = [db(row[name]) if name in row else "" for name in ("chamfer", "surface") for row in by_level]
+        seconds = [row["seconds"] for row in those if "seconds" in row and method != "noisy"]
+        name = method if len({row["points"] for row in own}) == 1 else f"{method}, {size:,} points"
+        lines.append([name, *values, _digits(median(seconds)) if seconds else ""])
+    header = [f"{name}, {level:.0%}" for name in ("Chamfer", "surface") for level in levels]
+    return ["", *header, "seconds"], [*lines, _SCORE_DENOISE]
+
+
+@table("point_clouds")
+def point_cloud_costs(found: list[Row]) -> Columns:
+    rows = {row["method"]: row for row in found}
+    time, memory = rows["ours, time"], rows["ours, memory"]
+    return ["points", "ours, on one core", "peak memory of the process, peers and all"], [
+        [f"{time['points']:,}", ms(1e3 * time["seconds"]), ""],
+        [f"{memory['points']:,}", "", f"{memory['peak'] / 1024:,.0f} MiB"],
+    ]
+
+
 # Mixtures
 
 
