@@ -1,4 +1,4 @@
-"""What setup.cfg cannot declare: a wheel's configurations, from `configs/`, and its kernel, compiled of plain C."""
+"""What setup.cfg cannot declare: a wheel's configurations, from `configs/`, and its libraries, compiled of plain C."""
 
 import importlib.util
 import shutil
@@ -11,7 +11,8 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 PACKAGE = Path("lightning_modules")
-CPU = PACKAGE / "graph" / "cpu"
+# By folder: a C file, and what it includes. Each is compiled for both precisions.
+SOURCES = {PACKAGE / "graph" / "cpu": ("kernel.c", "planes.h", "vectors.h"), PACKAGE / "mixtures": ("passes.c",)}
 
 
 class BuildPackages(build_py):
@@ -22,35 +23,39 @@ class BuildPackages(build_py):
         super().run()
         if not self.editable_mode:
             build = Path(self.build_lib)
-            for folder in (build / PACKAGE / "configs", build / CPU / "prebuilt"):
-                shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(build / PACKAGE / "configs", ignore_errors=True)
             shutil.copytree(ROOT / "configs", build / PACKAGE / "configs")
-            prebuild(build / CPU / "prebuilt")
+            prebuild(build)
 
 
 class BuildWheel(bdist_wheel):
-    """Names the platform of the compiled kernel, and no Python: ctypes loads it, for any torch.
+    """Names the platform of the compiled libraries, and no Python: ctypes loads it, for any torch.
 
-    Where it is not compiled the wheel is for every platform.
+    Where they are not compiled the wheel is for every platform.
     """
 
     def get_tag(self) -> tuple[str, str, str]:
         """The tag; it is asked for when all is in place."""
-        self.root_is_pure = not Path(self.bdist_dir, CPU, "prebuilt").is_dir()
+        self.root_is_pure = not any(Path(self.bdist_dir, folder, "prebuilt").is_dir() for folder in SOURCES)
         return "py3", "none", super().get_tag()[2]
 
 
-def prebuild(folder: Path) -> None:
-    """Compiles the kernel, in both precisions and for every processor, where there is a compiler that will."""
-    spec = importlib.util.spec_from_file_location("library", ROOT / CPU / "library.py")
+def prebuild(build: Path) -> None:
+    """Compiles the sources, in both precisions and for every processor, where there is a compiler that will."""
+    spec = importlib.util.spec_from_file_location("library", ROOT / PACKAGE / "native" / "library.py")
     library = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(library)
-    source, *includes = (ROOT / CPU / name for name in ("kernel.c", "planes.h", "vectors.h"))
+    targets = {folder: build / folder / "prebuilt" for folder in SOURCES}
+    for target in targets.values():
+        shutil.rmtree(target, ignore_errors=True)
     try:
-        library.prebuild([(source, tuple(includes), defines) for defines in ((), ("DOUBLE",))], folder)
+        for folder, target in targets.items():
+            source, *includes = (ROOT / folder / name for name in SOURCES[folder])
+            library.prebuild([(source, tuple(includes), defines) for defines in ((), ("DOUBLE",))], target)
     except (OSError, subprocess.SubprocessError) as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        print(f"the kernel is compiled at first use: {error}\n{getattr(error, 'stderr', '')}")
+        for target in targets.values():
+            shutil.rmtree(target, ignore_errors=True)
+        print(f"libraries are compiled at first use: {error}\n{getattr(error, 'stderr', '')}")
 
 
 setup(cmdclass={"build_py": BuildPackages, "bdist_wheel": BuildWheel})

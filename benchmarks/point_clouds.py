@@ -117,7 +117,8 @@ def moving_least_squares(points: Array, level: float, kind: str, scale: float, n
         meshes.compute_normal_for_point_clouds(k=neighbors)
     meshes.apply_filter(f"compute_mls_projection_{kind}", controlmesh=1, proxymesh=0, filterscale=scale)
     meshes.set_current_mesh(0)
-    return meshes.current_mesh().vertex_matrix()
+    moved = meshes.current_mesh().vertex_matrix()
+    return np.where(np.isfinite(moved).all(1, keepdims=True), moved, points)  # where it finds no surface, NaN
 
 
 def statistical(points: Array, level: float, neighbors: int, ratio: float) -> Array:
@@ -149,14 +150,14 @@ def noisy(clean: Array, level: float) -> Array:
 
 
 def measured(restore: Restore, shapes: list[Shape], size: int, level: float, **setting: Any) -> dict[str, Any]:
-    """Means over shapes."""
+    """Means over shapes, and the least time on a processor."""
     found, seconds = [], []
     for shape in shapes:
         clean = shape.clean(size)
         points = noisy(clean, level)
-        begin = time.perf_counter()
+        begin = time.process_time()
         restored = restore(points, level, **setting)
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(time.process_time() - begin)
         found.append(shape.errors(np.ascontiguousarray(restored, dtype=np.float64), clean))
     means = {name: fmean(each[name] for each in found) for name in found[0]}
     return {**means, "seconds": min(seconds), "shapes": len(shapes)}
@@ -166,12 +167,13 @@ def main() -> None:
     parser = arguments("Denoising of point clouds, beside peers.")
     parser.add_argument("--steps", type=int, default=24, help="batches of four clouds to learn from")
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 50_000], help="points of a cloud")
+    parser.add_argument("--shapes", type=int, help="report on so many shapes only, the first by name")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     files = sorted((options.data / "shapes").glob("*.obj"))
-    shapes = [Shape(path) for path in files if path.stem != CHOSEN_ON]
+    shapes = [Shape(path) for path in files if path.stem != CHOSEN_ON][: options.shapes]
     other = [Shape(path) for path in files if path.stem == CHOSEN_ON]
     rows: list[dict[str, Any]] = []
 
@@ -201,7 +203,7 @@ def main() -> None:
     points = noisy(shapes[0].clean(200_000), 0.01)
     warm = noisy(shapes[0].clean(10_000), 0.01)
     seconds = []
-    for _ in range(7):
+    for _ in range(21):
         begin = time.process_time()
         ours(warm, 0.01, **parameters)
         seconds.append(time.process_time() - begin)

@@ -33,9 +33,9 @@ class PointCloudDataModule(ImageDataModule):
     `.obj`): meshes are sampled anew for each cloud, of scans a piece of `num_points` neighboring points is taken, at
     another place each time. `predict` takes the points of whole files as they are, but for those that are not finite.
 
-    A batch is a dict: `cloud`, a `torch_geometric.data.Batch` with `pos` [N, 3] about the cloud's center, `radius` [B]
-    of the bounding sphere, and the true `surface` [M, 3], with its normals where it is a mesh; and `index`, `weight`,
-    `key` and `name` of each cloud.
+    A batch is a dict: `cloud`, a `torch_geometric.data.Batch` with `pos` [N, 3] about the median of the cloud, `radius`
+    [B] of the bounding sphere, and the true `surface` [M, 3], with its normals where it is a mesh; and `index`,
+    `weight`, `key` and `name` of each cloud.
 
     Args:
         root: Folder with the files; by default surfaces from formulas.
@@ -142,15 +142,16 @@ class _Source:
     def __init__(self, name: str, points: NDArray[np.float64], faces: NDArray[np.int64] | None = None) -> None:
         self.name, self.faces = name, faces
         center = (points.min(0) + points.max(0)) / 2
-        self.points = points - center
-        self.radius = float(np.sqrt(np.square(self.points).sum(1).max()))
+        self.radius = float(np.sqrt(np.square(points - center).sum(1).max()))
+        self.points = points - np.median(points, 0)  # from where single precision reaches all but far outliers
 
 
 def _source(path: Path, name: str) -> _Source:
     file = read_cloud(path)
-    if not file.finite.any():
-        raise ValueError(f"{path} has no point with finite coordinates: leave it out")
-    return _Source(name, file.points if file.faces is not None else file.points[file.finite], file.faces)
+    try:
+        return _Source(name, *file.finite_mesh())
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be taken: {error}") from error
 
 
 class _Clouds(BatchDataset):

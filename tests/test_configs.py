@@ -3,6 +3,7 @@
 import csv
 import itertools
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,8 @@ from PIL import Image
 import lightning_modules
 from callbacks import EMParameterCallback
 from lightning_modules import GeneratedImageDetector, GraphDiffusionReconstruction
-from lightning_modules.cli import build, main
+from lightning_modules.cli import build, folds, main
+from lightning_modules.cli.stopping import StopBetweenSteps
 from lightning_modules.graph.message_passing import WeightedSum
 
 PROJECT = Path(__file__).parents[1]
@@ -321,7 +323,7 @@ def test_the_textbook_configuration_passes_messages_and_equals_the_dense_form(
 
 
 def test_each_source_is_left_out_and_the_same_command_goes_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = np.random.default_rng(0)
     for name, kind, number in itertools.product("abcd", ("photographic", "generated"), range(12)):
@@ -333,6 +335,16 @@ def test_each_source_is_left_out_and_the_same_command_goes_on(
     words += ["--data.crop_size=32", "--data.eval_crops=1", "--data.conditions=[history]", "--trainer.max_epochs=1"]
     words += ["--trainer.check_val_every_n_epoch=1", "--trainer.enable_progress_bar=false"]
     words += ["--trainer.enable_model_summary=false", "--leave_one_source_out", "true"]
+    said: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(StopBetweenSteps, "on_train_batch_end", lambda *_: signal.raise_signal(signal.SIGINT))
+        patch.setattr(StopBetweenSteps, "on_train_start", lambda *_: None)
+        patch.setattr(folds, "rank_zero_info", said.append)
+        with pytest.raises(SystemExit) as stopped:
+            main(words)
+    assert stopped.value.code == 130
+    assert said[-1] == "\nstopped: the same command goes on"
+    assert not [*Path("logs").rglob("detector_report.csv")], "what was stopped is not tested"
     main(words)
     (table,) = Path("logs").rglob("leave_one_source_out.csv")
     lines = {row["left_out"]: row for row in csv.DictReader(table.open())}

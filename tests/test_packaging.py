@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 
 import lightning_modules
 from lightning_modules.cli.configs import config_folder, config_names, find_config
-from lightning_modules.graph.cpu import library
+from lightning_modules.native import library
 
 PROJECT = Path(__file__).parents[1]
 PACKAGES = ("lightning_modules", "callbacks", "datamodules")
@@ -85,14 +85,14 @@ def test_the_wheel_holds_every_file_of_the_packages_and_no_other(wheel: Path) ->
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
     tree = {name for name in tracked_files() if name.split("/")[0] in PACKAGES}
     configs = {f"lightning_modules/{name}" for name in tracked_files() if name.startswith("configs/")}
-    compiled = {name for name in packed if name.startswith("lightning_modules/graph/cpu/prebuilt/")}
+    compiled = {name for name in packed if "/prebuilt/" in name}
     assert packed - compiled == tree | configs
     assert "lightning_modules/configs/trainer/ddp.yaml" in packed
     assert {f"{package}/py.typed" for package in PACKAGES} <= packed
     assert "lightning_modules/em/rules/gradient.py" in packed, "sub-packages are there"
 
 
-def test_the_wheel_brings_the_kernel_for_its_platform(wheel: Path, tmp_path: Path) -> None:
+def test_the_wheel_brings_the_libraries_for_its_platform(wheel: Path, tmp_path: Path) -> None:
     """In both precisions, found without a compiler and without a cache."""
     if library._compiler() is None:
         assert wheel.name.endswith("-py3-none-any.whl")
@@ -108,8 +108,13 @@ def test_the_wheel_brings_the_kernel_for_its_platform(wheel: Path, tmp_path: Pat
 import torch
 from lightning_modules.graph.cpu import kernel
 from lightning_modules.graph import GraphDiffusion
+from lightning_modules.mixtures import passes
+from lightning_modules.mixtures.lloyd import lloyd
 for dtype in (torch.float32, torch.float64):
     assert "prebuilt" in kernel.library(dtype)._name
+    assert "prebuilt" in passes.library(dtype)._name
+    points = torch.tensor([[0.0], [1.0], [10.0], [12.0]], dtype=dtype)
+    assert lloyd(points, points[:2]).centers.tolist() == [[0.5], [11.0]]
     noisy = torch.rand(2, 3, 20, 17, dtype=dtype)
     settings = dict(sigma=0.3, tau=0.1, radius=3.0, sigma_s=10.0, sigma_f=0.3, smooth_steps=2, noise=0.1)
     fast, plain = (GraphDiffusion(3, signal="image", implementation=name) for name in ("auto", "message_passing"))

@@ -12,6 +12,7 @@ from rich import get_console
 from rich.table import Table
 
 from lightning_modules.checkpoints.module import checkpoint_paths
+from lightning_modules.cli.stopping import INTERRUPTED
 from lightning_modules.imaging import write_whole
 
 if TYPE_CHECKING:
@@ -101,10 +102,14 @@ def _fold(words: Sequence[str], folder: Path, left_out: str, calibrating: list[s
             f"--data.init_args.val_sources=[{', '.join(calibrating)}]",
         ]
     )
-    trainer = command.trainer
-    trainer.fit(command.model, command.datamodule, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
-    if trainer.interrupted:
-        raise SystemExit("lightning-em: stopped: the same command goes on")
+    trainer, newest_state = command.trainer, str(last) if last.is_file() else None
+    try:
+        trainer.fit(command.model, command.datamodule, ckpt_path=newest_state, weights_only=True)
+    except SystemExit:
+        if not trainer.interrupted:
+            raise
+        rank_zero_info("\nstopped: the same command goes on")
+        raise SystemExit(INTERRUPTED) from None
     best, newest = checkpoint_paths(trainer)
     trainer.test(command.model, command.datamodule, ckpt_path=best or newest or None, weights_only=True, verbose=False)
 

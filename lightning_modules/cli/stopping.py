@@ -9,6 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_modules.checkpoints.module import LastCheckpoint
 
+INTERRUPTED = 128 + signal.SIGINT  # the exit code, as shells have it
+
 
 class StopBetweenSteps(Callback):
     """Ends a `fit` in one process at Ctrl-C when its step is done, and keeps the state in `last.ckpt`.

@@ -58,12 +58,11 @@ from lightning_modules.cli.configs import config_names, find_config
 from lightning_modules.cli.console import Parser, Refusal, calm
 from lightning_modules.cli.folds import leave_one_source_out
 from lightning_modules.cli.run_logger import RunLogger, evaluation_place, remove_unbegun
-from lightning_modules.cli.stopping import StopBetweenSteps
+from lightning_modules.cli.stopping import INTERRUPTED, StopBetweenSteps
 
 # The mode of `test` that leaves each source out in turn.
 _FOLDS = "--leave_one_source_out"
 # What a shell has as the code of a command that Ctrl-C has ended.
-_INTERRUPTED = 128 + signal.SIGINT
 # Seconds that a rank which is to end has for what remains.
 _PATIENCE = 10.0
 
@@ -210,7 +209,7 @@ class EMCommand(LightningCLI):
                 raise
             rank_zero_info(f"\nstopped at step {self.trainer.global_step}")
             self.after_fit()
-            raise SystemExit(_INTERRUPTED) from None
+            raise SystemExit(INTERRUPTED) from None
 
     def test(self, model: L.LightningModule, **options: Any) -> None:
         """Test, or leave each source out in turn."""

@@ -119,26 +119,27 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
         raise
 
 
-def output_names(names: list[str], rename: Callable[[str], str] | None = None) -> dict[str, str]:
-    """Returns the file for each image: its name with the suffix `.png`, which is appended where two would collide.
+def output_names(names: list[str], rename: Callable[[str], str] | None = None, suffix: str = ".png") -> dict[str, str]:
+    """Returns the file for each sample: its name with a suffix, which is appended where two would collide.
 
     Names count as equal where they differ in case only: some file systems cannot keep them apart.
 
     Args:
-        names: Names of the images.
-        rename: Name of a file for one of an image, `png_name` by default; `restored_name` keeps formats.
+        names: Names of the samples.
+        rename: Name of a file for one of a sample, that with the suffix by default; `restored_name` keeps formats.
+        suffix: The suffix.
 
     Example:
         >>> output_names(["a.jpg", "a.png", "b/c.tif"])
         {'a.jpg': 'a.jpg.png', 'a.png': 'a.png.png', 'b/c.tif': 'b/c.png'}
     """
-    outputs = {name: (rename or png_name)(name) for name in names}
+    outputs = {name: rename(name) if rename else str(_below_root(name).with_suffix(suffix)) for name in names}
     while True:
         count = Counter(output.casefold() for output in outputs.values())
-        colliding = [n for n, output in outputs.items() if count[output.casefold()] > 1 and output != f"{n}.png"]
+        colliding = [n for n, output in outputs.items() if count[output.casefold()] > 1 and output != n + suffix]
         if not colliding:
             return outputs
-        outputs.update({name: f"{name}.png" for name in colliding})
+        outputs.update({name: name + suffix for name in colliding})
 
 
 def png_name(name: str) -> str:
@@ -149,7 +150,7 @@ def png_name(name: str) -> str:
 def _below_root(name: str) -> PurePosixPath:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or not path.name:
-        raise ValueError(f"the name of an image must be a path below the input's root, got {name!r}")
+        raise ValueError(f"the name of a sample must be a path below the input's root, got {name!r}")
     return path
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.mixtures.chunks import chunk_size
+from lightning_modules.mixtures.passes import Passes, library_for
 from lightning_modules.mixtures.rows import (
     FramedRows,
     Rows,
@@ -18,6 +19,7 @@ from lightning_modules.mixtures.rows import (
     distinct,
     products,
     screened,
+    squared_norms,
     squares_to,
     sums_by_label,
     width_of,
@@ -139,6 +141,37 @@ def _unit(z: Rows) -> float:
     return 2.0 ** round(math.log2(largest))
 
 
+def _passes(z: Rows, weights: Tensor | None) -> Passes | None:
+    """The compiled passes over dense samples on a CPU, where there are any."""
+    if isinstance(z, SparseRows):
+        return None
+    x, offset, scale = dense(z) if isinstance(z, Tensor) else z.x, torch.zeros(()), torch.ones(())
+    if isinstance(z, FramedRows):
+        scale = z.standardizer.scale
+        if z.dtype == x.dtype and bool((torch.frexp(scale).mantissa == 0.5).all()):
+            offset = z.standardizer.offset
+        else:
+            # to divide by these is not to multiply by their inverses, and division is slow
+            x, scale = dense(z), torch.ones(())
+    compiled = library_for(x)
+    if compiled is None:
+        return None
+    offset, scale = (number.double().expand(x.shape[1]) for number in (offset, scale))
+    return Passes(compiled, x, offset, 1 / scale, weights)
+
+
+def _gap(scores: Tensor, label: Tensor, norms: Tensor, margin: Tensor) -> Tensor:
+    """A lower bound on the distance to the second nearest center less that to the nearest; NaN where the margin, an
+    error of the scores, leaves open which it is. The scores of the labels are lost.
+    """
+    nearest = scores.gather(0, label[None])[0].to(norms.dtype)
+    second = scores.scatter_(0, label[None], torch.inf).amin(dim=0).to(norms.dtype)
+    is_close = ~(second - nearest > 2 * margin)
+    upper = nearest.add_(norms).add_(margin).clamp_(min=0.0).sqrt_()
+    gap = second.add_(norms).sub_(margin).clamp_(min=0.0).sqrt_().sub_(upper)
+    return gap.masked_fill_(is_close, torch.nan)
+
+
 class _NearestCenters:
     """Samples, centers, the nearest center of each sample, and by how much it is the nearest.
 
@@ -151,13 +184,15 @@ class _NearestCenters:
         self.z, self.centers = z, centers.double()
         self.weights = None if weights is None else weights.double()
         self.num_components = centers.shape[0]
-        self.screen, self.norms = screened(z)
-        largest = float(self.norms.amax()) if z.shape[0] else 0.0
-        self.slack = 8 * torch.finfo(z.dtype).eps * (width_of(z) * largest) ** 0.5
+        self.passes = _passes(z, self.weights)
+        if self.passes is None:
+            self.screen, self.norms = screened(z)
+            self.largest = float(self.norms.amax()) if z.shape[0] else 0.0
         self.names = torch.arange(self.num_components, dtype=torch.int32, device=z.device)[:, None]
         self.sums = torch.zeros(self.num_components, z.shape[1], dtype=torch.float64, device=z.device)
         self.weight, self.count = torch.zeros(2, self.num_components, dtype=torch.float64, device=z.device)
         self.labels, self.gap = self._nearest(None)
+        self.slack = 8 * torch.finfo(z.dtype).eps * (width_of(z) * self.largest) ** 0.5
         self._add(None, self.labels)
 
     def _add(self, index: Tensor | None, labels: Tensor, old: Tensor | None = None) -> None:
@@ -168,6 +203,12 @@ class _NearestCenters:
             - labels: `[M]`
             - old: `[M]`
         """
+        if self.passes is not None:
+            added = self.passes.add(index, labels, old, self.num_components)
+            self.sums += added[:, :-2]
+            self.weight += added[:, -2]
+            self.count += added[:, -1]
+            return
         samples = self.z if index is None else self.z.index_select(0, index)
         weights = self.weights if index is None or self.weights is None else self.weights[index]
         # samples of weight 0 are no members: a center that has only those is without samples
@@ -182,6 +223,8 @@ class _NearestCenters:
 
     def inertia(self) -> float:
         """Sum of squared distances of the samples to the centers of their labels."""
+        if self.passes is not None:
+            return self.passes.inertia(self.labels, self.centers)
         total, step = 0.0, chunk_size(2 * width_of(self.z), self.z.device)
         for first in range(0, self.z.shape[0], step):
             part = slice(first, first + step)
@@ -196,14 +239,41 @@ class _NearestCenters:
             - index: `[M]`, all samples where None
             - output: `[M]` twice
         """
+        if self.passes is None:
+            labels, gap = self._screened(index)
+        else:
+            labels, gap, largest = self.passes.nearest(index, self.centers)
+            self.largest = largest if index is None else self.largest
+        close = gap.isnan().nonzero()[:, 0]
+        squares = self.centers.square().sum(dim=1, keepdim=True)
+        error = 2 * (self.z.shape[1] + 8) * torch.finfo(torch.float64).eps
+        step = chunk_size(2 * self.num_components + width_of(self.z), self.z.device)
+        for part in close.split(step):
+            samples = self.z.index_select(0, part if index is None else index[part]).to(torch.float64)
+            norms = squared_norms(samples)
+            scores = products(-2 * self.centers, samples).add_(squares)
+            label = scores.argmin(dim=0)
+            labels[part] = label
+            bound = _gap(scores, label, norms, (norms + squares.amax()) * error).to(gap.dtype)
+            # a tie is compared every time
+            gap[part] = bound.nan_to_num_(nan=-torch.inf, posinf=torch.inf)
+        return labels, gap
+
+    def _screened(self, index: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`_nearest`, with NaN for the bound where float32 does not tell the two nearest centers apart.
+
+        Shape:
+            - index: `[M]`, all samples where None
+            - output: `[M]` twice
+        """
         count = self.z.shape[0] if index is None else index.shape[0]
         labels = torch.empty(count, dtype=torch.long, device=self.z.device)
         gap = torch.empty(count, dtype=self.z.dtype, device=self.z.device)
         squares = self.centers.square().sum(dim=1, keepdim=True)
         centers, constants = (-2 * self.centers).float(), squares.float()
         # rounding of the products, of their sum and of the samples themselves, and the bits that carry the label
-        bits = (self.num_components - 1).bit_length()
-        error = (2 * (self.z.shape[1] + 8) + 2**bits) * torch.finfo(torch.float32).eps
+        bits, single = (self.num_components - 1).bit_length(), torch.finfo(torch.float32)
+        error = (2 * (self.z.shape[1] + 8) + 2**bits) * single.eps
         step = CHUNKS_AT_ONCE * chunk_size(2 * self.num_components + width_of(self.z), self.z.device)
         for first in range(0, count, step):
             part = slice(first, first + step)
@@ -216,22 +286,10 @@ class _NearestCenters:
             # the label rides in the last bits: a reduction that returns indices takes one number at a time
             scores.view(torch.int32).bitwise_and_(-(2**bits)).bitwise_or_(self.names)
             nearest = scores.amin(dim=0)
-            # a center out of float32's reach scores NaN, whose bits are no label: its samples are compared again below
+            # a center out of float32's reach scores NaN, whose bits are no label: its samples are compared again
             label = nearest.view(torch.int32).bitwise_and(2**bits - 1).long().clamp_(max=self.num_components - 1)
-            second = scores.scatter_(0, label[None], torch.inf).amin(dim=0).to(self.z.dtype)
-            nearest = nearest.to(self.z.dtype)
-            margin = norms.add(squares.amax().to(norms)).mul_(error)
-            close = (~(second - nearest > 2 * margin)).nonzero()[:, 0]
-            if len(close):
-                samples = self.z.index_select(0, close + first if index is None else index[part][close])
-                exact = products(-2 * self.centers, samples.to(torch.float64)).add_(squares)
-                label[close] = exact.argmin(dim=0)
-                nearest[close] = exact.amin(dim=0).to(self.z.dtype)
-                exact.scatter_(0, label[close][None], torch.inf)
-                second[close] = exact.amin(dim=0).to(self.z.dtype)
-            labels[part] = label
-            upper = nearest.add_(norms).add_(margin).clamp_(min=0.0).sqrt_()
-            gap[part] = second.add_(norms).sub_(margin).clamp_(min=0.0).sqrt_().sub_(upper)
+            margin = norms.add(squares.amax().to(norms)).mul_(error).add_((self.z.shape[1] + 8) * single.tiny)
+            labels[part], gap[part] = label, _gap(scores, label, norms, margin)
         return labels, gap
 
     def assign(self, last: bool = False) -> int:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
@@ -22,7 +23,7 @@ from lightning_modules.mixtures.model import ClusteringModel, EpochResult, Mixtu
 EPOCH_STATE = "clustering_epoch"
 
 
-class ClusteringModule(CheckpointedModule):
+class ClusteringModule(CheckpointedModule, ABC):
     """Base of `MixtureModule` and `KMeans`: a `ClusteringModel` fed by a Trainer.
 
     A batch is a tensor `[B, …]`, a tuple or list whose first entry is one, or a dictionary with `image` (or `x`,
@@ -290,6 +291,7 @@ class ClusteringModule(CheckpointedModule):
         """Whether the run came to rest within `tol`."""
         return self.model.converged
 
+    @abstractmethod
     def infer(self, x: Tensor) -> dict[str, Tensor]:
         """Returns what `predict` gives of each sample, by name.
 
@@ -297,7 +299,6 @@ class ClusteringModule(CheckpointedModule):
             - x: `[N, D]`
             - output: `[N, …]` each
         """
-        raise NotImplementedError
 
     def predict(self, x: Tensor) -> Tensor:
         """Returns the component of each sample.

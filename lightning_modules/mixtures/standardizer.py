@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.mixtures.chunks import chunk_size
+from lightning_modules.mixtures.passes import moments as compiled_moments
 
 Scaling = Literal["feature", "common"]
 
@@ -45,6 +46,13 @@ class StreamMoments:
             - weight: `[N]`
         """
         moments = cls.zeros(x.shape[1], x.device)
+        compiled = compiled_moments(x) if weight is None else None
+        if compiled is not None:
+            none = moments.invalid
+            for number, mean, squares in compiled:
+                count = none + number
+                moments = moments + cls(count, mean, squares, count.clone(), none, none.clone())
+            return moments
         step = chunk_size(4 * x.shape[1], x.device)
         for first in range(0, x.shape[0], step):
             part = slice(first, first + step)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_modules._cached import cached_tensors
 from lightning_modules.noise.blocks import Bands
 
 # Brightnesses at which blocks are counted, evenly from black to white.
@@ -163,7 +164,7 @@ def m_step(statistics: NoiseStatistics, bands: Bands, parameters: NoiseParameter
     scale = (spectrum * bands.width).sum(1, keepdim=True) / num_frequencies
     spectrum, ends = spectrum / scale, parameters.ends * scale.T
     energy = torch.einsum("cjf,cf->cj", noise, bands.width / spectrum) / num_frequencies
-    ramps = _ramps(ends)
+    ramps = _ramps(ends.device, ends.dtype)
     for _ in range(_VARIANCE_STEPS):
         variances = _variances(ends)
         up, down = (energy / variances.square()) @ ramps.T, (count / variances) @ ramps.T
@@ -260,15 +261,16 @@ def fit_noise(
     return parameters, objectives
 
 
-def _ramps(like: Tensor) -> Tensor:
+@cached_tensors(maxsize=8)
+def _ramps(device: torch.device, dtype: torch.dtype) -> Tensor:
     """What black and white contribute at each brightness, `[2, J]`."""
-    light = (torch.arange(_NUM_BINS).to(like) + 0.5) / _NUM_BINS
+    light = (torch.arange(_NUM_BINS, device=device, dtype=dtype) + 0.5) / _NUM_BINS
     return torch.stack([1 - light, light])
 
 
 def _variances(ends: Tensor) -> Tensor:
     """Noise variance of each channel at each brightness, `[C, J]`."""
-    return ends.T @ _ramps(ends)
+    return ends.T @ _ramps(ends.device, ends.dtype)
 
 
 def _bins(means: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from lightning_modules.point_clouds.neighborhoods import (
     smallest_eigenvector,
     thinned_neighbors,
     thinning,
+    typical_point,
     unit,
 )
 
@@ -152,9 +153,9 @@ class PointCloudDiffusion(RestorationOperator):
         sigma_normal: Tensor,
         tau: Tensor,
     ) -> Tensor:
-        center = points.detach().mean(0)
+        center = typical_point(points.detach())
         position = points - center
-        tree = KDTree(position.detach().cpu().numpy())
+        tree = KDTree(position.detach().cpu().numpy(), balanced_tree=False)
         width = ((width_noise * noise) ** 2 + (width_spacing * median_spacing(tree)) ** 2).sqrt()
         if not (reach := _REACH * float(width.detach())):
             return points
@@ -179,8 +180,8 @@ class PointCloudDiffusion(RestorationOperator):
     ) -> Tensor:
         """Positions after the steps on a graph; these, and the heights, in units of the width."""
         parts = graph.split()
-        near = [part.distance_weight(position, width) for part in parts]
-        normal = graph.ungroup([part.normals(position, w) for part, w in zip(parts, near, strict=True)])
+        near, normals = zip(*[part.normals(position, width) for part in parts], strict=True)
+        normal = graph.ungroup(list(normals))
         smoothed = [p.smoothed(normal, features, w, sigma_normal) for p, w in zip(parts, near, strict=True)]
         normal = graph.ungroup(smoothed)
         frames = [part.frame(normal, features, w, sigma_normal) for part, w in zip(parts, near, strict=True)]
@@ -191,7 +192,7 @@ class PointCloudDiffusion(RestorationOperator):
 
 
 class _Frame(NamedTuple):
-    """Normals at a group's points `[G, S, 3]` and neighbors `[G, K, 3]`, and signs and weights of pairs `[G, S, K]`."""
+    """Normals at a group's points `[G, S, 3]` and neighbors `[G, 3, K]`, and signs and weights of pairs `[G, S, K]`."""
 
     here: Tensor
     there: Tensor
@@ -228,7 +229,7 @@ class _Graph(NamedTuple):
 
     def ungroup(self, parts: list[Tensor]) -> Tensor:
         """Values of the groups' points, part by part `[·, ...]`, as those of the points `[N, ...]`."""
-        return torch.cat(parts).index_select(0, self.place)
+        return torch.cat(list(parts)).index_select(0, self.place)
 
     def split(self) -> "list[_Graph]":
         """Parts that stay in the cache."""
@@ -236,49 +237,47 @@ class _Graph(NamedTuple):
         chunks = (each.split(size) for each in (self.groups, self.neighbors, self.limit))
         return [_Graph(g, self.place, n, m) for g, n, m in zip(*chunks, strict=True)]
 
-    def distance_weight(self, position: Tensor, width: Tensor) -> Tensor:
+    def normals(self, position: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights of the distances `[G, S, K]`, and directions of least variance under them `[G·S, 3]`."""
         here, there = self._pair(position)
-        square = here.square().sum(2)[..., None] + there.square().sum(2)[:, None] - 2 * here @ there.mT
-        square = square.clamp_min(0)
+        squares = here.square().sum(2)[..., None] + there.square().sum(1)[:, None]
+        exponent = torch.baddbmm(squares, here, there, beta=-0.5).clamp_max(0)  # half of the squared distance
         limit = (self.limit / width.detach() ** 2)[..., None]
-        return (-0.5 * square).exp() * (1 - square / limit).clamp_min(0).square()
-
-    def normals(self, position: Tensor, weight: Tensor) -> Tensor:
-        """Directions of least variance `[G·S, 3]`."""
-        _, there = self._pair(position)
-        products = [there * there, there * there.roll(-1, 2)]  # xx, yy, zz and xy, yz, zx
-        moments = (weight @ torch.cat([torch.ones_like(there[..., :1]), there, *products], 2)).flatten(0, 1)
-        mean, second = (moments[:, 1:] / (moments[:, :1] + _NO_WEIGHT)).split([3, 6], 1)
-        square = second - torch.cat([mean * mean, mean * mean.roll(-1, 1)], 1)
-        return smallest_eigenvector(square[:, [0, 3, 5, 3, 1, 4, 5, 4, 2]].unflatten(1, (3, 3)))
+        weight = exponent.exp() * (1 + exponent * (2 / limit)).clamp_min(0).square()
+        x, y, z = there.unbind(1)
+        terms = [torch.ones_like(x), x, y, z, x * x, x * y, x * z, y * y, y * z, z * z]
+        moments = (weight @ torch.stack(terms, 1).mT).flatten(0, 1).T
+        mean, second = (moments[1:] / (moments[0] + _NO_WEIGHT)).split([3, 6])
+        variance = second[[0, 1, 2, 1, 3, 4, 2, 4, 5]].unflatten(0, (3, 3)) - mean[:, None] * mean
+        return weight, smallest_eigenvector(variance.permute(2, 0, 1))
 
     def smoothed(self, normal: Tensor, features: Tensor | None, weight: Tensor, s: Tensor) -> Tensor:
         """Mean normals of the neighbors that agree `[G·S, 3]`."""
         frame = self.frame(normal, features, weight, s)
-        return unit(((frame.weight * frame.sign) @ frame.there).flatten(0, 1))
+        return unit(((frame.weight * frame.sign) @ frame.there.mT).flatten(0, 1))
 
     def frame(self, normal: Tensor, features: Tensor | None, weight: Tensor, s: Tensor) -> _Frame:
-        here, there = _taken(normal, self.groups), _taken(normal, self.neighbors)
-        cosine = here @ there.mT
-        unlike = 1 - cosine.abs()
+        here, there = _taken(normal, self.groups), _columns(normal, self.neighbors)
+        cosine = here @ there
+        likeness = cosine.abs() - 1
         if features is not None:
-            unlike = 0.5 * torch.cdist(features[self.groups], features[self.neighbors]).square()
-        return _Frame(here, there, cosine.detach().sign(), weight * (-unlike / s.square().clamp_min(1e-6)).exp())
+            likeness = -0.5 * torch.cdist(features[self.groups], features[self.neighbors]).square()
+        return _Frame(here, there, cosine.detach().sign(), weight * (likeness / s.square().clamp_min(1e-6)).exp())
 
     def height(self, position: Tensor, frame: _Frame, sigma: Tensor) -> Tensor:
         """How far the neighbors are above each point `[G·S]`."""
         here, there = self._pair(position)
-        own = frame.here @ there.mT - (frame.here * here).sum(2)[..., None]
-        other = (frame.there * there).sum(2)[:, None] - here @ frame.there.mT
-        height = 0.5 * (own + frame.sign * other)
-        weight = frame.weight * (-0.5 * height.square() / sigma.square().clamp_min(1e-12)).exp()
-        return ((weight * height).sum(2) / (weight.sum(2) + _NO_WEIGHT)).flatten()
+        own = torch.baddbmm(-(frame.here * here).sum(2)[..., None], frame.here, there)
+        other = torch.baddbmm((frame.there * there).sum(1)[:, None], here, frame.there, alpha=-1)
+        twice = torch.addcmul(own, frame.sign, other)
+        weight = frame.weight * (twice.square() * (-0.125 / sigma.square().clamp_min(1e-12))).exp()
+        return (0.5 * (weight * twice).sum(2) / (weight.sum(2) + _NO_WEIGHT)).flatten()
 
     def _pair(self, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions of a group's points and of its neighbors about one of them."""
-        here, there = _taken(position, self.groups), _taken(position, self.neighbors)
-        origin = here[:, :1].detach()
-        return here - origin, there - origin
+        """Positions of a group's points `[G, S, 3]` and of its neighbors `[G, 3, K]` about one of these."""
+        here, there = _taken(position, self.groups), _columns(position, self.neighbors)
+        origin = there[:, :, :1].detach()  # the nearest to the center: a group's own points may be outliers
+        return here - origin.mT, there - origin
 
 
 def _centers(position: Tensor, groups: Tensor) -> Tensor:
@@ -287,6 +286,10 @@ def _centers(position: Tensor, groups: Tensor) -> Tensor:
 
 def _taken(values: Tensor, index: Tensor) -> Tensor:
     return values.index_select(0, index.flatten()).view(*index.shape, values.shape[1])
+
+
+def _columns(values: Tensor, index: Tensor) -> Tensor:
+    return _taken(values, index).mT.contiguous()  # along which products and sums run faster
 
 
 def _scaled(guide: Tensor) -> Tensor:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from lightning_modules.imaging import write_whole
+from lightning_modules.point_clouds.neighborhoods import check_coordinates
 
 _AXES = ("x", "y", "z")
 _INSTALL = 'pip install "lightning-em[point-clouds]"'
@@ -37,6 +39,8 @@ class CloudFile:
         if table.ndim != 2 or table.shape[1] < 3:
             plane = ": append a column of zeros to points of a plane" if table.ndim == 2 and table.shape[1] == 2 else ""
             raise ValueError(f"points must be [N, 3] or [N, D] with x, y and z first, got {list(table.shape)}{plane}")
+        if table.dtype.kind not in "iuf":
+            raise ValueError(f"points must be real numbers, got {table.dtype}")
         names = [*_AXES, *(f"scalar_{column}" for column in range(3, table.shape[1]))]
         kind = table.dtype if table.dtype.kind == "f" and table.dtype.itemsize in (4, 8) else np.dtype("f8")
         vertices = np.empty(len(table), [(name, kind.newbyteorder("=")) for name in names])
@@ -53,6 +57,28 @@ class CloudFile:
     def finite(self) -> NDArray[np.bool_]:
         """Which points have coordinates that are numbers [N]; scanners mark what they have missed by NaN."""
         return np.asarray(np.isfinite(self.points).all(1))
+
+    def finite_mesh(self) -> tuple[NDArray[np.float64], NDArray[np.int64] | None]:
+        """Points that are finite [M, 3], and the triangles between them that have an area [F, 3]; None without any.
+
+        Raises:
+            ValueError: If there is no such point, a triangle has a corner that is none of them, or the numbers are too
+                coarse, or about their median out of the range of single precision.
+        """
+        finite, faces = self.finite, self.faces
+        if not finite.any():
+            raise ValueError("it has no point with finite coordinates")
+        if faces is not None:
+            if faces.min() < 0 or faces.max() >= len(finite):
+                raise ValueError(f"a face has the corner {faces.max()}, and there are {len(finite)} points from 0 on")
+            faces = (finite.cumsum() - 1)[faces[finite[faces].all(1)]]
+            first, second, third = (self.points[finite][faces[:, corner]] for corner in range(3))
+            faces = faces[np.cross(second - first, third - first).any(1)]
+        points = self.points[finite]
+        own = np.result_type(np.float32, *(self.vertices[axis] for axis in _AXES))
+        for numbers in (points.astype(own), (points - np.median(points, 0)).astype(np.float32)):
+            check_coordinates(torch.from_numpy(numbers))
+        return points, faces if faces is not None and len(faces) else None
 
     def moved(self, points: NDArray[np.float64]) -> "CloudFile":
         """The same with other coordinates, rounded to the precision that the file has."""
@@ -85,6 +111,8 @@ def read_cloud(path: Path) -> CloudFile:
         ImportError: If the library for it is not installed.
         ValueError: If it holds no points.
     """
+    if path.suffix.lower() in SUFFIXES and path.is_file() and not path.stat().st_size:
+        raise ValueError(f"{path} is empty")
     try:
         file = SUFFIXES[path.suffix.lower()](path)
     except KeyError:
@@ -95,9 +123,10 @@ def read_cloud(path: Path) -> CloudFile:
         raise
     except Exception as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    missing = [axis for axis in _AXES if axis not in (file.vertices.dtype.names or ())]
+    fields = file.vertices.dtype.names
+    missing = [axis for axis in _AXES if axis not in (fields or ())]
     if missing or not len(file.vertices):
-        what = f"no {' and no '.join(missing)}" if missing else "no points"
+        what = f"no {' and no '.join(missing)}" if fields and missing else "no points"
         raise ValueError(f"{path} holds {what}")
     return file
 
@@ -144,7 +173,11 @@ def _triangles(faces: NDArray[Any]) -> NDArray[np.int64] | None:
 def _read_obj(path: Path) -> CloudFile:
     import trimesh
 
-    mesh: Any = trimesh.load(path, process=False, force="mesh")
+    mesh: Any = trimesh.load(path, process=False)
+    if isinstance(mesh, trimesh.PointCloud):  # points and no faces, of which force="mesh" would keep nothing
+        return CloudFile.of(np.asarray(mesh.vertices))
+    if isinstance(mesh, trimesh.Scene):
+        mesh = trimesh.load(path, process=False, force="mesh")
     return replace(CloudFile.of(np.asarray(mesh.vertices)), faces=np.asarray(mesh.faces, dtype=np.int64))
 
 

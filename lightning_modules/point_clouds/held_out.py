@@ -5,7 +5,7 @@ from scipy.spatial import KDTree
 from torch import Tensor
 
 from lightning_modules.imaging import permutation
-from lightning_modules.point_clouds.neighborhoods import smallest_eigenvector, thinning, unit
+from lightning_modules.point_clouds.neighborhoods import random_order, smallest_eigenvector, thinning, unit
 
 # Neighbors from which a normal is taken, and among which the nearest along the surface is looked for; and how many
 # standard deviations they reach, at least.
@@ -60,7 +60,7 @@ def held_out_error(restored: Tensor, others: Tensor, noise_std: Tensor) -> Tenso
     # to the same side.
     tree = KDTree(restored.detach().cpu().numpy())
     parts = thinning(tree, others, _REACH * float(level), count)
-    restored = restored[permutation(len(restored), 0)[::parts].to(restored.device)]
+    restored = restored[random_order(len(restored))[::parts].to(restored.device)]
     points = restored.detach()
     tree = KDTree(points.cpu().numpy())
     around = points[_nearest(tree, points, count)]

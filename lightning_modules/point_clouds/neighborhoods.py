@@ -1,6 +1,7 @@
 """Neighbors of a cloud's points, and the normals of the surface that they lie on."""
 
 import math
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +19,16 @@ if TYPE_CHECKING:
 _SAMPLE = 256
 
 
+@lru_cache(maxsize=4)
+def random_order(count: int) -> Tensor:
+    """The random order of so many points that every part of a cloud is taken from; not to be written to.
+
+    Shape:
+        - output: `[count]`, int64
+    """
+    return permutation(count, 0)
+
+
 def median_spacing(tree: KDTree) -> float:
     """Median distance of the points of a k-d tree from each other: the root of the area that a point has to itself.
 
@@ -26,9 +37,19 @@ def median_spacing(tree: KDTree) -> float:
     count = min(8, tree.n - 1)
     if count < 1:
         return 0.0
-    order = permutation(tree.n, 0)[:_SAMPLE].numpy()
+    order = random_order(tree.n)[:_SAMPLE].numpy()
     distance = tree.query(tree.data[order], [count + 1])[0]
     return float(torch.from_numpy(distance).median()) * math.sqrt(math.pi / count)
+
+
+def typical_point(points: Tensor) -> Tensor:
+    """Median coordinates of some of the points, which outliers do not move.
+
+    Shape:
+        - points: `[N, 3]`
+        - output: `[3]`
+    """
+    return points[random_order(len(points))[:_SAMPLE].to(points.device)].median(0).values
 
 
 def compact_groups(points: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -51,12 +72,11 @@ def compact_groups(points: Tensor, size: int) -> tuple[Tensor, Tensor]:
     order = np.concatenate(
         [np.arange(count), np.arange(groups * each - count) * count // max(groups * each - count, 1)]
     )
-    array = points.detach().cpu().numpy()
+    coordinates = np.ascontiguousarray(points.detach().cpu().numpy().T)
     blocks = 1
     while blocks < groups:
-        part = array[order].reshape(blocks, -1, 3)
-        axis = np.ptp(part, axis=1).argmax(1)
-        along = np.take_along_axis(part, axis[:, None, None], 2)[..., 0]
+        part = coordinates.take(order, 1).reshape(3, blocks, -1)
+        along = part[np.ptp(part, axis=2).argmax(0), np.arange(blocks)]
         halves = along.argpartition(along.shape[1] // 2, axis=1)
         order = np.take_along_axis(order.reshape(blocks, -1), halves, 1).ravel()
         blocks *= 2
@@ -80,7 +100,7 @@ def thinning(tree: KDTree, centers: Tensor, radius: float, count: int) -> int:
     Shape:
         - centers: `[G, 3]`
     """
-    places = centers[permutation(len(centers), 0)[:_SAMPLE]].cpu().numpy()
+    places = centers[random_order(len(centers))[:_SAMPLE]].cpu().numpy()
     within = float(np.median(tree.query_ball_point(places, radius, return_length=True)))
     return max(1, min(round(within / count), tree.n // count, len(centers)))
 
@@ -101,7 +121,7 @@ def thinned_neighbors(points: Tensor, centers: Tensor, count: int, parts: int, t
         - points: `[N, 3]`; centers: `[G, 3]`
         - output: `[G, K]`, int64
     """
-    order, places = permutation(len(points), 0), permutation(len(centers), 0)
+    order, places = random_order(len(points)), random_order(len(centers))
     neighbors = torch.empty(len(centers), count, dtype=torch.long)
     for part in range(parts):
         sources, targets = order[part::parts], places[(part + turn) % parts :: parts]
@@ -112,15 +132,14 @@ def thinned_neighbors(points: Tensor, centers: Tensor, count: int, parts: int, t
 def smallest_eigenvector(matrix: Tensor) -> Tensor:
     r"""Unit eigenvector of the least eigenvalue of symmetric 3×3 matrices, in closed form; 0 where there is none.
 
-    The eigenvalue by Smith, "Eigenvalues of a symmetric 3 × 3 matrix", CACM 4, 1961; the vector is the longest cross
-    product of two rows of :math:`A - \lambda I`. It has a derivative wherever the eigenvalue is single.
+    The eigenvalue by Smith, "Eigenvalues of a symmetric 3 × 3 matrix", CACM 4, 1961; the vector is the longest column
+    of the adjugate of :math:`A - \lambda I`. It has a derivative wherever the eigenvalue is single.
 
     Shape:
         - matrix: `[N, 3, 3]`
         - output: `[N, 3]`
     """
-    a, b, c = matrix.diagonal(dim1=1, dim2=2).unbind(1)
-    d, e, f = matrix[:, 0, 1], matrix[:, 1, 2], matrix[:, 0, 2]
+    a, b, c, d, e, f = matrix.flatten(1).T[[0, 4, 8, 1, 5, 2]]
     tiny = torch.finfo(matrix.dtype).tiny ** 0.25
     mean = (a + b + c) / 3
     a, b, c = a - mean, b - mean, c - mean
@@ -129,11 +148,12 @@ def smallest_eigenvector(matrix: Tensor) -> Tensor:
     rounding = 8 * torch.finfo(matrix.dtype).eps
     angle = half.clamp(rounding - 1, 1 - rounding).acos() / 3
     least = 2 * spread * (angle + 2 * math.pi / 3).cos()
-    rows = [torch.stack(row, 1) for row in ((a - least, d, f), (d, b - least, e), (f, e, c - least))]
-    crosses = torch.stack([torch.linalg.cross(rows[i], rows[j]) for i, j in ((0, 1), (0, 2), (1, 2))], 1)
-    longest = crosses.square().sum(2).argmax(1)
-    vector = crosses[torch.arange(len(matrix), device=matrix.device), longest]
-    return unit(vector)
+    a, b, c = a - least, b - least, c - least
+    xy, yz, zx = e * f - d * c, d * f - a * e, d * e - b * f
+    vector = torch.stack([b * c - e**2, xy, zx])
+    for column in (torch.stack([xy, a * c - f**2, yz]), torch.stack([zx, yz, a * b - d**2])):
+        vector = torch.where(column.square().sum(0) > vector.square().sum(0), column, vector)
+    return unit(vector.T)
 
 
 def unit(vector: Tensor) -> Tensor:
@@ -188,13 +208,28 @@ def check_cloud(data: "Data", guide: Tensor | None = None) -> None:
     if guide is not None and (guide.ndim != 2 or len(guide) != len(points) or not guide.is_floating_point()):
         raise ValueError(f"guide must be floating-point [N, F] with N = {len(points)}, got {list(guide.shape)}")
     for part in clouds(data):
-        own = points[part].detach()
-        if len(own) < 2:
-            continue
-        digit = float(own.abs().max()) * torch.finfo(own.dtype).eps
-        extent = float((own.amax(0) - own.amin(0)).max())
-        if extent and digit * len(own) ** 0.5 > 0.1 * extent:
-            raise ValueError(
-                f"coordinates as large as {float(own.abs().max()):.3g} have steps of {digit:.2g} in {own.dtype}, too "
-                f"long for {len(own)} points within {extent:.3g}: give them in float64, or subtract an origin first"
-            )
+        check_coordinates(points[part])
+
+
+def check_coordinates(points: Tensor) -> None:
+    """Raise `ValueError` if finite points have squares that are out of range, or no digits to tell them apart by.
+
+    Shape:
+        - points: `[N, 3]`
+    """
+    points = points.detach()
+    kind = torch.finfo(points.dtype)
+    largest = float(points.abs().max())
+    if largest and not kind.tiny**0.4 < largest < kind.max**0.4:
+        raise ValueError(
+            f"coordinates up to {largest:.3g} have squares that are out of the range of {points.dtype}: leave outliers "
+            "out, or give all in another unit of length"
+        )
+    middle = typical_point(points)
+    step = float(middle.abs().max()) * kind.eps
+    extent = 4 * float(typical_point((points - middle).abs()).max())
+    if extent and step * len(points) ** 0.5 > 0.1 * extent:
+        raise ValueError(
+            f"coordinates as large as {float(middle.abs().max()):.3g} have steps of {step:.2g} in {points.dtype}, too "
+            f"long for {len(points)} points within {extent:.3g}: give them in float64, or subtract an origin first"
+        )

@@ -6,8 +6,7 @@ import torch
 from scipy.spatial import KDTree
 from torch import Tensor
 
-from lightning_modules.imaging import permutation
-from lightning_modules.point_clouds.neighborhoods import clouds
+from lightning_modules.point_clouds.neighborhoods import clouds, random_order, typical_point
 
 if TYPE_CHECKING:
     from torch_geometric.data import Data
@@ -42,8 +41,8 @@ def _level(points: Tensor) -> Tensor:
     count = min(_NEIGHBORS, size - 1)
     if count <= _TERMS:
         return points.new_zeros(())
-    array = (points - points.mean(0)).double().cpu().numpy()
-    order = permutation(size, 0).numpy()
+    array = (points - typical_point(points)).double().cpu().numpy()
+    order = random_order(size).numpy()
     places = array[order[:_PLACES]]
     least = radius = float(torch.from_numpy(KDTree(array).query(places, [count + 1])[0]).median())
     level, former = 0.0, -1.0

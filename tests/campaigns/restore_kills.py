@@ -1,8 +1,6 @@
 """`lightning-em restore` on 30 mixed files, killed at random and run again: complete, identical to an undisturbed run.
 
-    python tests/campaigns/restore_kills.py [KILLS] [MODEL]
-
-MODEL is the file of a denoiser; without it total variation restores, which needs no weights.
+python tests/campaigns/restore_kills.py [KILLS]
 """
 
 import csv
@@ -19,13 +17,6 @@ import numpy as np
 from PIL import Image
 
 PROJECT = Path(__file__).parents[2]
-TOTAL_VARIATION = """
-import sys
-from lightning_modules.cli import restore
-from lightning_modules.operators import TotalVariation
-restore.load_operator = lambda model, channels: TotalVariation()
-sys.exit(restore.run(sys.argv[1:]))
-"""
 SUFFIXES = ("jpg", "png", "tif", "webp", "gif", "bmp")
 
 
@@ -69,16 +60,13 @@ def check_between(out: Path, complete: dict[str, bytes]) -> None:
             assert (out / row["output"]).is_file(), row
 
 
-def main(kills: int, words: list[str]) -> None:
+def main(kills: int) -> None:
     scratch = Path(tempfile.mkdtemp())
     make(scratch / "in")
-    command = [sys.executable, "-m", "lightning_modules.cli", "restore", "--model", *words]
-    command = command if words else [sys.executable, "-c", TOTAL_VARIATION]
 
     def start(out: Path) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            [*command, "in", "-o", str(out)], cwd=scratch, env=environment(), stderr=subprocess.DEVNULL
-        )
+        command = [sys.executable, "-m", "lightning_modules.cli", "restore", "in", "-o", str(out)]
+        return subprocess.Popen(command, cwd=scratch, env=environment(), stderr=subprocess.DEVNULL)
 
     begin = time.perf_counter()
     assert start(scratch / "undisturbed").wait() == 1, "one file is damaged"
@@ -114,4 +102,4 @@ def environment() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 20, sys.argv[2:3])
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 20)

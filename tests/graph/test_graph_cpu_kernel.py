@@ -1,5 +1,7 @@
 """The compiled image operator beside the one in torch: awkward images, threads, processes."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -102,3 +104,30 @@ def test_any_layout_of_the_images() -> None:
         assert torch.equal(restored, expected)
         restored.sum().backward()
         assert leaf.grad is not None
+
+
+def test_calls_leave_nothing_to_the_next_one_of_their_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They share the memory, whatever they are, in inference too; what is large is given back."""
+    sizes = [(2, 3, 40, 30), (1, 2, 9, 12)]
+    expected = [results(size, 3, 4.0, 2) for size in sizes]
+    kernel._of_thread.memory.fill_(255)
+    for size, wanted in zip(sizes, expected, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(results(size, 3, 4.0, 2), wanted, strict=True))
+    monkeypatch.setattr(kernel, "_of_thread", threading.local())
+    with torch.inference_mode():
+        GraphDiffusion(3)(
+            torch.rand(1, 1, 8, 8), sigma=0.7, tau=0.2, radius=2.0, sigma_s=2.0, sigma_f=0.8, smooth_steps=1
+        )
+    results(sizes[1], 3, 4.0, 2)
+    kept = len(kernel._of_thread.memory)
+    monkeypatch.setattr(kernel, "_MOST_KEPT", kept)
+    assert len(results((4, 3, 60, 60), 3, 4.0, 2)) == len(expected[0])
+    assert len(kernel._of_thread.memory) == kept
+
+
+def test_threads_do_not_share_their_memory() -> None:
+    sizes = [(2, 3, 30 + index, 40) for index in range(6)]
+    expected = [results(size, 3, 4.0, 2)[0] for size in sizes]
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda size: results(size, 3, 4.0, 2)[0], 3 * sizes))
+    assert all(torch.equal(one, other) for one, other in zip(found, 3 * expected, strict=True))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from numpy.typing import NDArray
 from torch_geometric.data import Data
 
 from callbacks import PointCloudView, PointCloudWriter
@@ -139,16 +140,73 @@ def test_files_of_others_are_not_overwritten_and_results_not_denoised_again(fold
     with pytest.raises(FileExistsError, match="is not an earlier result"):
         predict(folder / "scans", tmp_path / "other")
     assert (tmp_path / "other" / "scan.ply").read_text() == "mine"
-    with pytest.raises(ValueError, match="would be denoised again"):
+    with pytest.raises(ValueError, match="would be restored again"):
         predict(folder / "scans", folder / "scans")
 
 
-def test_a_file_without_finite_points_is_named(tmp_path: Path) -> None:
-    np.save(tmp_path / "holes.npy", np.full((40, 3), np.nan))
-    with pytest.raises(ValueError, match=r"holes\.npy has no point with finite coordinates"):
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [
+        (np.full((40, 3), np.nan), "it has no point with finite coordinates"),
+        (np.random.default_rng(0).random((400, 3)).astype("f4") + np.float32(5e6), r"as large as 5e\+06 have steps of"),
+        (1e30 * np.random.default_rng(0).random((400, 3)), "squares that are out of the range of torch.float32"),
+    ],
+)
+def test_a_file_that_cannot_be_denoised_is_named(points: NDArray[Any], message: str, tmp_path: Path) -> None:
+    np.save(tmp_path / "bad.npy", points)
+    with pytest.raises(ValueError, match=rf"bad\.npy cannot be taken: .*{message}"):
         predict(tmp_path, tmp_path / "out")
+
+
+def test_a_stray_point_does_not_cost_a_scan_its_digits(tmp_path: Path) -> None:
+    points = np.random.default_rng(0).random((400, 3))
+    np.save(tmp_path / "near.npy", points)
+    np.save(tmp_path / "stray.npy", np.append(points + np.array([5e5, 5e6, 100]), np.zeros((1, 3)), 0))
+    data = PointCloudDataModule(str(tmp_path), batch_size=1)
+    data.setup("predict")
+    near, stray = (batch["cloud"].pos for batch in data.predict_dataloader())
+    shift = stray[:-1] - near
+    torch.testing.assert_close(shift, shift[:1].expand_as(shift), atol=1e-6, rtol=0)
 
 
 def test_the_view_needs_counts() -> None:
     with pytest.raises(ValueError, match="num_clouds"):
         PointCloudView(num_clouds=0)
+
+
+def test_names_that_differ_in_their_suffix_only_get_files_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "scans").mkdir()
+    points = np.random.default_rng(0).random((3, 20, 3))
+    np.savetxt(tmp_path / "scans" / "a.xyz", points[0])
+    write_ply(CloudFile.of(points[1]), tmp_path / "scans" / "a.ply")
+    write_ply(CloudFile.of(points[2]), tmp_path / "scans" / "a.xyz.ply")
+    predict(tmp_path / "scans", tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*.ply"))) == 3
+
+
+def test_the_next_run_replaces_what_a_killed_one_has_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "scans").mkdir()
+    for name in ("a", "b"):
+        np.save(tmp_path / "scans" / f"{name}.npy", np.random.default_rng(0).random((40, 3)))
+    with monkeypatch.context() as patch:
+        patch.setattr(PointCloudWriter, "on_predict_epoch_end", lambda *_: None)  # as if killed before the table
+        predict(tmp_path / "scans", tmp_path / "out")
+    assert not (tmp_path / "out" / "restored.csv").exists()
+    predict(tmp_path / "scans", tmp_path / "out")
+    assert (tmp_path / "out" / "restored.csv").read_text().count("\n") == 3
+
+
+def test_a_cloud_that_cannot_be_written_is_listed_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "scans").mkdir()
+    for name in ("a", "b"):
+        np.save(tmp_path / "scans" / f"{name}.npy", np.random.default_rng(0).random((40, 3)))
+
+    def write(file: CloudFile, path: Path) -> None:
+        if path.name == "a.ply":
+            raise PermissionError("a.ply: no")
+        write_ply(file, path)
+
+    monkeypatch.setattr("callbacks.point_cloud_writer.write_ply", write)
+    with pytest.raises(RuntimeError, match=r"1 clouds could not be written, all others are: a\.npy: a\.ply: no"):
+        predict(tmp_path / "scans", tmp_path / "out")
+    assert (tmp_path / "out" / "b.ply").is_file()

@@ -172,6 +172,28 @@ def test_far_coordinates_are_as_good_as_near_ones() -> None:
         operator(Data(pos=(near + origin).float()), noise=LEVEL, **start())
 
 
+def test_a_point_at_the_origin_costs_far_coordinates_no_digits() -> None:
+    near = bumpy(400)
+    far = torch.cat([near, torch.tensor([[-5e5, -5e6, -300.0]])])
+    operator = PointCloudDiffusion()
+    expected = operator(Data(pos=far), noise=LEVEL, **start())[:-1]
+    found = operator(Data(pos=far.float()), noise=LEVEL, **start())[:-1]
+    # Rounding may choose another neighbor; without a center that the point leaves alone all of them are off.
+    assert (found - expected).norm(dim=1).median() < 1e-5
+    utm = (far + torch.tensor([5e5, 5e6, 300.0])).float()
+    with pytest.raises(ValueError, match=r"coordinates as large as 5e\+06 have steps of"):
+        operator(Data(pos=utm), noise=LEVEL, **start())
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e20])
+def test_units_out_of_the_range_of_the_type_are_named(scale: float) -> None:
+    with pytest.raises(ValueError, match=r"have squares that are out of the range of torch\.float32"):
+        PointCloudDiffusion()(Data(pos=bumpy(50).float() * scale), noise=LEVEL * scale, **start())
+    restored = PointCloudDiffusion()(Data(pos=bumpy(50) * scale), noise=LEVEL * scale, **start())
+    expected = PointCloudDiffusion()(Data(pos=bumpy(50)), noise=LEVEL, **start())
+    torch.testing.assert_close(restored / scale, expected, atol=1e-7, rtol=0)
+
+
 def test_clouds_of_a_batch_do_not_see_each_other() -> None:
     clouds = [bumpy(count, count) for count in (70, 3, 120)]
     levels = torch.tensor([0.05, 0.05, 0.02]).double()

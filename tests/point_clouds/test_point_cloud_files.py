@@ -1,5 +1,6 @@
 """Files of point clouds: everything comes back, and what cannot be read is named."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +94,13 @@ def test_triangles_of_obj_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("empty.ply", b"", "empty.ply cannot be read"),
+        ("empty.ply", b"", "empty.ply is empty"),
+        ("empty.pcd", b"", "empty.pcd is empty"),
+        (
+            "faces.ply",
+            b"ply\nformat ascii 1.0\nelement face 1\nproperty list uchar int vertex_indices\nend_header\n3 0 1 2\n",
+            "faces.ply holds no points",
+        ),
         ("none.ply", b"ply\nformat ascii 1.0\nelement vertex 0\nproperty float x\nend_header\n", "holds no y and no z"),
         (
             "zero.ply",
@@ -105,7 +112,8 @@ def test_triangles_of_obj_are_read(tmp_path: Path) -> None:
         ("flat.xyz", b"1 2\n3 4\n", r"flat.xyz cannot be read: points must be .* \[2, 2\]: append a column of zeros"),
         ("words.xyz", b"a b c\n", "words.xyz cannot be read"),
         ("noise.npy", b"\x93NUMPY nonsense", "noise.npy cannot be read"),
-        ("empty.xyz", b"", "empty.xyz"),
+        ("empty.xyz", b"", "empty.xyz is empty"),
+        ("comment.xyz", b"# x y z\n", "comment.xyz cannot be read: it is empty"),
         ("cloud.las", b"", "cloud.las is not one of .ply"),
     ],
 )
@@ -113,6 +121,37 @@ def test_what_is_no_cloud_is_named(name: str, content: bytes, message: str, tmp_
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_cloud(tmp_path / name)
+
+
+def test_points_without_faces_are_read_from_obj(tmp_path: Path) -> None:
+    pytest.importorskip("trimesh")
+    (tmp_path / "scan.obj").write_text("v 0 0 0\nv 1 0 2\n")
+    file = read_cloud(tmp_path / "scan.obj")
+    assert file.faces is None
+    assert file.points.tolist() == [[0, 0, 0], [1, 0, 2]]
+    (tmp_path / "faces.obj").write_text("f 1 2 3\n")
+    with pytest.raises(ValueError, match=r"faces.obj holds no points"):
+        read_cloud(tmp_path / "faces.obj")
+
+
+def test_a_mesh_loses_its_holes_and_what_has_no_area() -> None:
+    points = np.array([[0, 0, 0], [np.nan, 0, 0], [1, 0, 0], [0, 1, 0], [2, 0, 0]])
+    whole, broken, line = [0, 2, 3], [0, 1, 2], [0, 2, 4]
+    file = replace(CloudFile.of(points), faces=np.array([broken, whole, line]))
+    kept, faces = file.finite_mesh()
+    np.testing.assert_array_equal(kept, points[[0, 2, 3, 4]])
+    assert faces is not None
+    assert faces.tolist() == [[0, 1, 2]]
+    assert replace(file, faces=np.array([line, broken])).finite_mesh()[1] is None
+    with pytest.raises(ValueError, match="a face has the corner 5, and there are 5 points"):
+        replace(file, faces=np.array([[0, 2, 5]])).finite_mesh()
+
+
+@pytest.mark.parametrize("kind", ["bool", "complex128"])
+def test_tables_of_no_real_numbers_are_named(kind: str, tmp_path: Path) -> None:
+    np.save(tmp_path / "odd.npy", np.ones((20, 3), kind))
+    with pytest.raises(ValueError, match=f"odd.npy cannot be read: points must be real numbers, got {kind}"):
+        read_cloud(tmp_path / "odd.npy")
 
 
 def test_pickles_are_not_opened(tmp_path: Path) -> None:

@@ -108,3 +108,28 @@ def test_the_command_learns_from_scans_as_they_are(tmp_path: Path, monkeypatch: 
     build(["predict", "-c", "point_clouds", *words, f"--ckpt_path={checkpoint}"], run=True)
     written = read_cloud(next((tmp_path / "logs").rglob("0.ply"))).points
     assert abs(np.linalg.norm(written, axis=1) - 1).std() < 0.6 * float((noisy[0].norm(dim=1) - 1).std())
+
+
+def test_a_large_scan_is_denoised_in_little_memory() -> None:
+    script = """
+import math, resource, torch
+from torch_geometric.data import Data
+from lightning_modules import PointCloudDiffusion
+
+number = torch.arange(200_000) + 0.5
+z, angle = 1 - number / 100_000, math.pi * (1 + 5**0.5) * number.double()
+flat = (1 - z**2).sqrt()
+points = torch.stack([flat * angle.cos(), flat * angle.sin(), z], 1).float()
+points += 0.01 * torch.randn(points.shape, generator=torch.Generator().manual_seed(0))
+operator = PointCloudDiffusion()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with torch.no_grad():
+    restored = operator(Data(pos=points), noise=0.01, **{spec.name: spec.start for spec in operator.parameter_specs})
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, before, float((restored.norm(dim=1) - 1).std()))
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    peak, before, error = map(float, done.stdout.split())
+    assert error < 0.25 * 0.01
+    assert peak > before  # the peak is that of the denoising, not of an import
+    assert peak < 2 * 2**20  # KiB

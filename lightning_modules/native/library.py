@@ -162,7 +162,7 @@ def _give_up(source: Path, reason: str, failure: Path | None) -> None:
         advice += f"; it is tried again tomorrow, or when {failure} is gone"
     _logger.log(
         logging.INFO if _warned else logging.WARNING,
-        "%s is not compiled, torch is used instead and takes five to seven times as long on this CPU: %s (%s)",
+        "%s is not compiled, torch is used instead and takes several times as long on this CPU: %s (%s)",
         source.name,
         reason,
         advice,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lightning_modules.graph.cpu import library
+from lightning_modules.native import library
 
 SOURCE = """#include "answer.h"
 int answer(void) { return ANSWER; }

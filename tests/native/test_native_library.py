@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lightning_modules.graph.cpu import library
+from lightning_modules.native import library
 
 SOURCE = '#include "answer.h"\nint answer(void) { return ANSWER; }\n'
 
@@ -183,7 +183,7 @@ def test_without_it_one_warning_names_reason_and_cost(
     assert second.levelno == logging.INFO, "of one warning"
     if variable == "CC":
         assert first.levelno == logging.WARNING, "which a program without a logging configuration shows"
-        assert "takes five to seven times as long" in first.message
+        assert "takes several times as long" in first.message
     else:
         assert first.levelno == logging.INFO, "the user has asked for it"
 
