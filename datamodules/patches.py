@@ -142,7 +142,10 @@ class PatchDataModule(ImageDataModule):
         if split == "predict":
             folder = self.predict_root or self.root
             if folder is None:
-                raise ValueError("predict needs a folder of images: give predict_root")
+                raise ValueError(
+                    "predict restores whole images: give predict_root, a folder; the components of an array's rows are "
+                    "those of load_from_checkpoint(CHECKPOINT).predict(rows) of the module's class"
+                )
             return ImageFolderDataModule(folder, noise_std=self.noise_std).load_split("predict")
         if self.array is not None:
             return _FileSamples(Path(self.array).expanduser(), self.val_fraction, split == "train")
@@ -217,7 +220,13 @@ class _FileSamples(BatchDataset):
     def __init__(self, path: Path, val_fraction: float, train: bool) -> None:
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not a file: array must be one with an array [N, D], made by numpy.save")
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            raise ValueError(
+                f"{path} holds no array of numbers that numpy.save has written; rows of a CSV file become one by "
+                "numpy.save('rows.npy', numpy.loadtxt('rows.csv', delimiter=','))"
+            ) from None
         if array.ndim != 2 or array.dtype.kind not in "fiu" or not array.flags.c_contiguous:
             raise ValueError(f"{path} must hold numbers [N, D] in C order, got {array.dtype} {array.shape}")
         self.path, self.dtype, self.width = path, array.dtype, array.shape[1]

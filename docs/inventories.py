@@ -71,7 +71,7 @@ def inventory(project: str, names: dict[str, tuple[str, str]]) -> bytes:
     """An inventory in Sphinx's format, version 2."""
     header = f"# Sphinx inventory version 2\n# Project: {project}\n# Version: \n"
     header += "# The remainder of this file is compressed using zlib.\n"
-    lines = "".join(f"{name} py:{kind} 1 {page} -\n" for name, (kind, page) in sorted(names.items()))
+    lines = "".join(f"{name} py:{kind} 1 {page.replace('$', name)} -\n" for name, (kind, page) in sorted(names.items()))
     return header.encode() + zlib.compress(lines.encode(), 9)
 
 

@@ -42,6 +42,7 @@ FIGURE = re.compile(
 # What a page may say by hand, and why: it is no result of a measurement.
 DEFINITIONS: dict[str, dict[str, str]] = {
     "README.md": {"Python 3.11 or later": "a version"},
+    "docs/site/index.md": {"Python 3.11 or later": "a version"},
     "docs/site/restore.md": {"Python 3.11 or later": "a version"},
     "docs/site/tuning.md": {
         "σ from 0.1 to 0.5, τ from 0.05 to 0.3": "bounds",

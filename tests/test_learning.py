@@ -297,6 +297,11 @@ BAD: dict[str, tuple[Callable[..., Any], dict[str, Any], str]] = {
         "differ",
     ),
     "steps": (blur, {"parameters": {"width": BOUNDS}, "steps": 0}, "steps must be at least 1, got 0"),
+    "a value for each image": (
+        lambda noisy, *, weight: noisy * weight,
+        {},
+        r"with weight \[\d+\]: .* weight\.view\(-1, 1, 1, 1\) is multiplied with images",
+    ),
     "rule": (
         lambda noisy, *, weight: blur(noisy, width=weight.detach()),
         {"rule": NewtonRule()},

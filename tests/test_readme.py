@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.datasets import FakeData
 
 from datamodules import CIFAR10DataModule, GeneratedImagesDataModule, ImageFolderDataModule, PatchDataModule
-from lightning_modules import GeneratedImageDetector, GraphDiffusionReconstruction, Reconstruction
+from lightning_modules import GaussianMixture, GeneratedImageDetector, GraphDiffusionReconstruction, Reconstruction
 
 PROJECT = Path(__file__).parents[1]
 PAGES = {
@@ -105,6 +105,7 @@ def test_every_flag_that_it_names_exists() -> None:
         ImageFolderDataModule,
         GeneratedImagesDataModule,
         PatchDataModule,
+        GaussianMixture,
         GraphDiffusionReconstruction,
         Reconstruction,
     )

@@ -6,15 +6,16 @@ The pages are Markdown, the reference comes from the docstrings, the gallery fro
 import os
 import sys
 import warnings
-from importlib import metadata
 from pathlib import Path
 
 PROJECT = Path(__file__).parents[2]
 sys.path.insert(0, str(PROJECT))
 
+from lightning_modules._version import __version__  # noqa: E402, of these sources, whatever is installed
+
 project = "lightning-em"
 author = "the authors of lightning-em"
-release = version = metadata.version("lightning-em")
+release = version = __version__
 
 extensions = [
     "myst_parser",
@@ -27,7 +28,7 @@ extensions = [
 exclude_patterns = ["**/GALLERY_HEADER.rst"]
 html_theme = "furo"
 html_title = f"lightning-em {release}"
-html_show_sphinx = False
+html_show_sphinx = html_show_copyright = False
 
 # Markdown: headings can be linked to, as on GitHub.
 myst_enable_extensions = ["dollarmath"]
@@ -42,7 +43,13 @@ autodoc_inherit_docstrings = False
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True, "show-inheritance": True}
+# what scikit-learn gives every estimator has pages there
+_ROUTED = ("fit", "partial_fit", "predict", "score", "transform")
+autodoc_default_options = {
+    "members": True,
+    "show-inheritance": True,
+    "exclude-members": ", ".join(f"set_{name}_request" for name in _ROUTED),
+}
 
 # Links to other projects without a connection: what docstrings name, in inventories that `docs/inventories.py` writes.
 intersphinx_mapping = {

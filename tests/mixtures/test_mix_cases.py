@@ -574,3 +574,14 @@ def test_weighted_lloyd_is_lloyd_on_repeated_rows_at_every_iteration() -> None:
         many = lloyd(x.repeat_interleave(weight, 0), x[:4], iterations)
         torch.testing.assert_close(weighted.centers, many.centers, rtol=1e-12, atol=1e-12)
         assert weighted.inertia == pytest.approx(many.inertia, rel=1e-12)
+
+
+def test_rows_that_are_no_array_of_numbers_are_named(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("1.0,2.0\n3.0,4.0\n")
+    np.save(tmp_path / "objects.npy", np.array([{}, None]), allow_pickle=True)
+    for name in ("rows.csv", "objects.npy"):
+        with pytest.raises(ValueError, match=rf"{name} holds no array of numbers .* numpy\.loadtxt\('rows\.csv'"):
+            PatchDataModule(array=str(tmp_path / name)).setup("fit")
+    np.save(tmp_path / "rows.npy", np.zeros((4, 2)))
+    with pytest.raises(ValueError, match=r"give predict_root, .* load_from_checkpoint\(CHECKPOINT\)\.predict\(rows\)"):
+        PatchDataModule(array=str(tmp_path / "rows.npy")).setup("predict")

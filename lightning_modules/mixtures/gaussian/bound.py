@@ -11,8 +11,8 @@ from lightning_modules.mixtures.gaussian.em import MixtureParameters, log_joint
 def evidence_lower_bound(q: Tensor, theta: MixtureParameters, x: Tensor) -> Tensor:
     r"""Jensen's lower bound on the log-likelihood of a mixture, equal to it exactly where `q` is the posterior.
 
-    .. math:: J(q, \theta) = \sum_n \sum_k q_{nk} \log \frac{p(x_n, z_n = k; \theta)}{q_{nk}} \le \sum_n \log p(x_n;
-    \theta)
+    .. math:: J(q, \theta) = \sum_n \sum_k q_{nk} \log \frac{p(x_n, z_n = k; \theta)}{q_{nk}}
+        \le \sum_n \log p(x_n; \theta)
 
     Dempster, Laird and Rubin 1977; Neal and Hinton 1998.
 
