@@ -165,7 +165,7 @@ def measured(restore: Restore, shapes: list[Shape], size: int, level: float, **s
 
 def main() -> None:
     parser = arguments("Denoising of point clouds, beside peers.")
-    parser.add_argument("--steps", type=int, default=48, help="batches of four clouds to learn from")
+    parser.add_argument("--steps", type=int, default=24, help="batches of four clouds to learn from")
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 50_000], help="points of a cloud")
     parser.add_argument("--shapes", type=int, help="report on so many shapes only, the first by name")
     options = parser.parse_args()
