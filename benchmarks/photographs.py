@@ -144,6 +144,8 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", choices=makers, default=list(makers), help="whom to compare with")
     parser.add_argument("--keep", action="store_true", help="rows of peers that the record has: CBM3D takes an hour")
     args = parser.parse_args()
+    if args.keep and (args.json is None or not args.json.is_file()):
+        parser.error(f"--keep needs --json with the record of an earlier run, got {args.json}")
     torch.set_num_threads(args.threads)
     methods = [ours(args.weights)]
     records: list[dict[str, Any]] = []

@@ -38,14 +38,22 @@ class Course:
             self.steps, self.values, self._stride, self._count = [], [], 1, 0  # of a table that had other rows
         if self._count % self._stride == 0 and step not in self.steps[-1:]:
             self.steps.append(step)
-            self.values.append(value.detach().float().cpu())
+            self.values.append(value.detach().float().clone())  # where it is: a copy to the host would be waited for
         self._count += 1
         if len(self.steps) > _MOST_POINTS:
             self.steps, self.values, self._stride = self.steps[::2], self.values[::2], 2 * self._stride
 
+    def stacked(self) -> Tensor:
+        """All values, on the host.
+
+        Shape:
+            - output: `[T, ...]`
+        """
+        return torch.stack([value.cpu() for value in self.values])
+
     def state_dict(self) -> dict[str, Any]:
         """All of it, for a checkpoint."""
-        values = torch.stack(self.values) if self.values else torch.empty(0)
+        values = self.stacked() if self.values else torch.empty(0)
         return {"steps": self.steps, "values": values, "stride": self._stride, "count": self._count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -75,7 +83,7 @@ def draw_course(table: "ParameterTable", parameters: Course, gain: Course) -> Fi
     grid = figure.subplots(
         lines, columns, squeeze=False, gridspec_kw={**margins, "hspace": 0.35, "wspace": 0.22}
     ).ravel()
-    values = torch.stack(parameters.values)
+    values = parameters.stacked()
     labels: dict[str, Any] = {}
     for axes, name in zip(grid, table.learned, strict=False):
         labels |= _draw_parameter(axes, table, name, parameters.steps, values)
@@ -132,5 +140,5 @@ def _draw_parameter(
 
 def _draw_gain(axes: Axes, gain: Course) -> None:
     axes.axhline(0, color="0.6", linewidth=1)
-    axes.plot(gain.steps, torch.stack(gain.values), color="k", marker="o", markersize=3, linewidth=1.5)
+    axes.plot(gain.steps, gain.stacked(), color="k", marker="o", markersize=3, linewidth=1.5)
     axes.set_title("validation PSNR above the start values, dB", fontsize=10)

@@ -3,7 +3,7 @@
 import csv
 import errno
 import json
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections import Counter
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,7 +19,7 @@ TABLE_NAME = "restored.csv"
 _NEEDED = ("restored", "noisy", "name", "noise_std", "parameters")
 
 
-class ResultWriter(BasePredictionWriter):
+class ResultWriter(BasePredictionWriter, ABC):
     """Writes each result at once, under a name that is free or that an earlier run has written, and `restored.csv`.
 
     Names of written files go into a journal before the files, so that the next run knows those of one that was killed.

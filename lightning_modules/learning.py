@@ -335,13 +335,12 @@ def _call(operator: RestorationOperator, images: Tensor, level: Tensor, theta: M
     try:
         restored: Any = operator(images, noise=level, **theta)
     except RuntimeError as error:
-        if "must match the size of tensor" not in str(error):
+        if not theta or "must match the size of tensor" not in str(error):
             raise
         sizes = ", ".join(f"{name} {list(value.shape)}" for name, value in theta.items())
-        hint = next(iter(theta), "weight")
         raise ValueError(
             f"restore failed on images {list(images.shape)} with {sizes}: {str(error).splitlines()[0]}. There is one "
-            f"value for each image: {hint}.view(-1, 1, 1, 1) is multiplied with images"
+            f"value for each image: {next(iter(theta))}.view(-1, 1, 1, 1) is multiplied with images"
         ) from error
     if not isinstance(restored, Tensor) or restored.shape != images.shape:
         got = list(restored.shape) if isinstance(restored, Tensor) else type(restored).__name__
