@@ -170,7 +170,7 @@ def make_data(
         val_fraction=0.1,
         test_fraction=0.2,
         seed=seed,
-        cache=True,
+        cache_gib=8,
         **held_out,
     )
 
