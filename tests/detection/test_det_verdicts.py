@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from pathlib import Path
 
 import lightning as L
@@ -68,9 +69,27 @@ class TestDecisions:
 
     def test_the_threshold_is_that_of_the_calibration(self) -> None:
         calibration = Calibration()
-        calibration.boundary.fill_(3.0)
+        calibration.boundary.fill_(4.0)
         verdict, _ = decide(torch.tensor([[2.0] * 5]), calibration, torch.tensor([torch.nan]))
         assert verdict.tolist() == [0]
+
+    def test_what_is_too_close_to_the_threshold_is_unsure(self) -> None:
+        calibration = Calibration()
+        calibration.temperature.fill_(2.0)
+        calibration.boundary.fill_(1.0)
+        edge = 2 * math.log(3)  # at temperature 2 the odds are three to one
+        logits = 1 + torch.tensor([edge + 0.01, edge - 0.01, 0.01 - edge, -edge - 0.01])[:, None].expand(-1, 5)
+        verdict, reasons = decide(logits, calibration, torch.full((4,), torch.nan))
+        assert verdict.tolist() == [1, UNSURE, UNSURE, 0]
+        assert reasons == ["", "too close to the threshold", "too close to the threshold", ""]
+
+    def test_at_chance_it_is_unsure_of_everything(self) -> None:
+        logit = torch.randn(400, generator=torch.Generator().manual_seed(0)) * 5
+        calibration = Calibration()
+        calibration.fit(logit, torch.arange(400) % 2)
+        assert calibration.at_chance
+        verdict, _ = decide(logit[:, None].expand(-1, 5), calibration, torch.full((400,), torch.nan))
+        assert (verdict == UNSURE).float().mean() > 0.99
 
     def test_the_changes_are_those_that_are_named(self) -> None:
         crops = torch.from_numpy(pixels(100, 40)[:CROP, :CROP]).permute(2, 0, 1)[None]
