@@ -104,7 +104,8 @@ def _split(number: int) -> str:
 
 
 def small_autoencoder(upsampling: Any) -> ConvAutoencoder:
-    return ConvAutoencoder(width=16, latent_channels=32, upsampling=upsampling)
+    """One that halves the resolution once: in a minute a deeper one learns little but to blur."""
+    return ConvAutoencoder(width=16, latent_channels=8, downsamplings=1, upsampling=upsampling)
 
 
 def train_decoder(kind: str, photographs: Path, folder: Path, steps: int) -> Path:
@@ -325,7 +326,7 @@ def main() -> None:
     parser.add_argument("--folds", nargs="+", metavar="SOURCE", help="sources to leave out; by default each in turn")
     parser.add_argument("--own", action="store_true", help="also train on all sources, and test on images held out")
     parser.add_argument("--steps", type=int, default=1000, help="of training in each fold")
-    parser.add_argument("--decoder-steps", type=int, default=500, help="of training of each small decoder")
+    parser.add_argument("--decoder-steps", type=int, default=1000, help="of training of each small decoder")
     parser.add_argument("--inputs", nargs="+", choices=INPUTS, default=["residual and differences"])
     parser.add_argument("--trained", type=int, metavar="N", help="train on no more than so many sources: the curve")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
