@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,8 @@ _BORDER = 16
 # Light and two differences of colour, across which the channels go together; then the channels themselves.
 _AXES = (np.array([[2, 2, 2], [6**0.5, -(6**0.5), 0], [2**0.5, 2**0.5, -(8**0.5)]]) / 12**0.5, np.eye(3))
 _ROUNDS = 2
+# Characters of another library's message that are shown.
+_SHOWN = 160
 
 
 class AutoencoderTwins:
@@ -52,7 +55,8 @@ class AutoencoderTwins:
         value_range: What black and white are to the autoencoder: (0, 1), or (−1, 1).
 
     Raises:
-        ValueError: If an argument is impossible, or the autoencoder lacks a half.
+        FileNotFoundError: If there is no file with the weights.
+        ValueError: If an argument is impossible, the autoencoder lacks a half, or the weights are those of another.
 
     Example:
         >>> import tempfile
@@ -91,7 +95,7 @@ class AutoencoderTwins:
                 f"black and white, in this order, got {latent_noise}, {latent_scale} and {value_range}"
             )
         if weights is not None:
-            autoencoder.load_state_dict(torch.load(Path(weights).expanduser(), weights_only=True, map_location="cpu"))
+            _load(autoencoder, Path(weights).expanduser())
         self.name = name
         self.autoencoder = autoencoder.eval()
         self.folder = Path(folder).expanduser() / name
@@ -173,8 +177,27 @@ class AutoencoderTwins:
             - output: `[3, H, W]` in [0, 1]
 
         Raises:
-            ValueError: If it has another size.
+            ValueError: If the autoencoder fails, or makes another size or what is no number of it.
         """
+        try:
+            decoded = self._decode(image, key)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"the autoencoder of {self.name} cannot process an image {list(image.shape)}: {_one_line(error)}"
+            ) from error
+        if decoded.shape != image.shape:
+            raise ValueError(
+                f"the autoencoder of {self.name} makes {list(decoded.shape)} of an image {list(image.shape)}: a twin "
+                "must have the size of its photograph"
+            )
+        if not decoded.isfinite().all():
+            raise ValueError(
+                f"the autoencoder of {self.name} makes NaN or infinity of an image: are its weights whole?"
+            )
+        black, white = self.value_range
+        return ((decoded - black) / (white - black)).clamp(0, 1)
+
+    def _decode(self, image: Tensor, key: int) -> Tensor:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         network, (black, white) = self.autoencoder.to(device), self.value_range
         code = _tensor(network.encode((black + (white - black) * image[None]).to(device)))  # type: ignore[operator]
@@ -183,13 +206,7 @@ class AutoencoderTwins:
         if self.latent_noise:
             noise = seeded_normal(torch.tensor([key]), code.shape[1:]).to(code)
             code = code + draws[1] * self.latent_noise * code.std() * noise
-        decoded = _tensor(network.decode(code))[0].float().cpu()  # type: ignore[operator]
-        if decoded.shape != image.shape:
-            raise ValueError(
-                f"the autoencoder of {self.name} makes {list(decoded.shape)} of an image {list(image.shape)}: a twin "
-                "must have the size of its photograph"
-            )
-        return ((decoded - black) / (white - black)).clamp(0, 1)
+        return _tensor(network.decode(code))[0].float().cpu()  # type: ignore[operator]
 
     def _cut(self, image: Tensor) -> Tensor | None:
         sides = [min(length, self.side) // _MULTIPLE * _MULTIPLE for length in image.shape[1:]]
@@ -211,12 +228,14 @@ class AutoencoderTwins:
             "side": self.side,
             "latent_noise": self.latent_noise,
             "latent_scale": list(self.latent_scale),
+            "value_range": list(self.value_range),
         }
         path = self.folder / _SETTINGS
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, json.dumps(settings).encode())
-        elif (found := json.loads(path.read_text())) != settings:
+        # folders of the version before do not name the range
+        elif (found := {"value_range": [0.0, 1.0], **json.loads(path.read_text())}) != settings:
             changed = [name for name in settings if found.get(name) != settings[name]]
             raise ValueError(
                 f"{self.folder} holds twins by another {' and '.join(changed)}: name another folder, or remove this one"
@@ -239,6 +258,22 @@ def match_colors(image: Tensor, reference: Tensor) -> Tensor:
     for axes in _ROUNDS * _AXES:
         pixels = axes.T @ match_histograms(axes @ pixels, axes @ wanted, channel_axis=0)
     return torch.from_numpy(pixels).round().clamp(0, 255).to(torch.uint8).view_as(image)
+
+
+def _load(autoencoder: nn.Module, path: Path) -> None:
+    """Loads a `state_dict`, or refuses the file in one line."""
+    if not path.is_file():
+        raise FileNotFoundError(f"AutoencoderTwins: there is no file {path} with weights")
+    try:
+        autoencoder.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+    except Exception as error:  # torch raises many kinds at a file that is damaged or none of its own
+        raise ValueError(
+            f"AutoencoderTwins: {path} holds no state_dict of {type(autoencoder).__name__}: {_one_line(error)}"
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return textwrap.shorten(str(error) or type(error).__name__, _SHOWN, placeholder=" …")
 
 
 def _tensor(output: object) -> Tensor:

@@ -75,8 +75,9 @@ class GeneratedImageDetector(CheckpointedModule):
     `ece`, `accuracy_at_threshold` and `generative_accuracy` is cross-fitted, each half of them evaluated by a fit to
     the other, and is NaN where a half has too few. `test/` uses the fit in the checkpoint.
 
-    A prediction comes with a verdict, which is unsure where it changes when the image is saved again, rescaled or
-    blurred, or where the mixtures explain the image by neither class.
+    A prediction comes with a verdict, which is unsure where the calibrated odds, taken from the threshold, are below
+    three to one, where it changes when the image is saved again, rescaled or blurred, or where the mixtures explain the
+    image by neither class. A detector that is at chance on the images it is calibrated on is unsure of all.
 
     Args:
         inputs: What the network sees of a crop, side by side; the restoration's residual by default.

@@ -3,6 +3,7 @@
 import csv
 import io
 import itertools
+import json
 import os
 from collections import Counter
 from pathlib import Path
@@ -310,6 +311,35 @@ class TestTwins:
         assert 0 < min(spreads) < 0.05
         assert 0.1 < max(spreads) < 0.21
 
+    def test_another_range_makes_other_twins(self, root: Path, tmp_path: Path) -> None:
+        """Twins of before, whose folder does not name the range, are those of the default."""
+
+        def files(**options) -> object:
+            twins = AutoencoderTwins("coarse", Coarse(), str(tmp_path), max_images=3, **options)
+            return module(root / "zoo", twins=[twins]).files("train")
+
+        files()
+        settings = tmp_path / "coarse" / "twins.json"
+        settings.write_text(
+            json.dumps({k: v for k, v in json.loads(settings.read_text()).items() if k != "value_range"})
+        )
+        files()
+        with pytest.raises(ValueError, match="holds twins by another value_range"):
+            files(value_range=(-1, 1))
+
+    @pytest.mark.parametrize("content", ["nothing", "text", "another", "half"])
+    def test_weights_that_do_not_fit(self, tmp_path: Path, content: str) -> None:
+        path = tmp_path / "decoder.pt"
+        torch.save(nn.Linear(2, 1).state_dict() if content == "another" else Coarse().state_dict(), path)
+        if content == "nothing":
+            path.unlink()
+        elif content != "another":
+            path.write_bytes(b"text" if content == "text" else path.read_bytes()[:200])
+        with pytest.raises((FileNotFoundError, ValueError), match=r"AutoencoderTwins: .*decoder\.pt") as refused:
+            AutoencoderTwins("a", Coarse(), str(tmp_path), weights=str(path))
+        assert "\n" not in str(refused.value)
+        assert len(str(refused.value)) < 400
+
     def test_codes_as_diffusers_wraps_them(self, tmp_path: Path) -> None:
         class Wrapped(Coarse):
             def encode(self, images: Tensor):
@@ -329,6 +359,15 @@ class TestTwins:
             module(root / "zoo", twins=[large]).setup("fit")
         with pytest.raises(ValueError, match="Linear has no method encode"):
             AutoencoderTwins("a", nn.Linear(1, 1), str(tmp_path))
+        gray = nn.Conv2d(1, 1, 1)
+        gray.encode = gray.decode = gray.forward  # type: ignore[assignment]
+        with pytest.raises(ValueError, match=r"gray cannot process an image \[3, 32, 32\]: .*channels") as refused:
+            AutoencoderTwins("gray", gray, str(tmp_path)).twin(torch.rand(3, 32, 32))
+        assert "\n" not in str(refused.value)
+        broken = Coarse()
+        broken.weight.data.fill_(torch.nan)
+        with pytest.raises(ValueError, match="broken makes NaN or infinity"):
+            AutoencoderTwins("broken", broken, str(tmp_path)).twin(torch.rand(3, 32, 32))
         with pytest.raises(ValueError, match="two sources are called zoo"):
             module(root, twins=[AutoencoderTwins("zoo", Coarse(), str(tmp_path))]).setup("fit")
 
