@@ -347,7 +347,7 @@ def main() -> None:
     for seed, inputs, left_out in itertools.product(
         options.seeds, options.inputs, [*(options.folds or names), *[None] * options.own]
     ):
-        held_out = {} if left_out is None else hold_out(names, left_out, options.trained)
+        held_out: dict[str, Any] = {} if left_out is None else hold_out(names, left_out, options.trained)
         common: Any = (table, twins, seed, options.crop_size)
         data = make_data(*common, **held_out)
         trained = make_data(*common, blur_probability=BLURRED, **held_out)
