@@ -4,10 +4,10 @@
 
 Sources: portraits of Stable Diffusion 1.4 against ImageNet, images of DiffusionDB against COCO and ImageNet, and twins:
 photographs beside themselves as autoencoders give them back, one published and four small ones that are trained here
-for a minute, which differ in how they double the resolution, and in whether the power of texture counts for them: else
-all that they share is blur. Training images are blurred more often than those that are tested on. A fold trains on all
-but one source and one more, by which it is calibrated; beside all that is measured are the shortcut probes, fitted to
-the same training images.
+for a minute, which differ in how they double the resolution, and in whether the power of texture counts for them; as
+published decoders hardly blur, their twins get the power of their photographs. Training images are blurred more often
+than those that are tested on. A fold trains on all but one source and one more, by which it is calibrated; beside all
+that is measured are the shortcut probes, fitted to the same training images.
 
 A fold that is done is read from its folder, one that was stopped goes on: the same command, again. `--folds` chooses
 some, `--steps` is how long each trains. `--inputs` compares what the network sees; `--trained` and `--max-images` give
@@ -168,7 +168,8 @@ def make_twins(options: Any) -> list[AutoencoderTwins]:
     # what the decoders are trained on is not what they are passed
     weights = {kind: train_decoder(kind, data / "photos", folder, steps) for kind in DECODERS}
     small = [
-        AutoencoderTwins(kind, small_autoencoder(kind), weights=str(path), **common) for kind, path in weights.items()
+        AutoencoderTwins(kind, small_autoencoder(kind), weights=str(path), match_power=True, **common)
+        for kind, path in weights.items()
     ]
     return [AutoencoderTwins("taef2", TAEF2(data / "twins"), **common), *small]
 

@@ -27,6 +27,8 @@ _BORDER = 16
 # Light and two differences of colour, across which the channels go together; then the channels themselves.
 _AXES = (np.array([[2, 2, 2], [6**0.5, -(6**0.5), 0], [2**0.5, 2**0.5, -(8**0.5)]]) / 12**0.5, np.eye(3))
 _ROUNDS = 2
+# Rings of spatial frequency, and how much power of one is raised or lowered at the most, as a factor of amplitudes.
+_RINGS, _MOST_GAIN = 24, 4.0
 # Characters of another library's message that are shown.
 _SHOWN = 160
 
@@ -53,6 +55,8 @@ class AutoencoderTwins:
         latent_noise: Noise that is added to the codes at the most, in units of their standard deviation.
         latent_scale: Smallest and largest factor of the codes.
         value_range: What black and white are to the autoencoder: (0, 1), or (−1, 1).
+        match_power: Also give a twin the power that its photograph has at each spatial frequency: for decoders that
+            blur, of which a detector would learn little else.
 
     Raises:
         FileNotFoundError: If there is no file with the weights.
@@ -79,6 +83,7 @@ class AutoencoderTwins:
         latent_noise: float = 0.0,
         latent_scale: tuple[float, float] = (1.0, 1.0),
         value_range: tuple[float, float] = (0.0, 1.0),
+        match_power: bool = False,
     ) -> None:
         if not name or "/" in name:
             raise ValueError(f"AutoencoderTwins: name must be that of a folder, got {name!r}")
@@ -105,6 +110,7 @@ class AutoencoderTwins:
         self.latent_noise = latent_noise
         self.latent_scale = latent_scale
         self.value_range = value_range
+        self.match_power = match_power
 
     def take(self, part: str, fractions: dict[str, float], seed: int) -> LabelledFiles:
         """Returns the photographs of a part of `photographs`, drawn by seed.
@@ -150,9 +156,8 @@ class AutoencoderTwins:
                     rank_zero_info(
                         f"passing photographs through the autoencoder of {self.name}, into {self.folder / part}"
                     )
-                twin = match_colors(
-                    self.twin(photograph / 255, int.from_bytes(key.digest()[:7], "little")) * 255, photograph
-                )
+                twin = self.twin(photograph / 255, int.from_bytes(key.digest()[:7], "little")) * 255
+                twin = match_colors(match_power(twin, photograph) if self.match_power else twin, photograph)
                 # the twin last: where it is there, both are
                 for path, image in zip(both, (photograph, twin), strict=True):
                     _write(path, image[:, _BORDER:-_BORDER, _BORDER:-_BORDER])
@@ -229,17 +234,45 @@ class AutoencoderTwins:
             "latent_noise": self.latent_noise,
             "latent_scale": list(self.latent_scale),
             "value_range": list(self.value_range),
+            "match_power": self.match_power,
         }
         path = self.folder / _SETTINGS
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, json.dumps(settings).encode())
-        # folders of the version before do not name the range
-        elif (found := {"value_range": [0.0, 1.0], **json.loads(path.read_text())}) != settings:
+        # folders of the version before do not name all of them
+        elif (found := {"value_range": [0.0, 1.0], "match_power": False, **json.loads(path.read_text())}) != settings:
             changed = [name for name in settings if found.get(name) != settings[name]]
             raise ValueError(
                 f"{self.folder} holds twins by another {' and '.join(changed)}: name another folder, or remove this one"
             )
+
+
+def match_power(image: Tensor, reference: Tensor) -> Tensor:
+    """An image with the power of another at each spatial frequency, whatever its direction, channel by channel.
+
+    What a decoder leaves in single directions and frequencies stays; how much it blurs does not.
+
+    Shape:
+        - image: `[3, H, W]`
+        - reference: `[3, H, W]`
+        - output: `[3, H, W]`, float32
+    """
+    height, width = image.shape[1:]
+    fade = torch.hann_window(height)[:, None] * torch.hann_window(width)  # else the borders are the most of it
+    frequency = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width))
+    ring = (2 * _RINGS * frequency).long().clamp(max=_RINGS - 1).flatten()
+    powers = [
+        torch.zeros(3, _RINGS).index_add_(
+            1, ring, torch.fft.rfft2((x - x.mean((1, 2), keepdim=True)) * fade).abs().square().flatten(1)
+        )
+        for x in (image.float(), reference.float())
+    ]
+    gain = (powers[1] / powers[0].clamp_min(1e-12)).sqrt().clamp(1 / _MOST_GAIN, _MOST_GAIN)
+    centers = (np.arange(_RINGS) + 0.5) / (2 * _RINGS)
+    curves = torch.stack([torch.from_numpy(np.interp(frequency.numpy(), centers, one)) for one in gain.numpy()])
+    curves[:, 0, 0] = 1  # the mean
+    return torch.fft.irfft2(torch.fft.rfft2(image.float()) * curves.float(), s=(height, width))
 
 
 def match_colors(image: Tensor, reference: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 from skimage import data as pictures_of
 from torch import Tensor, nn
 from torchmetrics.functional.classification import binary_auroc
@@ -19,7 +20,7 @@ from torchmetrics.functional.classification import binary_auroc
 from callbacks.detector_report.probe_features import color_features, file_features, fit_linear, predict_linear
 from datamodules import AutoencoderTwins, GeneratedImagesDataModule
 from datamodules._sampler import BalancedBatches
-from datamodules.twins import match_colors
+from datamodules.twins import match_colors, match_power
 from lightning_modules.imaging import read_image
 
 
@@ -268,6 +269,26 @@ class TestTwins:
         torch.testing.assert_close(pixels.quantile(deciles, 1), wanted.quantile(deciles, 1), rtol=0, atol=4)
         cells = matched.unfold(1, 2, 2).unfold(2, 2, 2).flatten(3)
         assert (cells == cells[..., :1]).all(), "pixels that a decoder has made alike stay alike"
+
+    def test_a_decoder_that_blurs_is_not_known_by_its_blur(self) -> None:
+        photograph = torch.from_numpy(pictures_of.coffee()).permute(2, 0, 1)[:, 50:306, 60:380]
+        blurred = torch.from_numpy(gaussian_filter(photograph.float().numpy(), (0, 0.6, 0.6)))
+        stripes = 2.0 * (-1) ** torch.arange(320)  # the trace: at one frequency, in one direction
+        matched = match_power(blurred + stripes, photograph)
+
+        def power(x: Tensor, low: float, high: float) -> float:
+            x = x.double() - x.double().mean()
+            spectrum = np.fft.fft2(x.numpy() * np.hanning(256)[:, None] * np.hanning(320))
+            f = np.hypot(np.fft.fftfreq(256)[:, None], np.fft.fftfreq(320))
+            return float((np.abs(spectrum[:, (low <= f) & (f < high)]) ** 2).sum())
+
+        for low, high in itertools.pairwise((0.05, 0.15, 0.25, 0.35, 0.45)):
+            assert power(matched, low, high) == pytest.approx(power(photograph, low, high), rel=0.1)
+        assert power(blurred, 0.35, 0.45) < 0.3 * power(photograph, 0.35, 0.45)
+        assert matched.mean((1, 2)) == pytest.approx(blurred.mean((1, 2)), abs=0.05)
+        assert (matched * stripes).mean() > 4 * (photograph * stripes).mean().abs(), "the trace is still there"
+        same = match_power(photograph, photograph)
+        assert (same - photograph).abs().max() < 0.01
 
     def test_they_are_made_once(self, root: Path, tmp_path: Path) -> None:
         def paths(network: nn.Module, **options) -> list[Path]:
