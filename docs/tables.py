@@ -454,6 +454,21 @@ def detector_asked(found: list[Row]) -> Columns:
     return ["what", "must", "mean", "worst", ""], _asked(found)
 
 
+@table("detector_trace")
+def detector_trace(found: list[Row]) -> Columns:
+    steps = (100, 200, 300)
+    header = ["history", "images", *(f"after {count} steps" for count in steps), "loss then"]
+    return header, (
+        [
+            f"{row['history']}, after none" if row["first without"] else row["history"],
+            f"{row['images']:.0f}",
+            *(f"{row[f'auroc {count}']:.2f}" for count in steps),
+            f"{row[f'loss {steps[-1]}']:.2f}",
+        ]
+        for row in found
+    )
+
+
 def _asked(found: list[Row]) -> Iterable[list[str]]:
     left_out = [row for row in found if row["left out"] != "none"]
     groups = {
