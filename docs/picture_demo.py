@@ -30,7 +30,7 @@ STAGES = ("clean", "noisy", "restored")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of a demo run")
-    parser.add_argument("--output", type=Path, default=Path("docs/images"), help="where demo.png goes")
+    parser.add_argument("--output", type=Path, default=Path("docs/images"), help="where demo.webp goes")
     options = parser.parse_args()
     module = GraphDiffusionReconstruction.load_from_checkpoint(options.run / "checkpoints" / "last.ckpt").eval()
     parts = restore_photographs(module)
@@ -40,7 +40,7 @@ def main() -> None:
     draw_images(left, parts)
     draw_parameters(right.subplots(), options.run, module.em_parameters.learned)
     options.output.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.output / "demo.png", pil_kwargs={"optimize": True})
+    figure.savefig(options.output / "demo.webp", pil_kwargs={"quality": 92})
 
 
 def restore_photographs(module: GraphDiffusionReconstruction) -> dict[str, dict[str, Tensor]]:

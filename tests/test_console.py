@@ -28,7 +28,11 @@ WRONG = {
     "--trainer.max_epochs=abc": "trainer.max_epochs: expected int, got abc",
     "--trainer.accelerator=abacus": "abacus",
     "--trainer.callbacks=[Foo]": "trainer.callbacks: there is no class Foo",
-    "--model.nois_std=1": "Option 'nois_std' is not accepted",
+    "--model.nois_std=1": "Option 'nois_std' is not accepted: did you mean noise_std?",
+    "--data.trian_crops=1": "Option 'trian_crops' is not accepted: did you mean train_crops?",
+    "--trainer.max_epohcs=1": "did you mean --trainer.max_epochs?",
+    "--modle.noise_std=1": "did you mean --model.noise_std?",
+    "-c=dmeo": "did you mean demo?",
     "--model.noise_std=-1": "noise_std must be a number ≥ 0 or a range (lower, upper), got -1.0",
     "--data=3": "data: there is no class 3",
     "--data.crop_size=900": "Choose a smaller crop_size",
@@ -48,6 +52,28 @@ def test_a_wrong_value_costs_a_line(word: str, capsys: pytest.CaptureFixture[str
     assert WRONG[word] in lines[0]
     assert stopped.value.code  # and the code of the process is not 0
     assert not list(Path().rglob("events*")), "what has not begun is no run"
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["retsore", "photo.jpg"], "restore"),
+        (["fti"], "fit"),
+        (["restore", "--nosie", "0.1", "photo.jpg"], "--noise"),
+        (["restore", "--qualty=3", "photo.jpg"], "--quality"),
+        (["detect", "--ouput", "out", "-o", "out", "folder"], "--output"),
+        (["adapt", "--setps", "3", "--overwrite", "folder"], "--steps"),
+        (["restore", "--wholly-else", "photo.jpg"], ""),
+    ],
+)
+def test_a_mistyped_word_is_met_by_what_it_may_have_been(
+    words: list[str], meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f": did you mean {meant}?" in line if meant else "did you mean" not in line
 
 
 def test_a_fault_of_code_keeps_its_traceback() -> None:

@@ -74,3 +74,45 @@ def test_examples_say_what_they_show() -> None:
         title, line, *rest = docstring.splitlines()
         assert line == "=" * len(title), script.name
         assert "".join(rest).strip(), script.name
+
+
+# Words of the glossary that mean nothing else on any page, with their plurals.
+TERMS = {
+    term: rf"(?<![\w-]){term}s?(?![\w-])"
+    for term in (
+        *("assignment", "bank", "E-step", "error bar", "global set", "M-step", "noise model", "overlay"),
+        *("parameter table", "pooling", "proxy", "regime", "smoothness"),
+    )
+} | {"responsibilities": r"(?<!\w)responsibilit(?:y|ies)\b", "units of noise": r"\bunits of (?:the )?noise\b"}
+# What is no prose: blocks of code, tables, comments, headings, roles, code, links, formulas.
+APART = re.compile(
+    r"```.*?```|<!-- table:.*?<!-- end -->|<!--.*?-->|^#[^\n]*$|^\|[^\n]*$|`[^`\n]*`|!?\[[^\]]*\]\([^)]*\)|\$[^$]*\$",
+    re.DOTALL | re.MULTILINE,
+)
+
+
+def unlinked(page: str) -> list[str]:
+    """Terms of the glossary that a page has in its prose before it has linked them."""
+    missing = []
+    for term, pattern in TERMS.items():
+        link = re.search(rf"\{{term\}}`(?:[^`<]*<)?{term}>?`", page)
+        before = page[: link.start()] if link else page
+        if re.search(pattern, APART.sub(" ", before), re.IGNORECASE):
+            missing.append(term)
+    return missing
+
+
+@pytest.mark.parametrize("page", sorted({*SITE.glob("*.md")} - {SITE / "glossary.md"}), ids=lambda page: page.stem)
+def test_the_first_mention_of_a_term_is_linked_to_the_glossary(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert unlinked(text) == []
+    glossary = (SITE / "glossary.md").read_text(encoding="utf-8")
+    defined = {name for line in re.findall(r"^\S.*(?=\n  \S)", glossary, re.MULTILINE) for name in line.split(", ")}
+    for shown, term in re.findall(r"\{term\}`([^`<]*?)(?: <([^>`]*)>)?`", text):
+        assert (term or shown) in defined
+
+
+def test_a_term_without_its_link_is_found() -> None:
+    assert unlinked("The E-steps, and\nthen the {term}`E-step`; in `E-step`, no word") == ["E-step"]
+    assert unlinked("{term}`Regimes <regime>` found by EM, then regimes; ## Bank\n") == ["bank"]
+    assert unlinked("## Banks\n\n{term}`banks <bank>` of banks") == []

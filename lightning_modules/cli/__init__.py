@@ -44,8 +44,11 @@ def main(args: list[str] | None = None) -> None:
         run: Callable[[list[str]], int] = import_module(f"{__name__}.{first}").run
         _exit(run(words[1:]))
     elif first not in _TRAINING and not first.startswith("-"):
-        known = ", ".join({**_TRAINING, **_PHOTOGRAPHS})
-        print(f"lightning-em: no command {first}: there are {known}", file=sys.stderr)
+        from lightning_modules.cli.words import suggestion
+
+        known = {**_TRAINING, **_PHOTOGRAPHS}
+        meant = suggestion(first, known)
+        print(f"lightning-em: no command {first}: there are {', '.join(known)}{meant}", file=sys.stderr)
         _exit(2)
     else:
         if os.environ.get("LOCAL_RANK", "0") != "0":  # before Lightning is loaded, which takes seconds

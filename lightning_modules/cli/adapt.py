@@ -1,6 +1,5 @@
 """`lightning-em adapt`: a denoiser for a folder's own noise, learned from its noisy photographs."""
 
-import argparse
 import io
 import time
 import warnings
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from lightning_modules.adaptation import Adapted, adapt
 from lightning_modules.cli.walk import error_console, reason_of, show_progress
+from lightning_modules.cli.words import Parser
 from lightning_modules.graph_denoiser import GraphDenoiser
 from lightning_modules.imaging import camera_of, find_images, fixed_crops, read_picture, write_whole
 from lightning_modules.restoration import restore
@@ -137,8 +137,8 @@ def _picture(found: Adapted, images: Sequence[Tensor], cameras: Sequence[str]) -
     return file.getvalue()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         "lightning-em adapt",
         description="Learn the noise of a folder's photographs, and a denoiser for it, from the photographs only.",
     )

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from lightning_modules.cli.words import suggestion
+
 _SUFFIX = ".yaml"
 
 
@@ -31,6 +33,8 @@ def find_config(word: str) -> str:
     if any(character in word for character in ":{\n") or word == "-" or Path(word).is_file():
         return word
     name = word.removesuffix(_SUFFIX)
-    if name in config_names():
+    known = config_names()
+    if name in known:
         return str(config_folder() / f"{name}{_SUFFIX}")
-    raise FileNotFoundError(f"no configuration {word}: it is neither a file nor one of {', '.join(config_names())}")
+    choice = ", ".join(known) + suggestion(name, known)
+    raise FileNotFoundError(f"no configuration {word}: it is neither a file nor one of {choice}")

@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning_utilities.core import rank_zero
 
 from lightning_modules.checkpoints.trust import complaint
+from lightning_modules.cli.words import options_of, suggestion, unknown_options
 
 # Lines of Lightning's log that leave nothing to do.
 _IDLE = re.compile(
@@ -28,6 +29,7 @@ _MEANT = (
     r"The dirpath has changed from",  # what is evaluated writes into a folder of its own
     r"The `srun` command is available",
     r"The '\w+' does not have many workers",
+    r"Total length of `\w+` across ranks is zero",  # nothing is held out; who asks to evaluate it is refused
 )
 # Packages whose own `raise` says enough.
 _PACKAGES = ("lightning_modules", "callbacks", "datamodules", "lightning")
@@ -46,7 +48,10 @@ class Parser(LightningArgumentParser):
             cause += ": name a configuration, -c demo for one"
         where = f"{keys[-1]}: " if keys else ""
         words = self.prog.replace(" [options]", "")
-        sys.stderr.write(f"lightning-em: {where}{_plain(cause, message)} (`{words} --help` has the options)\n")
+        if " " not in words:  # the parser of a class, which does not know the command
+            words = " ".join(["lightning-em", *sys.argv[1:2]])
+        said = f"{_plain(cause, message)}{_meant(self, message)}"
+        sys.stderr.write(f"lightning-em: {where}{said} (`{words} --help` has the options)\n")
         raise Refusal(message)
 
 
@@ -113,6 +118,14 @@ def _is_refusal(error: Exception) -> bool:
     frame = trace.tb_frame
     line = linecache.getline(frame.f_code.co_filename, trace.tb_lineno)
     return frame.f_globals.get("__name__", "").partition(".")[0] in _PACKAGES and line.lstrip().startswith("raise ")
+
+
+def _meant(parser: LightningArgumentParser, message: str) -> str:
+    """What an option that is not known may have been meant to be: one of the command's, or of a class that it names."""
+    if unknown := unknown_options(message):
+        return suggestion(unknown[0], options_of(parser))
+    refused = re.search(r"Option '([\w.]+)' is not accepted", message)
+    return suggestion(refused[1], [option.lstrip("-") for option in options_of(parser)]) if refused else ""
 
 
 def _plain(cause: str, message: str) -> str:

@@ -1,6 +1,5 @@
 """`lightning-em detect`: a verdict on each image of a folder."""
 
-import argparse
 import csv
 import os
 import warnings
@@ -15,6 +14,7 @@ import torch
 from rich.console import Console
 
 from lightning_modules.cli.walk import error_console, real_path, reason_of, show_progress
+from lightning_modules.cli.words import Parser
 from lightning_modules.generated_image_detector import GeneratedImageDetector, Verdict
 from lightning_modules.imaging import find_images, write_whole
 
@@ -76,8 +76,8 @@ def run(words: list[str]) -> int:
     return 130 if stopped else int(any(finding.verdict is None for finding in findings))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("lightning-em detect", description="Say which images were generated, or unsure.")
+def _parser() -> Parser:
+    parser = Parser("lightning-em detect", description="Say which images were generated, or unsure.")
     parser.add_argument("paths", nargs="+", metavar="PATH", help="an image, or a folder of them")
     parser.add_argument("-o", "--output", required=True, metavar="OUT", help=f"the folder to write {TABLE_NAME} into")
     parser.add_argument(

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from lightning_modules.cli.walk import error_console, real_path, reason_of, show_progress
+from lightning_modules.cli.words import Parser
 from lightning_modules.imaging import check_noise_std, find_images, restored_name, write_whole
 from lightning_modules.restoration import NOISES, NOISES_IN_WORDS, load_operator, restore_file
 
@@ -233,8 +234,8 @@ def _restore(job: Job, table: Table, outcome: Outcome, overwrite: bool, restore_
     outcome.there += is_there
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("lightning-em restore", description="Restore photographs, and folders of them.")
+def _parser() -> Parser:
+    parser = Parser("lightning-em restore", description="Restore photographs, and folders of them.")
     parser.add_argument("paths", nargs="+", metavar="PATH", help="a photograph, or a folder of them")
     parser.add_argument(
         "-o",
