@@ -3,10 +3,10 @@
     python benchmarks/detector_trace.py --json docs/results/detector_trace.json --work logs/detector_sources
 
 Photographs beside their twins by a published autoencoder, one source alone, without any other: what a detector can
-know of it at the best. The same network learns from crops as they are, from crops with the later part of a history,
-from crops with a whole one, and from those after it has learned from crops as they are. It is tested on photographs
-that it was not trained on, whose crops go through the same; they belong to the training part of `detector_sources.py`,
-so that nothing it reports is looked at here.
+know of it at the best. The same network learns from batches drawn at random and from pairs, a photograph and its twin
+at one place; from crops as they are, with the later part of a history, with a whole one, and with that after it has
+learned from crops as they are. It is tested on photographs that it was not trained on, whose crops go through the
+same; they belong to the training part of `detector_sources.py`, so that nothing it reports is looked at here.
 """
 
 from pathlib import Path
@@ -63,12 +63,15 @@ def _cut(image: Tensor, key: int) -> Tensor:
     return image[:, top : top + SIDE, left : left + SIDE]
 
 
-def learn(network: nn.Module, crops: list[tuple[list[Tensor], list[Tensor]]], rate: float) -> dict[str, float]:
+def learn(
+    network: nn.Module, crops: list[tuple[list[Tensor], list[Tensor]]], pairs: bool, rate: float
+) -> dict[str, float]:
     """Trains, and returns loss and area under the ROC curve of whole images after so many steps.
 
     Args:
         network: From what is seen to a logit.
-        crops: Of the photographs, and of their twins.
+        crops: Of the photographs, and of their twins, in one order.
+        pairs: Whether a batch has photographs and their own twins.
         rate: The highest learning rate.
     """
     images = torch.cat([image for train, _ in crops for image in train])
@@ -79,7 +82,11 @@ def learn(network: nn.Module, crops: list[tuple[list[Tensor], list[Tensor]]], ra
     losses: list[float] = []
     found: dict[str, float] = {}
     while len(losses) < AFTER[-1]:
-        chosen = torch.randint(len(images), (BATCH,))
+        if pairs:
+            half = torch.randint(len(images) // 2, (BATCH // 2,))
+            chosen = torch.cat([half, half + len(images) // 2])
+        else:
+            chosen = torch.randint(len(images), (BATCH,))
         loss = F.binary_cross_entropy_with_logits(network(images[chosen])[:, 0], labels[chosen])
         optimizer.zero_grad()
         loss.backward()
@@ -118,19 +125,25 @@ def main() -> None:
     classes = [[path for path in large if path.parent.name == kind] for kind in ("photographic", "generated")]
     rows: list[dict[str, Any]] = []
     after_none: dict[str, Any] = {}
-    for name, first in (("none", False), ("light", False), ("whole", False), ("whole", True)):
+    for name, pairs, first in (
+        ("none", False, False),
+        ("none", True, False),
+        ("light", True, False),
+        ("whole", True, False),
+        ("whole", True, True),
+    ):
         torch.manual_seed(0)
         network = nn.Sequential(TraceNetwork(6), nn.Linear(96, 1))
         if first:
             network.load_state_dict(after_none)
         crops = [load_crops(paths, HISTORIES[name]) for paths in classes]
-        found = learn(network, crops, options.rate)
+        found = learn(network, crops, pairs, options.rate)
         if name == "none":
             after_none = {key: value.clone() for key, value in network.state_dict().items()}
-        rows.append({"source": "taef2", "history": name, "first without": first, **found})
+        setting = {"source": "taef2", "history": name, "pairs": pairs, "after none": first}
+        rows.append({**setting, **found})
         write_json(options.json, rows)
-        areas = "  ".join(f"{found[f'auroc {steps}']:.3f}" for steps in AFTER)
-        print(f"history {name:6s} {'after none' if first else '':10s} AUROC {areas}", flush=True)
+        print(" ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
 
 
 if __name__ == "__main__":
