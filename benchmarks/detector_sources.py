@@ -4,8 +4,10 @@
 
 Sources: portraits of Stable Diffusion 1.4 against ImageNet, images of DiffusionDB against COCO and ImageNet, and twins:
 photographs beside themselves as autoencoders give them back, one published and four small ones that are trained here
-for a minute, which differ in how they double the resolution. A fold trains on all but one source and one more,
-by which it is calibrated; beside all that is measured are the shortcut probes, fitted to the same training images.
+for a minute, which differ in how they double the resolution, and in whether the power of texture counts for them; as
+published decoders hardly blur, their twins get the power of their photographs. Training images are blurred more often
+than those that are tested on. A fold trains on all but one source and one more, by which it is calibrated; beside all
+that is measured are the shortcut probes, fitted to the same training images.
 
 A fold that is done is read from its folder, one that was stopped goes on: the same command, again. `--folds` chooses
 some, `--steps` is how long each trains. `--inputs` compares what the network sees; `--trained` and `--max-images` give
@@ -58,6 +60,11 @@ INPUTS: dict[str, list[type[DetectorInput]]] = {
 }
 # By which a fold is calibrated; a small decoder, for what is real is scarce and to be trained on.
 CALIBRATING = ("nearest", "bilinear")
+# Small decoders that are to give back how strong texture is, as published ones do; squares alone leave it blurred.
+SHARP = ("bilinear", "pixel_shuffle")
+TEXTURE_WEIGHT = 1e-3
+# How often an image that is trained on is blurred: blur alone is not to be taken for a trace.
+BLURRED = 0.4
 PHOTOGRAPHS = "photographs.csv"
 BATCH = 32
 # Images that are changed before they are looked at again.
@@ -97,7 +104,8 @@ def _split(number: int) -> str:
 
 
 def small_autoencoder(upsampling: Any) -> ConvAutoencoder:
-    return ConvAutoencoder(width=16, latent_channels=32, upsampling=upsampling)
+    """One that halves the resolution once: in a minute a deeper one learns little but to blur."""
+    return ConvAutoencoder(width=16, latent_channels=8, downsamplings=1, upsampling=upsampling)
 
 
 def train_decoder(kind: str, photographs: Path, folder: Path, steps: int) -> Path:
@@ -118,15 +126,32 @@ def train_decoder(kind: str, photographs: Path, folder: Path, steps: int) -> Pat
         loader.sampler.set_epoch(len(errors))
         for batch in itertools.islice(loader, steps - len(errors)):
             images = batch["image"].float() / 255
-            loss = F.mse_loss(network(images), images)
+            decoded = network(images)
+            error = F.mse_loss(decoded, images)
+            sharpness = (texture(decoded) - texture(images)).abs().mean() if kind in SHARP else 0.0
+            loss = error + TEXTURE_WEIGHT * sharpness
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-            errors.append(float(loss.detach()))
+            errors.append(float(error.detach()))
     torch.save(network.state_dict(), path)
     print(f"decoder {kind}: {-10 * math.log10(fmean(errors[-20:])):.1f} dB", flush=True)
     return path
+
+
+def texture(images: torch.Tensor) -> torch.Tensor:
+    """Logarithm of the power of windows of 16×16 pixels at each frequency.
+
+    Shape:
+        - images: `[B, C, H, W]` in [0, 1]
+        - output: `[B, C, M, N, 16, 9]`
+    """
+    fade = torch.hann_window(16, periodic=False)
+    windows = images.unfold(2, 16, 8).unfold(3, 16, 8)
+    windows = windows - windows.mean((-1, -2), keepdim=True)
+    power = torch.fft.rfft2(windows * fade * fade[:, None], norm="ortho").abs().square()
+    return (power + 1e-4).log()  # below a hundredth of white nothing is seen
 
 
 def make_twins(options: Any) -> list[AutoencoderTwins]:
@@ -143,13 +168,20 @@ def make_twins(options: Any) -> list[AutoencoderTwins]:
     # what the decoders are trained on is not what they are passed
     weights = {kind: train_decoder(kind, data / "photos", folder, steps) for kind in DECODERS}
     small = [
-        AutoencoderTwins(kind, small_autoencoder(kind), weights=str(path), **common) for kind, path in weights.items()
+        AutoencoderTwins(kind, small_autoencoder(kind), weights=str(path), match_power=True, **common)
+        for kind, path in weights.items()
     ]
     return [AutoencoderTwins("taef2", TAEF2(data / "twins"), **common), *small]
 
 
 def make_data(
-    table: Path, twins: list[AutoencoderTwins], seed: int, crop_size: int, unused: Sequence[str] = (), **held_out: Any
+    table: Path,
+    twins: list[AutoencoderTwins],
+    seed: int,
+    crop_size: int,
+    unused: Sequence[str] = (),
+    blur_probability: float = 0.1,
+    **held_out: Any,
 ) -> GeneratedImagesDataModule:
     """The data of a fold; without the sources that it does not look at."""
     with table.open(newline="") as file:
@@ -170,7 +202,8 @@ def make_data(
         val_fraction=0.1,
         test_fraction=0.2,
         seed=seed,
-        cache=True,
+        blur_probability=blur_probability,
+        cache_gib=8,
         **held_out,
     )
 
@@ -214,15 +247,22 @@ def _unfinished(checkpoint: Path, steps: int) -> str | None:
     return str(checkpoint) if done < steps else None
 
 
-def measure(name: str, data: GeneratedImagesDataModule, inputs: str, options: Any, seed: int) -> dict[str, Any]:
-    """A fold's figures, from its folder where it is done."""
+def measure(
+    name: str,
+    trained: GeneratedImagesDataModule,
+    data: GeneratedImagesDataModule,
+    inputs: str,
+    options: Any,
+    seed: int,
+) -> dict[str, Any]:
+    """A fold's figures, from its folder where it is done; the data differ in what training images go through."""
     folder = options.work / name
     record = folder / "fold.json"
     if record.is_file():
         found: dict[str, Any] = json.loads(record.read_text())
         return found
     begin = time.process_time()
-    trainer = train(name, data, inputs, options, seed)
+    trainer = train(name, trained, inputs, options, seed)
     detector: Any = trainer.lightning_module
     # only now: before a fit the report would fit its probes to each source, in each fold again
     trainer.callbacks.append(  # type: ignore[attr-defined]
@@ -286,13 +326,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("logs/detector_sources"), help="folds, decoders and twins")
     parser.add_argument("--folds", nargs="+", metavar="SOURCE", help="sources to leave out; by default each in turn")
     parser.add_argument("--own", action="store_true", help="also train on all sources, and test on images held out")
-    parser.add_argument("--steps", type=int, default=700, help="of training in each fold")
-    parser.add_argument("--decoder-steps", type=int, default=500, help="of training of each small decoder")
+    parser.add_argument("--steps", type=int, default=1000, help="of training in each fold")
+    parser.add_argument("--decoder-steps", type=int, default=1000, help="of training of each small decoder")
     parser.add_argument("--inputs", nargs="+", choices=INPUTS, default=["residual and differences"])
     parser.add_argument("--trained", type=int, metavar="N", help="train on no more than so many sources: the curve")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--crop-size", type=int, default=64)
-    parser.add_argument("--twins", type=int, default=48, metavar="N", help="photographs of each part with twins")
+    parser.add_argument("--twins", type=int, default=80, metavar="N", help="photographs of each part with twins")
     parser.add_argument("--max-images", type=int, metavar="N", help="of each class and part of a source: the curve")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -308,8 +348,10 @@ def main() -> None:
     for seed, inputs, left_out in itertools.product(
         options.seeds, options.inputs, [*(options.folds or names), *[None] * options.own]
     ):
-        held_out = {} if left_out is None else hold_out(names, left_out, options.trained)
-        data = make_data(table, twins, seed, options.crop_size, **held_out)
+        held_out: dict[str, Any] = {} if left_out is None else hold_out(names, left_out, options.trained)
+        common: Any = (table, twins, seed, options.crop_size)
+        data = make_data(*common, **held_out)
+        trained = make_data(*common, blur_probability=BLURRED, **held_out)
         setting = {
             "left out": left_out or "none",
             "calibrated on": ", ".join(data.val_sources),
@@ -320,7 +362,7 @@ def main() -> None:
             "steps": options.steps,
         }
         name = "_".join(str(value).replace(" ", "-") for key, value in setting.items() if key != "calibrated on")
-        rows.append({**setting, **measure(name, data, inputs, options, seed)})
+        rows.append({**setting, **measure(name, trained, data, inputs, options, seed)})
         write_json(options.json, rows)
         row = rows[-1]
         probes = "  ".join(f"{probe} {row.get(f'history {probe}_auroc', float('nan')):.2f}" for probe in PROBES)

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from datamodules._decoded import check_cache_gib, decode_within
 from datamodules._detector_crops import FixedCrops, HistoryCrops, RandomCrop, RandomHistory, View
 from datamodules._matching import matching_formats, middle, shared_side
 from datamodules._readable import OnError, check_on_error, find_readable
@@ -83,9 +84,11 @@ class GeneratedImagesDataModule(ImageDataModule):
         match_sizes: See no more of an image than its middle square, as large as nineteen in twenty images of its source
             are, and leave smaller ones out: for classes of different size.
         match_formats: Leave images out until both classes of a source have equally many of each file format.
-        cache: Decode training and validation images once and keep them in memory, 3 bytes a pixel; for small data.
+        cache_gib: Memory of each process for decoded training images, in GiB, at 3 bytes a pixel; those for which there
+            is no room are decoded for each crop. What is seen does not depend on it.
         on_error: `raise` at a file that cannot be read, or `skip`: decode all files at the start, and leave such files
             out with a warning that counts them.
+        cache: The former switch; false is `cache_gib=0`.
         jpeg_quality: The former name of `quality`.
         rescale_probability: Without effect: every image passes a history.
         jpeg_probability: Likewise.
@@ -123,8 +126,9 @@ class GeneratedImagesDataModule(ImageDataModule):
         quality: tuple[int, int] = (50, 95),
         match_sizes: bool = False,
         match_formats: bool = False,
-        cache: bool = False,
+        cache_gib: float = 2.0,
         on_error: OnError = "raise",
+        cache: bool | None = None,
         jpeg_quality: tuple[int, int] | None = None,
         rescale_probability: float | None = None,
         jpeg_probability: float | None = None,
@@ -133,6 +137,14 @@ class GeneratedImagesDataModule(ImageDataModule):
         if jpeg_quality is not None:
             quality = jpeg_quality
             warnings.warn(f"{type(self).__name__}: jpeg_quality is now quality", FutureWarning, stacklevel=2)
+        if cache is not None:
+            warnings.warn(
+                f"{type(self).__name__}: cache is now cache_gib, the memory for decoded images",
+                FutureWarning,
+                stacklevel=2,
+            )
+            cache_gib = cache_gib if cache else 0.0
+        check_cache_gib(cache_gib)
         for name, probability in (("rescale_probability", rescale_probability), ("jpeg_probability", jpeg_probability)):
             if probability is not None:
                 warnings.warn(
@@ -168,7 +180,7 @@ class GeneratedImagesDataModule(ImageDataModule):
         self.fractions = {"val": val_fraction, "test": test_fraction}
         self.match_sizes = match_sizes
         self.match_formats = match_formats
-        self.cache = cache
+        self.cache_gib = cache_gib
         self.on_error = on_error
         self._sources: dict[str, Parts] = {}
         self._files: dict[Split, LabelledFiles] = {}
@@ -277,21 +289,22 @@ class GeneratedImagesDataModule(ImageDataModule):
         return min(degradation.size(height, width)) < self.crop_size
 
     def load_split(self, split: Split) -> BatchDataset:
-        """Finds the images of a split, and decodes them where they are cached.
+        """Finds the images of a split, and decodes what is kept of those to train on.
 
         Args:
             split: `train`, `val`, `test` or `predict`.
         """
-        cache = self.cache and split in ("train", "val")  # the others are passed over once
-        return self._crops(split, {"train": "random", "predict": "clean"}.get(split, _HISTORY), cache)
+        return self._crops(split, {"train": "random", "predict": "clean"}.get(split, _HISTORY))
 
-    def _crops(self, split: Split, condition: str, cache: bool = False) -> "_Crops":
+    def _crops(self, split: Split, condition: str) -> "_Crops":
         files = self.files(split)
         unseen = None
         if split != "predict":
             trained = set(self.trained_sources)
             unseen = torch.tensor([source not in trained for source in files.sources])
-        return _Crops(files, self._view(condition), condition, partial(_read, sides=dict(self._sides)), unseen, cache)
+        read = partial(_read, sides=dict(self._sides))
+        kept = decode_within(files.paths, read, self.cache_gib) if split == "train" else []
+        return _Crops(files, self._view(condition), condition, read, unseen, kept)
 
     def _view(self, condition: str) -> View:
         if condition == "random":
@@ -384,15 +397,14 @@ class _Crops(BatchDataset):
         condition: str,
         read: Callable[[Path], Tensor],
         unseen: Tensor | None,
-        cache: bool,
+        kept: list[Tensor],
     ) -> None:
         self.files = files
         self.view = view
         self.condition = condition
         self.read = read
         self.unseen = unseen
-        # Decoded before worker processes start, which then share the memory.
-        self.images = [read(path) for path in files.paths] if cache else None
+        self.kept = kept  # the first of them, decoded
 
     def __len__(self) -> int:
         return len(self.files)
@@ -405,4 +417,4 @@ class _Crops(BatchDataset):
         return batch if self.unseen is None else {**batch, "unseen": self.unseen[samples.index]}
 
     def _image(self, index: int) -> Tensor:
-        return self.read(self.files.paths[index]) if self.images is None else self.images[index]
+        return self.kept[index] if index < len(self.kept) else self.read(self.files.paths[index])

@@ -1,7 +1,6 @@
 """A folder of the user's own images."""
 
 import math
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from datamodules._augmentation import turn
+from datamodules._decoded import GIB, check_cache_gib, decode_parts
 from datamodules._readable import OnError, check_on_error, find_readable
 from datamodules._sampler import SampleBatch
 from datamodules.image_data_module import BatchDataset, ImageDataModule, Split
@@ -25,7 +25,6 @@ from lightning_modules.imaging import (
     permutation,
     read_image,
     read_picture,
-    seeded_uniform,
     stream,
 )
 
@@ -37,7 +36,6 @@ _PART_STREAM = 0x70A7_0F1B
 _BITS = 0x7FFF_FFFF
 # Crops of an epoch, and of an evaluation, that there are at least: of few photographs several each.
 _LEAST_CROPS = {"train": 1600, "val": 96, "test": 96}
-_GIB = 2**30
 # What images are scaled down by: each smooths in its own way, and none is to be learned.
 _FILTERS = (Image.Resampling.BICUBIC, Image.Resampling.BOX)
 
@@ -105,8 +103,7 @@ class ImageFolderDataModule(ImageDataModule):
         for name, value in (("crop_size", crop_size), ("crops_per_image", crops_per_image)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if not cache_gib >= 0:
-            raise ValueError(f"cache_gib must be a number of GiB, or 0 to keep no image, got {cache_gib}")
+        check_cache_gib(cache_gib)
         if rescale is not None and not 0 < rescale[0] <= rescale[1] <= 1:
             raise ValueError(f"rescale must be two factors with 0 < lower ≤ upper ≤ 1, got {rescale}")
         if not 0 <= val_fraction <= 1:
@@ -160,12 +157,12 @@ class ImageFolderDataModule(ImageDataModule):
         count = math.ceil(_LEAST_CROPS[split] / max(len(chosen), 1))
         if train and self.crops_per_image is not None:
             count = self.crops_per_image
-        room = self.cache_gib * _GIB / len(paths)
+        room = self.cache_gib * GIB / len(paths)
         least = self.crop_size / (1.0 if self.rescale is None else self.rescale[0])
         parts = None
         if room >= 3 * least**2:
             keys = draw(stream(self.seed, _PART_STREAM), torch.arange(len(paths)))[held_out != train]
-            parts = _decode_parts(chosen, int(room / 3), keys, self.num_workers)
+            parts = decode_parts(chosen, int(room / 3), keys, self.num_workers)
         return _Crops(chosen, self.crop_size, self.rescale, parts, count)
 
     def _find(self, root: Path) -> list[Path]:
@@ -240,30 +237,6 @@ class _Crops(BatchDataset):
                 return _scaled(image, corner, side, self.size, _FILTERS[scale >> 32 & 1])
         top, left = down % max(height - self.size + 1, 1), right % max(width - self.size + 1, 1)
         return cut_crop(image, top, left, self.size)
-
-
-def _decode_parts(paths: list[Path], pixels: int, keys: Tensor, threads: int) -> list[Tensor]:
-    """Decodes images, of each no more than so many pixels: a part of its proportions, at a place drawn from its key.
-
-    Before worker processes start, which then share the memory.
-
-    Shape:
-        - keys: `[N]`, int64
-        - output: `[3, H, W]` each, uint8
-    """
-
-    def part(path: Path, place: list[float]) -> Tensor:
-        image = read_image(path)
-        height, width = image.shape[1:]
-        share = min(1.0, math.sqrt(pixels / (height * width)))
-        height, width = max(1, int(height * share)), max(1, int(width * share))
-        top, left = (
-            int(p * (side - kept + 1)) for p, side, kept in zip(place, image.shape[1:], (height, width), strict=True)
-        )
-        return image if share == 1 else image[:, top : top + height, left : left + width].clone()
-
-    with ThreadPoolExecutor(max(threads, 1)) as pool:  # Pillow decodes without holding the interpreter's lock
-        return list(pool.map(part, paths, seeded_uniform(keys, 2).tolist()))
 
 
 def _scaled(image: Tensor, corner: tuple[float, float], side: float, size: int, resampling: Image.Resampling) -> Tensor:

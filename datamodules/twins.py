@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,10 @@ _BORDER = 16
 # Light and two differences of colour, across which the channels go together; then the channels themselves.
 _AXES = (np.array([[2, 2, 2], [6**0.5, -(6**0.5), 0], [2**0.5, 2**0.5, -(8**0.5)]]) / 12**0.5, np.eye(3))
 _ROUNDS = 2
+# Rings of spatial frequency, and how much power of one is raised or lowered at the most, as a factor of amplitudes.
+_RINGS, _MOST_GAIN = 24, 4.0
+# Characters of another library's message that are shown.
+_SHOWN = 160
 
 
 class AutoencoderTwins:
@@ -50,9 +55,12 @@ class AutoencoderTwins:
         latent_noise: Noise that is added to the codes at the most, in units of their standard deviation.
         latent_scale: Smallest and largest factor of the codes.
         value_range: What black and white are to the autoencoder: (0, 1), or (−1, 1).
+        match_power: Also give a twin the power that its photograph has at each spatial frequency: for decoders that
+            blur, of which a detector would learn little else.
 
     Raises:
-        ValueError: If an argument is impossible, or the autoencoder lacks a half.
+        FileNotFoundError: If there is no file with the weights.
+        ValueError: If an argument is impossible, the autoencoder lacks a half, or the weights are those of another.
 
     Example:
         >>> import tempfile
@@ -75,6 +83,7 @@ class AutoencoderTwins:
         latent_noise: float = 0.0,
         latent_scale: tuple[float, float] = (1.0, 1.0),
         value_range: tuple[float, float] = (0.0, 1.0),
+        match_power: bool = False,
     ) -> None:
         if not name or "/" in name:
             raise ValueError(f"AutoencoderTwins: name must be that of a folder, got {name!r}")
@@ -91,7 +100,7 @@ class AutoencoderTwins:
                 f"black and white, in this order, got {latent_noise}, {latent_scale} and {value_range}"
             )
         if weights is not None:
-            autoencoder.load_state_dict(torch.load(Path(weights).expanduser(), weights_only=True, map_location="cpu"))
+            _load(autoencoder, Path(weights).expanduser())
         self.name = name
         self.autoencoder = autoencoder.eval()
         self.folder = Path(folder).expanduser() / name
@@ -101,6 +110,7 @@ class AutoencoderTwins:
         self.latent_noise = latent_noise
         self.latent_scale = latent_scale
         self.value_range = value_range
+        self.match_power = match_power
 
     def take(self, part: str, fractions: dict[str, float], seed: int) -> LabelledFiles:
         """Returns the photographs of a part of `photographs`, drawn by seed.
@@ -146,9 +156,8 @@ class AutoencoderTwins:
                     rank_zero_info(
                         f"passing photographs through the autoencoder of {self.name}, into {self.folder / part}"
                     )
-                twin = match_colors(
-                    self.twin(photograph / 255, int.from_bytes(key.digest()[:7], "little")) * 255, photograph
-                )
+                twin = self.twin(photograph / 255, int.from_bytes(key.digest()[:7], "little")) * 255
+                twin = match_colors(match_power(twin, photograph) if self.match_power else twin, photograph)
                 # the twin last: where it is there, both are
                 for path, image in zip(both, (photograph, twin), strict=True):
                     _write(path, image[:, _BORDER:-_BORDER, _BORDER:-_BORDER])
@@ -173,8 +182,27 @@ class AutoencoderTwins:
             - output: `[3, H, W]` in [0, 1]
 
         Raises:
-            ValueError: If it has another size.
+            ValueError: If the autoencoder fails, or makes another size or what is no number of it.
         """
+        try:
+            decoded = self._decode(image, key)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"the autoencoder of {self.name} cannot process an image {list(image.shape)}: {_one_line(error)}"
+            ) from error
+        if decoded.shape != image.shape:
+            raise ValueError(
+                f"the autoencoder of {self.name} makes {list(decoded.shape)} of an image {list(image.shape)}: a twin "
+                "must have the size of its photograph"
+            )
+        if not decoded.isfinite().all():
+            raise ValueError(
+                f"the autoencoder of {self.name} makes NaN or infinity of an image: are its weights whole?"
+            )
+        black, white = self.value_range
+        return ((decoded - black) / (white - black)).clamp(0, 1)
+
+    def _decode(self, image: Tensor, key: int) -> Tensor:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         network, (black, white) = self.autoencoder.to(device), self.value_range
         code = _tensor(network.encode((black + (white - black) * image[None]).to(device)))  # type: ignore[operator]
@@ -183,13 +211,7 @@ class AutoencoderTwins:
         if self.latent_noise:
             noise = seeded_normal(torch.tensor([key]), code.shape[1:]).to(code)
             code = code + draws[1] * self.latent_noise * code.std() * noise
-        decoded = _tensor(network.decode(code))[0].float().cpu()  # type: ignore[operator]
-        if decoded.shape != image.shape:
-            raise ValueError(
-                f"the autoencoder of {self.name} makes {list(decoded.shape)} of an image {list(image.shape)}: a twin "
-                "must have the size of its photograph"
-            )
-        return ((decoded - black) / (white - black)).clamp(0, 1)
+        return _tensor(network.decode(code))[0].float().cpu()  # type: ignore[operator]
 
     def _cut(self, image: Tensor) -> Tensor | None:
         sides = [min(length, self.side) // _MULTIPLE * _MULTIPLE for length in image.shape[1:]]
@@ -211,16 +233,46 @@ class AutoencoderTwins:
             "side": self.side,
             "latent_noise": self.latent_noise,
             "latent_scale": list(self.latent_scale),
+            "value_range": list(self.value_range),
+            "match_power": self.match_power,
         }
         path = self.folder / _SETTINGS
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, json.dumps(settings).encode())
-        elif (found := json.loads(path.read_text())) != settings:
+        # folders of the version before do not name all of them
+        elif (found := {"value_range": [0.0, 1.0], "match_power": False, **json.loads(path.read_text())}) != settings:
             changed = [name for name in settings if found.get(name) != settings[name]]
             raise ValueError(
                 f"{self.folder} holds twins by another {' and '.join(changed)}: name another folder, or remove this one"
             )
+
+
+def match_power(image: Tensor, reference: Tensor) -> Tensor:
+    """An image with the power of another at each spatial frequency, whatever its direction, channel by channel.
+
+    What a decoder leaves in single directions and frequencies stays; how much it blurs does not.
+
+    Shape:
+        - image: `[3, H, W]`
+        - reference: `[3, H, W]`
+        - output: `[3, H, W]`, float32
+    """
+    height, width = image.shape[1:]
+    fade = torch.hann_window(height)[:, None] * torch.hann_window(width)  # else the borders are the most of it
+    frequency = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width))
+    ring = (2 * _RINGS * frequency).long().clamp(max=_RINGS - 1).flatten()
+    powers = [
+        torch.zeros(3, _RINGS).index_add_(
+            1, ring, torch.fft.rfft2((x - x.mean((1, 2), keepdim=True)) * fade).abs().square().flatten(1)
+        )
+        for x in (image.float(), reference.float())
+    ]
+    gain = (powers[1] / powers[0].clamp_min(1e-12)).sqrt().clamp(1 / _MOST_GAIN, _MOST_GAIN)
+    centers = (np.arange(_RINGS) + 0.5) / (2 * _RINGS)
+    curves = torch.stack([torch.from_numpy(np.interp(frequency.numpy(), centers, one)) for one in gain.numpy()])
+    curves[:, 0, 0] = 1  # the mean
+    return torch.fft.irfft2(torch.fft.rfft2(image.float()) * curves.float(), s=(height, width))
 
 
 def match_colors(image: Tensor, reference: Tensor) -> Tensor:
@@ -239,6 +291,22 @@ def match_colors(image: Tensor, reference: Tensor) -> Tensor:
     for axes in _ROUNDS * _AXES:
         pixels = axes.T @ match_histograms(axes @ pixels, axes @ wanted, channel_axis=0)
     return torch.from_numpy(pixels).round().clamp(0, 255).to(torch.uint8).view_as(image)
+
+
+def _load(autoencoder: nn.Module, path: Path) -> None:
+    """Loads a `state_dict`, or refuses the file in one line."""
+    if not path.is_file():
+        raise FileNotFoundError(f"AutoencoderTwins: there is no file {path} with weights")
+    try:
+        autoencoder.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+    except Exception as error:  # torch raises many kinds at a file that is damaged or none of its own
+        raise ValueError(
+            f"AutoencoderTwins: {path} holds no state_dict of {type(autoencoder).__name__}: {_one_line(error)}"
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return textwrap.shorten(str(error) or type(error).__name__, _SHOWN, placeholder=" …")
 
 
 def _tensor(output: object) -> Tensor:

@@ -285,8 +285,9 @@ table(
 # cells of 2×2. **Network.** Eight 3×3 convolutions, the first at full resolution, then an average: features $f$ see
 # statistics of neighbourhoods, not the scene; a linear layer gives the logit $z$. **Pooling.** An image is $V$ crops at
 # places that depend only on its size, and $z = \frac1V\sum_v z_v$. **Calibration.** $p = \sigma(z/T)$, with temperature
-# and threshold fitted to images of a source that was not trained on. **Verdict.** *unsure* where it changes under JPEG
-# 90 or 75, rescaling by 0.75 or a light blur, or where the image is unlike those of either class.
+# and threshold fitted to images of a source that was not trained on. **Verdict.** *unsure* where the odds, counted
+# from the threshold, are below three to one, where it changes under JPEG 90 or 75, rescaling by 0.75 or a light blur,
+# or where the image is unlike those of either class.
 #
 # ## Limits
 #

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_modules.checkpoints.module import CheckpointedModule
+from lightning_modules.checkpoints.parts import configuration
 from lightning_modules.detection import (
     UNSURE,
     BufferedPredictions,
@@ -34,6 +35,8 @@ from lightning_modules.optimizers import optimizer_config
 Batch = dict[str, Any]
 
 _CLEAN = "clean"
+# By which Lightning makes a module of what a checkpoint names, its parts included.
+_INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
 # What predictions keep of a batch.
 _PASSED_ON = ("label", "index", "weight", "name", "condition")
 # Crops of an image that `predict_image` looks at together: bounds the memory, not the result.
@@ -72,8 +75,9 @@ class GeneratedImageDetector(CheckpointedModule):
     `ece`, `accuracy_at_threshold` and `generative_accuracy` is cross-fitted, each half of them evaluated by a fit to
     the other, and is NaN where a half has too few. `test/` uses the fit in the checkpoint.
 
-    A prediction comes with a verdict, which is unsure where it changes when the image is saved again, rescaled or
-    blurred, or where the mixtures explain the image by neither class.
+    A prediction comes with a verdict, which is unsure where the calibrated odds, taken from the threshold, are below
+    three to one, where it changes when the image is saved again, rescaled or blurred, or where the mixtures explain the
+    image by neither class. A detector that is at chance on the images it is calibrated on is unsure of all.
 
     Args:
         inputs: What the network sees of a crop, side by side; the restoration's residual by default.
@@ -116,6 +120,8 @@ class GeneratedImageDetector(CheckpointedModule):
             # Built from the command line, where injected parts are plain configuration: keep them, so that
             # `load_from_checkpoint` can build the whole module from the checkpoint alone.
             self.save_hyperparameters()
+        else:
+            self._keep_parts(inputs, backbone)
         self.inputs = DetectorInputs([RestorationResidual()] if inputs is None else inputs)
         if (learning := sum(residual.learn for residual in self._restorations)) > 1:
             raise ValueError(f"one restoration can learn its parameters, got {learning} inputs with learn=True")
@@ -371,6 +377,16 @@ class GeneratedImageDetector(CheckpointedModule):
         logits = [output["logit"], *(self(view.to(images.device) / 255)[0] for view in views)]
         verdict, reasons = decide(torch.stack(logits, dim=1), self.calibration, output["ood_score"])
         return {**output, "verdict": verdict, "reason": reasons}
+
+    def _keep_parts(self, inputs: list[DetectorInput] | None, backbone: nn.Module | None) -> None:
+        """Puts parts that were made in Python among the hyperparameters, as those from the command line are."""
+        parts: dict[str, Any] = {}
+        if inputs is not None:
+            parts["inputs"] = [configuration(part) for part in inputs]
+        if backbone is not None:
+            parts["backbone"] = configuration(backbone)
+        if parts and None not in [*parts.get("inputs", ()), parts.get("backbone", ...)]:
+            self.hparams.update({**parts, "_instantiator": _INSTANTIATOR})
 
     def _log(self, prefix: str, values: dict[str, Tensor]) -> None:
         # equal on every process, for all have evaluated the images of all

@@ -55,6 +55,10 @@ class RestorationResidual(DetectorInput):
         scale: float = 20.0,
     ) -> None:
         super().__init__(scale)
+        #: arguments that were left out, which the attributes of their names no longer show
+        self.given = {
+            name: None for name, part in (("diffusion", diffusion), ("em_parameters", em_parameters)) if part is None
+        }
         self.diffusion = GraphDiffusion(patch_size=3) if diffusion is None else diffusion
         if em_parameters is None:
             em_parameters = ParameterTable(initial=_INITIAL, bounds=_BOUNDS, learned=_LEARNED)

@@ -11,7 +11,11 @@ CHANGES = ("jpeg 90", "jpeg 75", "rescale 0.75", "blur 0.7")
 #: The verdict on an image that is not taken for either class.
 UNSURE = -1
 
+#: Probability of its label, as calibrated, below which a verdict is none.
+SURE = 0.75
+
 _STRANGE = "unlike either class"
+_TOO_CLOSE = "too close to the threshold"
 
 
 def changed_views(crops: Tensor) -> list[Tensor]:
@@ -27,7 +31,9 @@ def changed_views(crops: Tensor) -> list[Tensor]:
 
 
 def decide(logits: Tensor, calibration: Calibration, ood_score: Tensor) -> tuple[Tensor, list[str]]:
-    """Verdicts, and for each that is unsure the reason; the others have none.
+    """Verdicts, and for each that is unsure the reasons; the others have none.
+
+    A detector that is at chance where it is calibrated has a temperature at which no verdict is sure.
 
     Args:
         logits: Of each image as it is, and after each of `CHANGES`.
@@ -39,13 +45,16 @@ def decide(logits: Tensor, calibration: Calibration, ood_score: Tensor) -> tuple
         - ood_score: `[B]`
         - output: `[B]`, int64: 0, 1 or `UNSURE`
     """
-    generated = logits.double() > calibration.boundary
+    above = logits.double() - calibration.boundary
+    generated = above > 0
     flips, strange = generated[:, 1:] != generated[:, :1], ood_score > 0
+    close = torch.sigmoid(above[:, 0].abs() / calibration.temperature) < SURE
     reasons = [
         "; ".join(
-            [f"changes under {change}" for change, flipped in zip(CHANGES, row, strict=True) if flipped]
+            [_TOO_CLOSE] * is_close
+            + [f"changes under {change}" for change, flipped in zip(CHANGES, row, strict=True) if flipped]
             + [_STRANGE] * is_strange
         )
-        for row, is_strange in zip(flips.tolist(), strange.tolist(), strict=True)
+        for is_close, row, is_strange in zip(close.tolist(), flips.tolist(), strange.tolist(), strict=True)
     ]
-    return torch.where(flips.any(1) | strange, UNSURE, generated[:, 0].long()), reasons
+    return torch.where(close | flips.any(1) | strange, UNSURE, generated[:, 0].long()), reasons

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_modules.mixtures.chunks import chunk_size
-from lightning_modules.mixtures.passes import Passes, library_for
+from lightning_modules.mixtures.passes import Passes, library, library_for
 from lightning_modules.mixtures.rows import (
     FramedRows,
     Rows,
@@ -109,7 +111,7 @@ def lloyd(
     if unit != 1:
         z = SparseRows(z.matrix / unit) if isinstance(z, SparseRows) else dense(z) / unit
     tol /= unit**2
-    search = _NearestCenters(z, centers / unit, weights)
+    search = _search(z, centers / unit, weights)
     converged, n_iter, reason = False, 0, ""
     for n_iter in range(1, max_iter + 1):
         changed = search.assign() if n_iter > 1 else -1
@@ -141,23 +143,30 @@ def _unit(z: Rows) -> float:
     return 2.0 ** round(math.log2(largest))
 
 
+def _search(z: Rows, centers: Tensor, weights: Tensor | None) -> _NearestCenters:
+    """By compiled passes, where there are any."""
+    weights = None if weights is None else weights.double()
+    passes = _passes(z, weights)
+    if passes is None:
+        return _TorchNearestCenters(z, centers, weights)
+    return _CompiledNearestCenters(z, centers, weights, passes)
+
+
 def _passes(z: Rows, weights: Tensor | None) -> Passes | None:
-    """The compiled passes over dense samples on a CPU, where there are any."""
+    """The compiled passes over samples, where there are any."""
     if isinstance(z, SparseRows):
-        return None
-    x, offset, scale = dense(z) if isinstance(z, Tensor) else z.x, torch.zeros(()), torch.ones(())
+        compiled = library(z.dtype)
+        return None if compiled is None else Passes(compiled, z.matrix, None, weights)
+    x, frame = z.x if isinstance(z, FramedRows) else z, None
     if isinstance(z, FramedRows):
-        scale = z.standardizer.scale
+        offset, scale = (numbers.double() for numbers in (z.standardizer.offset, z.standardizer.scale))
         if z.dtype == x.dtype and bool((torch.frexp(scale).mantissa == 0.5).all()):
-            offset = z.standardizer.offset
+            frame = (offset.expand(x.shape[1]), (1 / scale).expand(x.shape[1]))
         else:
             # to divide by these is not to multiply by their inverses, and division is slow
-            x, scale = dense(z), torch.ones(())
+            x = dense(z)
     compiled = library_for(x)
-    if compiled is None:
-        return None
-    offset, scale = (number.double().expand(x.shape[1]) for number in (offset, scale))
-    return Passes(compiled, x, offset, 1 / scale, weights)
+    return None if compiled is None else Passes(compiled, x, frame, weights)
 
 
 def _gap(scores: Tensor, label: Tensor, norms: Tensor, margin: Tensor) -> Tensor:
@@ -172,7 +181,7 @@ def _gap(scores: Tensor, label: Tensor, norms: Tensor, margin: Tensor) -> Tensor
     return gap.masked_fill_(is_close, torch.nan)
 
 
-class _NearestCenters:
+class _NearestCenters(ABC):
     """Samples, centers, the nearest center of each sample, and by how much it is the nearest.
 
     Samples are compared in float32, which for float64 is twice as fast, with a bound on the error: where the two
@@ -180,51 +189,104 @@ class _NearestCenters:
     algorithm.
     """
 
-    def __init__(self, z: Rows, centers: Tensor, weights: Tensor | None = None) -> None:
-        self.z, self.centers = z, centers.double()
-        self.weights = None if weights is None else weights.double()
+    def __init__(self, z: Rows, centers: Tensor, weights: Tensor | None) -> None:
+        self.z, self.centers, self.weights = z, centers.double(), weights
         self.num_components = centers.shape[0]
-        self.passes = _passes(z, self.weights)
-        if self.passes is None:
-            self.screen, self.norms = screened(z)
-            self.largest = float(self.norms.amax()) if z.shape[0] else 0.0
-        self.names = torch.arange(self.num_components, dtype=torch.int32, device=z.device)[:, None]
-        self.sums = torch.zeros(self.num_components, z.shape[1], dtype=torch.float64, device=z.device)
-        self.weight, self.count = torch.zeros(2, self.num_components, dtype=torch.float64, device=z.device)
-        self.labels, self.gap = self._nearest(None)
+        # of each center: the sum of its samples, that of their weights, and their number
+        self.members = torch.zeros(self.num_components, z.shape[1] + 2, dtype=torch.float64, device=z.device)
+        self.sums, self.weight, self.count = self.members[:, :-2], self.members[:, -2], self.members[:, -1]
+        # numpy: torch would fill them on all its threads, which then wait for more on the cores that the passes want
+        self.labels = torch.from_numpy(np.full(z.shape[0], -1)).to(z.device)
+        self.gap = torch.empty(z.shape[0], dtype=z.dtype, device=z.device)
+        # how far each center may have come nearer to, or moved away from, a sample of its own
+        self.moved = torch.zeros(self.num_components, dtype=torch.float64, device=z.device)
+        self.largest = 0.0  # squared norm of a sample
+        self._compare(None)
         self.slack = 8 * torch.finfo(z.dtype).eps * (width_of(z) * self.largest) ** 0.5
-        self._add(None, self.labels)
 
-    def _add(self, index: Tensor | None, labels: Tensor, old: Tensor | None = None) -> None:
-        """Add samples to the sums of their centers, and take them from their old ones'.
+    @abstractmethod
+    def inertia(self) -> float:
+        """Sum of squared distances of the samples to the centers of their labels, weighted."""
+
+    def assign(self, last: bool = False) -> int:
+        """Reassign the samples whose bound allows a change; how many changed. Where it is the `last` time, the centers'
+        members are of no more use.
+        """
+        index = self._candidates()
+        if not len(index):
+            return 0
+        # to copy most of the samples costs more than to compare them all
+        return self._compare(None if 2 * len(index) > self.z.shape[0] else index, last)
+
+    def move(self) -> Tensor:
+        """Centers to the means of their samples; how far each moved, `[K]`."""
+        if bool((self.count == 0).any()):
+            self._give_samples(self.count == 0)
+        empty = self.count == 0
+        # what is left of weights that were added and taken away again is rounding
+        self.weight[empty], self.sums[empty] = 1.0, 0.0
+        target = self.sums / self.weight[:, None]
+        self.weight[empty] = 0.0
+        target[empty] = self.centers[empty]
+        distance = (target - self.centers).square().sum(dim=1).sqrt()
+        self.centers = target
+        # a sample's own center may have moved away, and the fastest of the others towards it
+        fastest = distance.topk(min(2, self.num_components))
+        others = torch.full_like(distance, float(fastest.values[0]))
+        others[fastest.indices[0]] = fastest.values[-1]
+        self.moved = distance + others
+        return distance
+
+    @abstractmethod
+    def _candidates(self) -> Tensor:
+        """Samples whose bound, less what the centers have moved, allows another label, `[M]`."""
+
+    @abstractmethod
+    def _compare(self, index: Tensor | None, last: bool = False) -> int:
+        """Set label and bound of samples, and the members of the centers unless it is the last time; how many changed
+        their label.
 
         Shape:
             - index: `[M]`, all samples where None
-            - labels: `[M]`
-            - old: `[M]`
         """
-        if self.passes is not None:
-            added = self.passes.add(index, labels, old, self.num_components)
-            self.sums += added[:, :-2]
-            self.weight += added[:, -2]
-            self.count += added[:, -1]
+
+    @abstractmethod
+    def _add(self, index: Tensor, labels: Tensor, old: Tensor) -> None:
+        """Add samples to the members of their centers, and take them from their old ones', where these are not -1.
+
+        Shape:
+            - index: `[M]`
+            - labels, old: `[M]`
+        """
+
+    def _give_samples(self, empty: Tensor) -> None:
+        """Give each center without samples a point that is far from its own, as scikit-learn does."""
+        squares = squares_to(self.z, self.centers, self.labels)
+        if self.weights is not None:
+            squares = torch.where(self.weights > 0, squares, 0.0)
+        far = squares.argsort(descending=True, stable=True)[: 64 * int(empty.sum())]
+        far = far[squares[far] > 0]
+        if not len(far):
             return
-        samples = self.z if index is None else self.z.index_select(0, index)
-        weights = self.weights if index is None or self.weights is None else self.weights[index]
-        # samples of weight 0 are no members: a center that has only those is without samples
-        members = None if weights is None else (weights > 0).double()
-        for target, value in ((self.weight, weights), (self.count, members)):
-            target += torch.bincount(labels, value, minlength=self.num_components)
-            if old is not None:
-                target -= torch.bincount(old, value, minlength=self.num_components)
-        self.sums += sums_by_label(samples, labels, self.num_components, weights)
-        if old is not None:
-            self.sums -= sums_by_label(samples, old, self.num_components, weights)
+        samples, where = dense(self.z, far), empty.nonzero()[:, 0]
+        chosen = distinct(samples)[: len(where)]
+        # all that are at one point go together
+        same = (samples[:, None] == samples[chosen]).all(dim=2)
+        index, new = far[same.any(dim=1)], where[: len(chosen)][same.int().argmax(dim=1)[same.any(dim=1)]]
+        old = self.labels[index]
+        self.labels[index], self.gap[index] = new, -torch.inf
+        self._add(index, new, old)
+
+
+class _TorchNearestCenters(_NearestCenters):
+    """In torch, on any device: chunks of samples, which are kept in float32 as well."""
+
+    def __init__(self, z: Rows, centers: Tensor, weights: Tensor | None) -> None:
+        self.screen, self.norms = screened(z)
+        self.names = torch.arange(centers.shape[0], dtype=torch.int32, device=z.device)[:, None]
+        super().__init__(z, centers, weights)
 
     def inertia(self) -> float:
-        """Sum of squared distances of the samples to the centers of their labels."""
-        if self.passes is not None:
-            return self.passes.inertia(self.labels, self.centers)
         total, step = 0.0, chunk_size(2 * width_of(self.z), self.z.device)
         for first in range(0, self.z.shape[0], step):
             part = slice(first, first + step)
@@ -232,35 +294,69 @@ class _NearestCenters:
             total += float(squares.sum() if self.weights is None else squares @ self.weights[part])
         return total
 
-    def _nearest(self, index: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Label, and a lower bound on the distance to the second nearest center less that to the nearest.
+    def _candidates(self) -> Tensor:
+        self.gap -= self.moved.to(self.gap).index_select(0, self.labels)
+        return (self.gap <= self.slack).nonzero()[:, 0]
+
+    def _compare(self, index: Tensor | None, last: bool = False) -> int:
+        labels, gap = self._screened(index)
+        if index is None:
+            self.largest = float(self.norms.amax()) if len(labels) else 0.0
+        close = gap.isnan().nonzero()[:, 0]
+        labels[close], gap[close] = self._look_closer(close if index is None else index[close])
+        if index is None:
+            old, self.labels, self.gap = self.labels, labels, gap
+            index = (labels != old).nonzero()[:, 0]
+            old, labels = old[index], labels.index_select(0, index)
+        else:
+            self.gap.index_copy_(0, index, gap)
+            old = self.labels.index_select(0, index)
+            changed = (labels != old).nonzero()[:, 0]
+            index, old, labels = index[changed], old[changed], labels[changed]
+            self.labels[index] = labels
+        if not last:
+            self._add(index, labels, old)
+        return len(index)
+
+    def _add(self, index: Tensor, labels: Tensor, old: Tensor) -> None:
+        for now, sign in ((labels, 1), (old, -1)):
+            if not len(index) or (sign < 0 and int(now[0]) < 0):
+                continue
+            is_all = len(index) == self.z.shape[0]
+            samples = self.z if is_all else self.z.index_select(0, index)
+            weights = self.weights if is_all or self.weights is None else self.weights[index]
+            # samples of weight 0 are no members: a center that has only those is without samples
+            counted = None if weights is None else (weights > 0).double()
+            for target, value in ((self.weight, weights), (self.count, counted)):
+                target += sign * torch.bincount(now, value, minlength=self.num_components)
+            self.sums += sign * sums_by_label(samples, now, self.num_components, weights)
+
+    def _look_closer(self, close: Tensor) -> tuple[Tensor, Tensor]:
+        """Label and bound by comparison in float64.
 
         Shape:
-            - index: `[M]`, all samples where None
+            - close: `[M]`, samples
             - output: `[M]` twice
         """
-        if self.passes is None:
-            labels, gap = self._screened(index)
-        else:
-            labels, gap, largest = self.passes.nearest(index, self.centers)
-            self.largest = largest if index is None else self.largest
-        close = gap.isnan().nonzero()[:, 0]
+        found = torch.empty(len(close), dtype=torch.long, device=self.z.device)
+        gap = torch.empty(len(close), dtype=self.gap.dtype, device=self.z.device)
         squares = self.centers.square().sum(dim=1, keepdim=True)
         error = 2 * (self.z.shape[1] + 8) * torch.finfo(torch.float64).eps
         step = chunk_size(2 * self.num_components + width_of(self.z), self.z.device)
-        for part in close.split(step):
-            samples = self.z.index_select(0, part if index is None else index[part]).to(torch.float64)
+        for first in range(0, len(close), step):
+            samples = self.z.index_select(0, close[first : first + step]).to(torch.float64)
             norms = squared_norms(samples)
             scores = products(-2 * self.centers, samples).add_(squares)
             label = scores.argmin(dim=0)
-            labels[part] = label
+            found[first : first + step] = label
             bound = _gap(scores, label, norms, (norms + squares.amax()) * error).to(gap.dtype)
             # a tie is compared every time
-            gap[part] = bound.nan_to_num_(nan=-torch.inf, posinf=torch.inf)
-        return labels, gap
+            gap[first : first + step] = bound.nan_to_num_(nan=-torch.inf, posinf=torch.inf)
+        return found, gap
 
     def _screened(self, index: Tensor | None) -> tuple[Tensor, Tensor]:
-        """`_nearest`, with NaN for the bound where float32 does not tell the two nearest centers apart.
+        """Label, and a lower bound on the distance to the second nearest center less that to the nearest: NaN where
+        float32 does not tell the two apart.
 
         Shape:
             - index: `[M]`, all samples where None
@@ -292,63 +388,27 @@ class _NearestCenters:
             labels[part], gap[part] = label, _gap(scores, label, norms, margin)
         return labels, gap
 
-    def assign(self, last: bool = False) -> int:
-        """Reassign the samples whose bound allows a change; how many changed. Where it is the `last` time, the centers'
-        sums are of no more use.
-        """
-        index = (self.gap <= self.slack).nonzero()[:, 0]
-        if not len(index):
-            return 0
-        if 2 * len(index) > self.z.shape[0]:
-            # to copy most of the samples costs more than to compare them all
-            old = self.labels
-            self.labels, self.gap = self._nearest(None)
-            index = (self.labels != old).nonzero()[:, 0]
-            old, labels = old[index], self.labels.index_select(0, index)
-        else:
-            old = self.labels.index_select(0, index)
-            labels, gap = self._nearest(index)
-            self.gap.index_copy_(0, index, gap)
-            moved = (labels != old).nonzero()[:, 0]
-            index, old, labels = index[moved], old[moved], labels[moved]
-            self.labels[index] = labels
-        if not last:
-            self._add(index, labels, old)
-        return len(index)
 
-    def move(self) -> Tensor:
-        """Centers to the means of their samples; how far each moved, `[K]`."""
-        if bool((self.count == 0).any()):
-            self._give_samples(self.count == 0)
-        empty = self.count == 0
-        # what is left of weights that were added and taken away again is rounding
-        self.weight[empty], self.sums[empty] = 1.0, 0.0
-        target = self.sums / self.weight[:, None]
-        self.weight[empty] = 0.0
-        target[empty] = self.centers[empty]
-        distance = (target - self.centers).square().sum(dim=1).sqrt()
-        self.centers = target
-        # a sample's own center may have moved away, and the fastest of the others towards it
-        fastest = distance.topk(min(2, self.num_components))
-        others = torch.full_like(distance, float(fastest.values[0]))
-        others[fastest.indices[0]] = fastest.values[-1]
-        self.gap -= (distance + others).to(self.gap).index_select(0, self.labels)
-        return distance
+class _CompiledNearestCenters(_NearestCenters):
+    """By compiled passes. What goes through all samples is among them: threads of torch that have just done something
+    wait for more on the cores that the passes want.
+    """
 
-    def _give_samples(self, empty: Tensor) -> None:
-        """Give each center without samples a point that is far from its own, as scikit-learn does."""
-        squares = squares_to(self.z, self.centers, self.labels)
-        if self.weights is not None:
-            squares = torch.where(self.weights > 0, squares, 0.0)
-        far = squares.argsort(descending=True, stable=True)[: 64 * int(empty.sum())]
-        far = far[squares[far] > 0]
-        if not len(far):
-            return
-        samples, where = dense(self.z, far), empty.nonzero()[:, 0]
-        chosen = distinct(samples)[: len(where)]
-        # all that are at one point go together
-        same = (samples[:, None] == samples[chosen]).all(dim=2)
-        index, new = far[same.any(dim=1)], where[: len(chosen)][same.int().argmax(dim=1)[same.any(dim=1)]]
-        old = self.labels[index]
-        self.labels[index], self.gap[index] = new, -torch.inf
-        self._add(index, new, old)
+    def __init__(self, z: Rows, centers: Tensor, weights: Tensor | None, passes: Passes) -> None:
+        self.passes = passes
+        super().__init__(z, centers, weights)
+
+    def inertia(self) -> float:
+        return self.passes.inertia(self.labels, self.centers)
+
+    def _candidates(self) -> Tensor:
+        return self.passes.loosen(self.labels, self.moved, self.slack, self.gap)
+
+    def _compare(self, index: Tensor | None, last: bool = False) -> int:
+        members = None if last else self.members
+        changed, largest = self.passes.nearest(index, self.centers, self.labels, self.gap, members)
+        self.largest = largest if index is None else self.largest
+        return changed
+
+    def _add(self, index: Tensor, labels: Tensor, old: Tensor) -> None:
+        self.passes.add(index, labels, old, self.members)

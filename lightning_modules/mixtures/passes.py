@@ -1,4 +1,4 @@
-"""Passes of K-means over dense samples on a CPU, compiled (passes.c): each reads the samples once and keeps no copy.
+"""Passes of K-means over samples on a CPU, compiled (passes.c): each reads the samples once and keeps no copy.
 
 Where there is no library, and for samples elsewhere, the same is done in torch: `None` is the answer to who asks.
 """
@@ -9,10 +9,13 @@ import ctypes
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.sparse import csr_array
 from torch import Tensor
 
 from lightning_modules.native.library import load_library
@@ -27,20 +30,38 @@ class _Samples(ctypes.Structure):
 
     _fields_ = (
         ("width", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("x", "index", "offset", "inverse", "weights")),
+        *((name, ctypes.c_void_p) for name in ("x", "starts", "columns", "index", "offset", "inverse", "weights")),
+    )
+
+
+class _Seen(ctypes.Structure):
+    """`Seen` of passes.c."""
+
+    _fields_ = (("largest", ctypes.c_double), ("changed", ctypes.c_int64))
+
+
+class _Centers(ctypes.Structure):
+    """`Centers` of passes.c."""
+
+    _fields_ = (
+        ("count", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("centers", "norms")),
+        ("largest", ctypes.c_double),
+        ("packed", ctypes.c_void_p),
+        ("panels", ctypes.c_int64),
+        *((name, ctypes.c_double) for name in ("error", "tiny", "error_of_double")),
     )
 
 
 _RANGE = (ctypes.c_int64, ctypes.c_int64)
+_SAMPLES = (ctypes.POINTER(_Samples), *_RANGE)
+_INTO = (*3 * (ctypes.c_void_p,), ctypes.POINTER(_Seen))
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
-    "panel": (ctypes.c_int64, ()),
-    "nearest": (
-        ctypes.c_double,
-        (ctypes.POINTER(_Samples), *_RANGE, ctypes.c_void_p, ctypes.c_int64, *2 * (ctypes.c_double,))
-        + 2 * (ctypes.c_void_p,),
-    ),
-    "add": (None, (ctypes.POINTER(_Samples), *_RANGE, *5 * (ctypes.c_void_p,))),
-    "inertia": (ctypes.c_double, (ctypes.POINTER(_Samples), *_RANGE, *2 * (ctypes.c_void_p,))),
+    "panel": (ctypes.c_int64, (ctypes.c_int,)),
+    "nearest": (ctypes.c_int, (*_SAMPLES, ctypes.POINTER(_Centers), *_INTO)),
+    "loosen": (ctypes.c_int64, (*_RANGE, *2 * (ctypes.c_void_p,), ctypes.c_double, *2 * (ctypes.c_void_p,))),
+    "add": (None, (*_SAMPLES, *3 * (ctypes.c_void_p,))),
+    "inertia": (ctypes.c_double, (*_SAMPLES, *3 * (ctypes.c_void_p,))),
     "moments": (None, (ctypes.c_void_p, ctypes.c_int64, *_RANGE, *4 * (ctypes.c_void_p,))),
 }
 
@@ -76,30 +97,67 @@ class Passes:
 
     Shape:
         - x: `[N, D]`
-        - offset, inverse: float64 `[D]`
+        - frame: float64 `[D]` twice, what to take from the samples and what to multiply them by; nothing where None
         - weights: float64 `[N]`
     """
 
     def __init__(
-        self, compiled: ctypes.CDLL, x: Tensor, offset: Tensor, inverse: Tensor, weights: Tensor | None
+        self,
+        compiled: ctypes.CDLL,
+        x: Tensor | csr_array,
+        frame: tuple[Tensor, Tensor] | None,
+        weights: Tensor | None,
     ) -> None:
-        self._library = compiled
+        self._library, self._shape = compiled, x.shape
+        starts = columns = offset = inverse = None
+        if not isinstance(x, Tensor):
+            starts, columns = (
+                torch.from_numpy(array.astype(dtype, copy=False))
+                for array, dtype in ((x.indptr, np.int64), (x.indices, np.int32))
+            )
+            x = torch.from_numpy(x.data)
+            self._terms = int(starts.diff().amax()) if self._shape[0] else 0
+            self._numbers = len(x) // max(self._shape[0], 1)
+        else:
+            self._terms = self._numbers = self._shape[1]
+        if frame is not None:
+            offset, inverse = (numbers.contiguous() for numbers in frame)
+        weights = None if weights is None else weights.contiguous()
+        self._is_sparse = starts is not None
         # what the pointers point to is kept with them
-        self._x, self._offset, self._inverse = x.contiguous(), offset.contiguous(), inverse.contiguous()
-        self._weights = None if weights is None else weights.contiguous()
+        self._tensors = (x.contiguous(), starts, columns, offset, inverse, weights)
 
-    def nearest(self, index: Tensor | None, centers: Tensor) -> tuple[Tensor, Tensor, float]:
-        """Label, and a lower bound on the distance to the second nearest center less that to the nearest: NaN where
-        float32 does not tell the two apart. Last the largest squared norm.
+    def nearest(
+        self,
+        index: Tensor | None,
+        centers: Tensor,
+        labels: Tensor,
+        gap: Tensor,
+        members: Tensor | None = None,
+    ) -> tuple[int, float]:
+        """Compares samples with all centers: sets their labels, and a lower bound on the distance to the second nearest
+        center less that to the nearest.
+
+        Args:
+            index: Which samples; all where None.
+            centers: Centers.
+            labels: Labels of before, -1 where there is none.
+            gap: Bounds.
+            members: Sums of `add`, to which is added what has changed its label.
+
+        Returns:
+            How many changed their label, and the largest squared norm.
 
         Shape:
-            - index: `[M]`, all samples where None
+            - index: `[M]`
             - centers: float64 `[K, D]`
-            - output: `[M]` twice
+            - labels, gap: `[N]`
+            - members: float64 `[K, D + 2]`
         """
         samples, count = self._samples(index)
         num_components, width = centers.shape
-        squares, lanes = centers.square().sum(dim=1), self._library.panel()
+        centers = centers.contiguous()
+        squares, lanes = centers.square().sum(dim=1), self._library.panel(self._is_sparse)
         panels = -(-num_components // lanes)
         packed = torch.zeros(panels * lanes, 1 + width)
         packed[:, 0] = torch.inf  # nothing is near to what fills the last panel
@@ -107,41 +165,58 @@ class Passes:
         packed = packed.view(panels, lanes, 1 + width).transpose(1, 2).contiguous()
         largest = float(squares.amax())
         # rounding of the products, of their sum and of the samples themselves; of no use beyond the reach of float32
-        error = 2 * (width + 8) * torch.finfo(torch.float32).eps if largest < 1e38 else torch.inf
-        labels = torch.empty(count, dtype=torch.long)
-        gap = torch.empty(count, dtype=self._x.dtype)
+        single, double = (torch.finfo(dtype) for dtype in (torch.float32, torch.float64))
+        terms = 2 * (self._terms + 8)
+        errors = (terms * single.eps if largest < 1e38 else torch.inf, terms * single.tiny, terms * double.eps)
+        pointers = (centers.data_ptr(), squares.data_ptr(), largest, packed.data_ptr())
+        given = _Centers(num_components, *pointers, panels, *errors)
+        into = (labels.data_ptr(), gap.data_ptr())
 
-        def work(first: int, last: int) -> float:
-            into = (labels.data_ptr(), gap.data_ptr())
-            return float(self._library.nearest(samples, first, last, packed.data_ptr(), panels, error, largest, *into))
+        def work(first: int, last: int, own: Tensor | None) -> tuple[int, float]:
+            seen = _Seen()
+            if self._library.nearest(samples, first, last, given, *into, None if own is None else own.data_ptr(), seen):
+                raise MemoryError("no memory is left for a few samples")
+            return seen.changed, seen.largest
 
-        norms = _on_threads(work, count, width * (1 + num_components))
-        if min(norms) < 0:
-            raise MemoryError("no memory is left for a few samples")
-        return labels, gap, max(norms)
+        changed, norms = zip(*self._adding(work, members, count, 1 + num_components), strict=True)
+        return sum(changed), max(norms)
 
-    def add(self, index: Tensor | None, labels: Tensor, old: Tensor | None, num_labels: int) -> Tensor:
-        """What samples that have weight add to their labels, and take from their old ones: the sums of the samples, of
-        their weights, and their number.
+    def loosen(self, labels: Tensor, moved: Tensor, slack: float, gap: Tensor) -> Tensor:
+        """Takes from the bound of each sample how far the centers have moved; the samples for which at most `slack` is
+        left of it.
 
         Shape:
-            - index: `[M]`, all samples where None
+            - labels, gap: `[N]`
+            - moved: float64 `[K]`, by label
+            - output: `[M]`
+        """
+        index = torch.empty(len(labels), dtype=torch.long)
+        moved = moved.contiguous()
+        given, into = (labels.data_ptr(), moved.data_ptr(), slack), (gap.data_ptr(), index.data_ptr())
+
+        def work(first: int, last: int) -> Tensor:
+            return index[first : first + self._library.loosen(first, last, *given, *into)]
+
+        # numpy: torch would copy them on all its threads, which then wait for more on the cores that the passes want
+        found = [part.numpy() for part in _on_threads(work, len(labels), 1)]
+        return torch.from_numpy(found[0] if len(found) == 1 else np.concatenate(found))
+
+    def add(self, index: Tensor, labels: Tensor, old: Tensor, members: Tensor) -> None:
+        """Adds samples that have weight to the sums of their labels, and takes them from those of their old ones, where
+        these are not -1: the sums of the samples, of their weights, and their number.
+
+        Shape:
+            - index: `[M]`
             - labels, old: `[M]`
-            - output: float64 `[num_labels, D + 2]`
+            - members: float64 `[K, D + 2]`
         """
         samples, count = self._samples(index)
-        width = self._x.shape[1]
+        given = (labels.data_ptr(), old.data_ptr())
 
-        def work(first: int, last: int) -> tuple[Tensor, Tensor]:
-            sums = torch.zeros(num_labels, width, dtype=torch.float64)
-            numbers = torch.zeros(2, num_labels, dtype=torch.float64)
-            former = None if old is None else old.data_ptr()
-            into = (sums.data_ptr(), numbers[0].data_ptr(), numbers[1].data_ptr())
-            self._library.add(samples, first, last, labels.data_ptr(), former, *into)
-            return sums, numbers
+        def work(first: int, last: int, own: Tensor) -> None:
+            self._library.add(samples, first, last, *given, own.data_ptr())
 
-        sums, numbers = zip(*_on_threads(work, count, width), strict=True)
-        return torch.cat([torch.stack(sums).sum(dim=0), torch.stack(numbers).sum(dim=0).T], dim=1)
+        self._adding(work, members, count, 1)
 
     def inertia(self, labels: Tensor, centers: Tensor) -> float:
         """Sum of the squared distances of all samples to the centers of their labels, weighted.
@@ -152,16 +227,36 @@ class Passes:
         """
         samples, count = self._samples(None)
         centers = centers.contiguous()
+        norms = centers.square().sum(dim=1)
+        given = (labels.data_ptr(), centers.data_ptr(), norms.data_ptr())
 
         def work(first: int, last: int) -> float:
-            return float(self._library.inertia(samples, first, last, labels.data_ptr(), centers.data_ptr()))
+            return float(self._library.inertia(samples, first, last, *given))
 
-        return sum(_on_threads(work, count, self._x.shape[1]))
+        return sum(self._on_threads(work, count, 1))
 
     def _samples(self, index: Tensor | None) -> tuple[_Samples, int]:
-        where = (self._x, index, self._offset, self._inverse, self._weights)
-        pointers = (None if tensor is None else tensor.data_ptr() for tensor in where)
-        return _Samples(self._x.shape[1], *pointers), len(self._x if index is None else index)
+        x, starts, columns, *others = self._tensors
+        pointers = (None if tensor is None else tensor.data_ptr() for tensor in (x, starts, columns, index, *others))
+        return _Samples(self._shape[1], *pointers), self._shape[0] if index is None else len(index)
+
+    def _adding(
+        self, work: Callable[[int, int, Any], Any], members: Tensor | None, count: int, times: int
+    ) -> list[Any]:
+        """Results of work that adds to members, on members of its own where others work beside it."""
+
+        def part(first: int, last: int) -> tuple[Any, Tensor | None]:
+            own = members if members is None or last - first == count else torch.zeros_like(members)
+            return work(first, last, own), own
+
+        results = self._on_threads(part, count, times)
+        for _, own in results:
+            if own is not members:
+                members += own
+        return [result for result, _ in results]
+
+    def _on_threads(self, work: Callable[[int, int], Any], count: int, times: int) -> list[Any]:
+        return _on_threads(work, count, self._numbers * times)
 
 
 def moments(x: Tensor) -> list[tuple[int, Tensor, Tensor]] | None:
@@ -199,6 +294,7 @@ def _on_threads(work: Callable[[int, int], Any], count: int, width: int) -> list
     parts = max(1, min(torch.get_num_threads(), count * width // _MINIMUM_SHARE))
     if parts == 1:
         return [work(0, count)]
-    bounds = [count * part // parts for part in range(parts + 1)]
-    with ThreadPoolExecutor(parts) as pool:
-        return list(pool.map(work, bounds[:-1], bounds[1:]))
+    first, *others = pairwise(count * part // parts for part in range(parts + 1))
+    with ThreadPoolExecutor(parts - 1) as pool:
+        futures = [pool.submit(work, *bounds) for bounds in others]
+        return [work(*first), *(future.result() for future in futures)]

@@ -39,6 +39,9 @@ class FullResolutionResNet(nn.Module):
         if normalization not in ("batch", "group"):
             raise ValueError(f"normalization must be 'batch' or 'group', got {normalization!r}")
         self.in_channels = in_channels
+        self.normalization = normalization
+        #: the name of the network, whose attribute is the network itself
+        self.given = {"network": network}
         norm = nn.BatchNorm2d if normalization == "batch" else _group_norm
         self.network = getattr(models, network)(weights=None, norm_layer=norm)
         self.network.conv1 = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)

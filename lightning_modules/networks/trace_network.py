@@ -48,6 +48,7 @@ class TraceNetwork(nn.Module):
         if normalization not in ("batch", "group"):
             raise ValueError(f"normalization must be 'batch' or 'group', got {normalization!r}")
         self.in_channels = in_channels
+        self.widths, self.strides, self.normalization = widths, strides, normalization
         layers: list[nn.Module] = []
         for (before, width), stride in zip(pairwise((in_channels, *widths)), strides, strict=True):
             layers += [

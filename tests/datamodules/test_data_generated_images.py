@@ -18,7 +18,7 @@ from jsonargparse import ArgumentParser
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from datamodules import GeneratedImagesDataModule
+from datamodules import GeneratedImagesDataModule, generated_images
 from datamodules._detector_crops import FixedCrops, HistoryCrops, RandomCrop, RandomHistory
 from datamodules._sampler import FixedBatches
 from lightning_modules.imaging import (
@@ -547,8 +547,8 @@ class TestBatches:
         assert torch.allclose(batch["image"][0, 0], expected)
 
     @pytest.mark.parametrize("workers", [0, 1])
-    @pytest.mark.parametrize("cache", [False, True])
-    def test_what_is_seen_depends_on_epoch_and_image_alone(self, root, workers, cache):
+    @pytest.mark.parametrize("room", [0, 20_000, 2**30])
+    def test_what_is_seen_depends_on_epoch_and_image_alone(self, root, workers, room):
         def images(epoch: int, rank: int = 0, ranks: int = 1, **options) -> dict[int, torch.Tensor]:
             data = module(root, **options)
             loader = data.train_dataloader()
@@ -563,14 +563,43 @@ class TestBatches:
                 if weight > 0
             }
 
-        plain, other = images(1), images(1, num_workers=workers, cache=cache, batch_size=3)
+        kept = {"num_workers": workers, "cache_gib": room / 2**30}
+        plain, other = images(1, cache_gib=0), images(1, **kept, batch_size=3)
         assert plain.keys() == other.keys()
         assert all(torch.equal(plain[i], other[i]) for i in plain)
-        halves = [images(1, rank, 2, num_workers=workers, cache=cache) for rank in range(2)]
+        halves = [images(1, rank, 2, **kept) for rank in range(2)]
         assert not halves[0].keys() & halves[1].keys()
         assert (halves[0] | halves[1]).keys() == plain.keys()
         assert all(torch.equal(plain[i], half[i]) for half in halves for i in half)
         assert not images(2).keys() & plain.keys(), "keys change, and with them what is seen"
+
+    def test_decoded_images_stay_within_their_memory(self, root, monkeypatch):
+        decoded = []
+        read = generated_images.read_image
+        monkeypatch.setattr(generated_images, "read_image", lambda path: decoded.append(path) or read(path))
+
+        def epoch(room: float) -> tuple[int, int]:
+            decoded.clear()
+            data = module(root, cache_gib=room / 2**30)
+            data.setup("fit")
+            count = len(decoded)
+            served(data, data.train_dataloader())
+            return count, len(decoded) - count
+
+        images = [read(path) for path in module(root).files("train").paths]
+        drawn = epoch(0)[1]
+        assert epoch(0) == (0, drawn)
+        assert epoch(sum(image.nbytes for image in images)) == (len(images), 0)
+        kept, each = epoch(images[0].nbytes + images[1].nbytes)
+        assert kept == 3, "the third was decoded, and had no room"
+        assert drawn - 2 * -(-drawn // len(images)) <= each < drawn, "two of them are not decoded again"
+
+    def test_the_former_switch_warns_and_works(self, root):
+        for cache, room in ((True, 2.0), (False, 0.0)):
+            with pytest.warns(FutureWarning, match="cache is now cache_gib"):
+                assert module(root, cache=cache).cache_gib == room
+        with pytest.raises(ValueError, match="cache_gib must be a number of GiB, or 0 to keep no image, got nan"):
+            module(root, cache_gib=float("nan"))
 
     def test_uneven_counts_over_two_processes(self, root):
         data = module(root)

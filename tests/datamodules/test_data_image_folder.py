@@ -7,8 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from datamodules import ImageFolderDataModule
-from datamodules import image_folder as image_folder_module
+from datamodules import ImageFolderDataModule, _decoded, image_folder
 from datamodules.image_folder import _scaled
 from lightning_modules.imaging import find_images, read_image
 
@@ -213,9 +212,8 @@ class TestCrops:
                 np.stack([values // 256, values % 256, np.full_like(values, number)], 2).astype(np.uint8)
             ).save(tmp_path / f"{number:02d}.png")
         decoded = []
-        monkeypatch.setattr(
-            image_folder_module, "read_image", lambda path: decoded.append(path.name) or read_image(path)
-        )
+        for module in (image_folder, _decoded):
+            monkeypatch.setattr(module, "read_image", lambda path: decoded.append(path.name) or read_image(path))
 
         def epoch(room: float, seed: int = 0) -> tuple[torch.Tensor, ImageFolderDataModule]:
             options = {"crop_size": 8, "batch_size": 10, "val_fraction": 0.25, "seed": seed}

@@ -3,6 +3,7 @@
 import csv
 import io
 import itertools
+import json
 import os
 from collections import Counter
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 from skimage import data as pictures_of
 from torch import Tensor, nn
 from torchmetrics.functional.classification import binary_auroc
@@ -18,7 +20,7 @@ from torchmetrics.functional.classification import binary_auroc
 from callbacks.detector_report.probe_features import color_features, file_features, fit_linear, predict_linear
 from datamodules import AutoencoderTwins, GeneratedImagesDataModule
 from datamodules._sampler import BalancedBatches
-from datamodules.twins import match_colors
+from datamodules.twins import match_colors, match_power
 from lightning_modules.imaging import read_image
 
 
@@ -268,6 +270,26 @@ class TestTwins:
         cells = matched.unfold(1, 2, 2).unfold(2, 2, 2).flatten(3)
         assert (cells == cells[..., :1]).all(), "pixels that a decoder has made alike stay alike"
 
+    def test_a_decoder_that_blurs_is_not_known_by_its_blur(self) -> None:
+        photograph = torch.from_numpy(pictures_of.coffee()).permute(2, 0, 1)[:, 50:306, 60:380]
+        blurred = torch.from_numpy(gaussian_filter(photograph.float().numpy(), (0, 0.6, 0.6)))
+        stripes = 2.0 * (-1) ** torch.arange(320)  # the trace: at one frequency, in one direction
+        matched = match_power(blurred + stripes, photograph)
+
+        def power(x: Tensor, low: float, high: float) -> float:
+            x = x.double() - x.double().mean()
+            spectrum = np.fft.fft2(x.numpy() * np.hanning(256)[:, None] * np.hanning(320))
+            f = np.hypot(np.fft.fftfreq(256)[:, None], np.fft.fftfreq(320))
+            return float((np.abs(spectrum[:, (low <= f) & (f < high)]) ** 2).sum())
+
+        for low, high in itertools.pairwise((0.05, 0.15, 0.25, 0.35, 0.45)):
+            assert power(matched, low, high) == pytest.approx(power(photograph, low, high), rel=0.1)
+        assert power(blurred, 0.35, 0.45) < 0.3 * power(photograph, 0.35, 0.45)
+        assert matched.mean((1, 2)) == pytest.approx(blurred.mean((1, 2)), abs=0.05)
+        assert (matched * stripes).mean() > 4 * (photograph * stripes).mean().abs(), "the trace is still there"
+        same = match_power(photograph, photograph)
+        assert (same - photograph).abs().max() < 0.01
+
     def test_they_are_made_once(self, root: Path, tmp_path: Path) -> None:
         def paths(network: nn.Module, **options) -> list[Path]:
             twins = AutoencoderTwins("coarse", network, str(tmp_path), max_images=3, **options)
@@ -310,6 +332,35 @@ class TestTwins:
         assert 0 < min(spreads) < 0.05
         assert 0.1 < max(spreads) < 0.21
 
+    def test_another_range_makes_other_twins(self, root: Path, tmp_path: Path) -> None:
+        """Twins of before, whose folder does not name the range, are those of the default."""
+
+        def files(**options) -> object:
+            twins = AutoencoderTwins("coarse", Coarse(), str(tmp_path), max_images=3, **options)
+            return module(root / "zoo", twins=[twins]).files("train")
+
+        files()
+        settings = tmp_path / "coarse" / "twins.json"
+        settings.write_text(
+            json.dumps({k: v for k, v in json.loads(settings.read_text()).items() if k != "value_range"})
+        )
+        files()
+        with pytest.raises(ValueError, match="holds twins by another value_range"):
+            files(value_range=(-1, 1))
+
+    @pytest.mark.parametrize("content", ["nothing", "text", "another", "half"])
+    def test_weights_that_do_not_fit(self, tmp_path: Path, content: str) -> None:
+        path = tmp_path / "decoder.pt"
+        torch.save(nn.Linear(2, 1).state_dict() if content == "another" else Coarse().state_dict(), path)
+        if content == "nothing":
+            path.unlink()
+        elif content != "another":
+            path.write_bytes(b"text" if content == "text" else path.read_bytes()[:200])
+        with pytest.raises((FileNotFoundError, ValueError), match=r"AutoencoderTwins: .*decoder\.pt") as refused:
+            AutoencoderTwins("a", Coarse(), str(tmp_path), weights=str(path))
+        assert "\n" not in str(refused.value)
+        assert len(str(refused.value)) < 400
+
     def test_codes_as_diffusers_wraps_them(self, tmp_path: Path) -> None:
         class Wrapped(Coarse):
             def encode(self, images: Tensor):
@@ -329,6 +380,15 @@ class TestTwins:
             module(root / "zoo", twins=[large]).setup("fit")
         with pytest.raises(ValueError, match="Linear has no method encode"):
             AutoencoderTwins("a", nn.Linear(1, 1), str(tmp_path))
+        gray = nn.Conv2d(1, 1, 1)
+        gray.encode = gray.decode = gray.forward  # type: ignore[assignment]
+        with pytest.raises(ValueError, match=r"gray cannot process an image \[3, 32, 32\]: .*channels") as refused:
+            AutoencoderTwins("gray", gray, str(tmp_path)).twin(torch.rand(3, 32, 32))
+        assert "\n" not in str(refused.value)
+        broken = Coarse()
+        broken.weight.data.fill_(torch.nan)
+        with pytest.raises(ValueError, match="broken makes NaN or infinity"):
+            AutoencoderTwins("broken", broken, str(tmp_path)).twin(torch.rand(3, 32, 32))
         with pytest.raises(ValueError, match="two sources are called zoo"):
             module(root, twins=[AutoencoderTwins("zoo", Coarse(), str(tmp_path))]).setup("fit")
 

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from pathlib import Path
 
 import lightning as L
@@ -10,7 +11,16 @@ import pytest
 import torch
 from PIL import Image
 
-from lightning_modules import GeneratedImageDetector, RawPixels
+from lightning_modules import (
+    FullResolutionResNet,
+    GeneratedImageDetector,
+    GraphDiffusion,
+    NeighborDifferences,
+    RawPixels,
+    RestorationResidual,
+    TraceNetwork,
+)
+from lightning_modules.checkpoints.file import CheckpointError
 from lightning_modules.cli import main
 from lightning_modules.detection import CHANGES, UNSURE, Calibration, changed_views, decide
 from lightning_modules.detection.inputs import DetectorInput
@@ -59,9 +69,27 @@ class TestDecisions:
 
     def test_the_threshold_is_that_of_the_calibration(self) -> None:
         calibration = Calibration()
-        calibration.boundary.fill_(3.0)
+        calibration.boundary.fill_(4.0)
         verdict, _ = decide(torch.tensor([[2.0] * 5]), calibration, torch.tensor([torch.nan]))
         assert verdict.tolist() == [0]
+
+    def test_what_is_too_close_to_the_threshold_is_unsure(self) -> None:
+        calibration = Calibration()
+        calibration.temperature.fill_(2.0)
+        calibration.boundary.fill_(1.0)
+        edge = 2 * math.log(3)  # at temperature 2 the odds are three to one
+        logits = 1 + torch.tensor([edge + 0.01, edge - 0.01, 0.01 - edge, -edge - 0.01])[:, None].expand(-1, 5)
+        verdict, reasons = decide(logits, calibration, torch.full((4,), torch.nan))
+        assert verdict.tolist() == [1, UNSURE, UNSURE, 0]
+        assert reasons == ["", "too close to the threshold", "too close to the threshold", ""]
+
+    def test_at_chance_it_is_unsure_of_everything(self) -> None:
+        logit = torch.randn(400, generator=torch.Generator().manual_seed(0)) * 5
+        calibration = Calibration()
+        calibration.fit(logit, torch.arange(400) % 2)
+        assert calibration.at_chance
+        verdict, _ = decide(logit[:, None].expand(-1, 5), calibration, torch.full((400,), torch.nan))
+        assert (verdict == UNSURE).float().mean() > 0.99
 
     def test_the_changes_are_those_that_are_named(self) -> None:
         crops = torch.from_numpy(pixels(100, 40)[:CROP, :CROP]).permute(2, 0, 1)[None]
@@ -163,6 +191,62 @@ class TestCommand:
         assert message in said
         assert said.count("\n") == 1
         assert not (tmp_path / "out").exists()
+
+
+class Inverted(RawPixels):
+    """One of the user's own."""
+
+
+class Noisy(DetectorInput):
+    """Whose argument is nowhere to be found."""
+
+    def __init__(self, sigma: float) -> None:
+        super().__init__()
+
+    def featurize(self, images: torch.Tensor) -> torch.Tensor:
+        return images
+
+
+class TestBuiltInPython:
+    """The command opens what was trained without it."""
+
+    @staticmethod
+    def saved(path: Path, *parts: object) -> GeneratedImageDetector:
+        module = GeneratedImageDetector(*parts)  # type: ignore[arg-type]
+        module.crops.copy_(torch.tensor([2, CROP]))
+        trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+        trainer.strategy.connect(module)
+        trainer.save_checkpoint(path)
+        return module.eval()
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda: [[NeighborDifferences(3, 5.0)]],
+            lambda: [[RestorationResidual(scale=10.0), NeighborDifferences(), RawPixels()]],
+            lambda: [None, TraceNetwork(3, (8, 16), (1, 2), "group")],
+            lambda: [[RawPixels(2.0), RawPixels()], FullResolutionResNet(6, "resnet18", "group")],
+        ],
+        ids=["differences", "three", "narrow", "resnet"],
+    )
+    def test_whatever_parts_it_has(self, folder: Path, tmp_path: Path, make) -> None:
+        module = self.saved(tmp_path / "any.ckpt", *make())
+        image = str(folder / "grainy.png")
+        main(["detect", image, "-o", str(tmp_path / "out"), "--model", str(tmp_path / "any.ckpt")])
+        found = float(rows(tmp_path / "out")[image]["probability"])
+        assert found == pytest.approx(module.predict_image(image), abs=1e-6)
+
+    def test_what_a_caller_has_to_bring(self, tmp_path: Path) -> None:
+        path = tmp_path / "any.ckpt"
+        for inputs in ([Inverted()], [Noisy(0.1)], [RestorationResidual(GraphDiffusion(patch_size=5))]):
+            module = self.saved(path, [*inputs, RawPixels()])
+            with pytest.raises(CheckpointError, match=r"any\.ckpt"):
+                GeneratedImageDetector.load_from_checkpoint(path)
+            loaded = GeneratedImageDetector.load_from_checkpoint(path, inputs=[*inputs, RawPixels()]).eval()
+            assert loaded.predict_image(IMAGES["grainy"]) == module.predict_image(IMAGES["grainy"])
+        self.saved(path, [Inverted()])
+        loaded = GeneratedImageDetector.load_from_checkpoint(path, allow=[__name__])
+        assert type(loaded.inputs[0]).__qualname__ == "Inverted"
 
 
 def test_prediction_and_command_agree(folder: Path, tmp_path: Path) -> None:
