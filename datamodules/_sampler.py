@@ -103,13 +103,17 @@ class EpochBatches(DistributedSampler[Any]):
             group_begin, group_end = self._span(group, max(min(group + accumulate, last_batch), batch + 1))
             valid = min(self.length, group_end * self.num_replicas) - group_begin * self.num_replicas
             weight = (position < self.length) * ((end - begin) * self.num_replicas * accumulate / valid)
-            yield SampleBatch(place % self.samples, weight.float(), draw(keys, place))
+            yield SampleBatch(place % self.samples, weight.float(), draw(keys, self._drawn(place)))
 
     def _order(self) -> Tensor:
         """Places of an epoch's samples, in order: a sample's position, and beyond the last one that of a repeat."""
         if not self.shuffle:
             return torch.arange(self.length)
         return permutation(self.length, self.seed, self.epoch, _ORDER)
+
+    def _drawn(self, place: Tensor) -> Tensor:
+        """The places that keys are drawn by."""
+        return place
 
     def _span(self, first: int, last: int) -> tuple[int, int]:
         """Returns which of a rank's samples the batches from `first` up to `last` cover."""
@@ -123,27 +127,39 @@ class BalancedBatches(EpochBatches):
     order drawn anew, so that every rank sees all of them; a group begins again, in another order and with other keys,
     when its samples are spent.
 
+    A sample and its original, of another group, come in the same round and with the same key: what tells them apart is
+    then all that differs, and is learned many times as soon.
+
     Args:
         groups: Number of each sample's group, from 0 without a gap.
         batch_size: See `EpochBatches`.
+        originals: Place of the sample that each was made of; its own for one that was made of none. None where all are.
         options: Keywords of `EpochBatches`.
 
     Shape:
         - groups: `[N]`, int64
+        - originals: `[N]`, int64
     """
 
-    def __init__(self, groups: Tensor, batch_size: int, **options: Any) -> None:
+    def __init__(self, groups: Tensor, batch_size: int, originals: Tensor | None = None, **options: Any) -> None:
+        self.originals = torch.arange(len(groups)) if originals is None else originals
         members = [(groups == group).nonzero()[:, 0] for group in range(int(groups.max()) + 1)]
+        members = [own[self.originals[own].argsort(stable=True)] for own in members]
         rounds = math.ceil(len(groups) / len(members))
         super().__init__(rounds * len(members), batch_size, **options)
         self.samples, self.members, self.rounds = len(groups), members, rounds
+        # by which its order is drawn: for samples that were made of others, the group of those
+        self.names = [int(groups[self.originals[own[0]]]) for own in members]
+
+    def _drawn(self, place: Tensor) -> Tensor:
+        index = place % self.samples
+        return place - index + self.originals[index]
 
     def _order(self) -> Tensor:
         columns = []
-        for group, members in enumerate(self.members):
+        for name, members in zip(self.names, self.members, strict=True):
             passes = [
-                members[permutation(len(members), self.seed, self.epoch, _GROUPS, group, number)]
-                + number * self.samples
+                members[permutation(len(members), self.seed, self.epoch, _GROUPS, name, number)] + number * self.samples
                 for number in range(math.ceil(self.rounds / len(members)))
             ]
             columns.append(torch.cat(passes)[: self.rounds])

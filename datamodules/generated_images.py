@@ -48,7 +48,8 @@ class GeneratedImagesDataModule(ImageDataModule):
     never what is reported. To `predict`, `root` may also be any folder, a table without labels, or one image; labels
     are then not looked at.
 
-    Training batches have equally many images of each source and class. Before anything is seen, both classes pass the
+    Training batches have equally many images of each source and class; a photograph and its twin come together, and go
+    through the same. Before anything is seen, both classes pass the
     same random history: they are rescaled by a random kernel, cropped, and encoded as JPEG or WebP of random quality,
     some of them twice. So neither format nor size nor compression need stand for the label. Validation and the test
     condition `history` draw the same, by seed. Nothing else is resized, and no metadata is read but the orientation.
@@ -236,7 +237,16 @@ class GeneratedImagesDataModule(ImageDataModule):
         files = self._dataset("train").files  # type: ignore[attr-defined]
         number = {source: 2 * place for place, source in enumerate(dict.fromkeys(files.sources))}
         groups = torch.tensor([number[source] for source in files.sources]) + files.labels
-        return self._training_loader(lambda length, size, **options: BalancedBatches(groups, size, **options), True)
+        made, first = {twins.name for twins in self.twins}, dict[tuple[str, str], int]()
+        originals = torch.tensor(
+            [
+                first.setdefault((source, path.name), place) if source in made else place
+                for place, (source, path) in enumerate(zip(files.sources, files.paths, strict=True))
+            ]
+        )
+        return self._training_loader(
+            lambda length, size, **options: BalancedBatches(groups, size, originals, **options), True
+        )
 
     def test_dataloader(self) -> list[DataLoader[Any]]:  # type: ignore[override]
         """Returns one loader for each condition, all over the same images."""

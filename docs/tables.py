@@ -460,6 +460,22 @@ def detector_asked(found: list[Row]) -> Columns:
     return ["what", "must", "mean", "worst", ""], _asked(found)
 
 
+@table("detector_trace")
+def detector_trace(found: list[Row]) -> Columns:
+    steps = (100, 200, 300)
+    header = ["history", "batches", "images", *(f"after {count} steps" for count in steps), "loss then"]
+    return header, (
+        [
+            f"{row['history']}, after none" if row["after none"] else row["history"],
+            "of pairs" if row["pairs"] else "at random",
+            f"{row['images']:.0f}",
+            *(f"{row[f'auroc {count}']:.2f}" for count in steps),
+            f"{row[f'loss {steps[-1]}']:.2f}",
+        ]
+        for row in found
+    )
+
+
 def _asked(found: list[Row]) -> Iterable[list[str]]:
     left_out = [row for row in found if row["left out"] != "none"]
     groups = {

@@ -163,6 +163,32 @@ class TestBalance:
         assert sorted(whole) == sorted(parts[0] + parts[1])
         assert all({int(groups[i]) for i, _ in part} == {0, 1} for part in parts)
 
+    def test_a_photograph_and_its_twin_come_together_and_go_through_the_same(self, root: Path, tmp_path: Path) -> None:
+        twins = AutoencoderTwins("coarse", Coarse(), str(tmp_path / "cache"))
+        data = module(root, twins=[twins], batch_size=8, augment=False)  # a round
+        files, rounds = data.files("train"), 0
+        for epoch in range(2):
+            loader = data.train_dataloader()
+            loader.sampler.set_epoch(epoch)  # type: ignore[union-attr]
+            for batch in loader:
+                sources = [files.sources[i] for i in batch["index"]]
+                own = [k for k, source in enumerate(sources) if source == "coarse"]
+                assert sorted(int(batch["label"][k]) for k in own) == [0, 1]
+                assert len({files.paths[int(batch["index"][k])].name for k in own}) == 1
+                assert len({int(batch["key"][k]) for k in own}) == 1
+                assert len(set(batch["key"].tolist())) == len(sources) - 1, "all others have their own"
+                rounds += 1
+        assert rounds > 4
+
+    def test_a_group_of_copies_follows_the_order_of_its_originals(self) -> None:
+        groups = torch.tensor([0] * 5 + [1] * 5)
+        originals = torch.tensor([0, 1, 2, 3, 4, 3, 0, 4, 1, 2])
+        sampler = BalancedBatches(groups, 2, originals, shuffle=True, seed=1)
+        pairs = list(sampler)
+        assert all(int(originals[batch.index].unique().numel()) == 1 for batch in pairs)
+        assert all(int(batch.key.unique().numel()) == 1 for batch in pairs)
+        assert len({int(batch.key[0]) for batch in pairs}) == len(pairs) == 5
+
 
 class TestMatching:
     def test_sizes(self, root: Path) -> None:
