@@ -112,7 +112,18 @@ class ImageDataModule(GuardedCheckpoint, L.LightningDataModule, ABC):
         if self.trainer is not None and not self._seed_is_given:
             self._seed = self.trainer.strategy.broadcast(seed)  # `seed_everything: true` may differ by process
         for split in _SPLITS[stage]:
-            self._dataset(split)
+            count = len(self._dataset(split))
+            for verb in ("validate", "test"):  # Lightning's stages are equal to these names, and print as others
+                if stage == verb and not count:
+                    raise ValueError(f"there is nothing to {verb} on: hold some data out, as with val_fraction=0.1")
+
+    def has_split(self, split: Split) -> bool:
+        """Tells whether a split has samples; of one that has not been loaded that is assumed.
+
+        Args:
+            split: `train`, `val`, `test` or `predict`.
+        """
+        return split not in self._data or len(self._data[split]) > 0
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Returns the training batches: shuffled anew in each epoch, or fixed under `overfit_batches`."""

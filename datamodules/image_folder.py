@@ -127,6 +127,10 @@ class ImageFolderDataModule(ImageDataModule):
             converted["image"] = turn(converted["image"], batch["key"])
         return converted
 
+    def has_split(self, split: Split) -> bool:
+        """Tells whether a split has samples; those that are held out are tested on as well."""
+        return super().has_split("val" if split == "test" else split)
+
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Returns the validation batches; no loader at all where no image is held out."""
         return super().val_dataloader() if len(self._dataset("val")) else []

@@ -110,6 +110,12 @@ class PatchDataModule(ImageDataModule):
         """Returns the training batches, in order unless `shuffle` is set."""
         return self._training_loader(EpochBatches, self.shuffle)
 
+    def has_split(self, split: Split) -> bool:
+        """Tells whether a split has samples: what is held out to validate and test on, a folder to predict."""
+        if split == "predict":
+            return (self.predict_root or self.root) is not None
+        return super().has_split("val" if split == "test" else split)
+
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Returns the validation batches; no loader at all where nothing is held out."""
         return super().val_dataloader() if len(self._dataset("val")) else []

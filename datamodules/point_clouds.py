@@ -95,6 +95,10 @@ class PointCloudDataModule(ImageDataModule):
         """Leaves the clouds as they are: nothing that turning or mirroring would add is lost on the denoiser."""
         return batch
 
+    def has_split(self, split: Split) -> bool:
+        """Tells whether a split has samples; those that are held out are tested on as well."""
+        return super().has_split("val" if split == "test" else split)
+
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Returns the validation batches; no loader at all where no file is held out."""
         return super().val_dataloader() if len(self._dataset("val")) else []

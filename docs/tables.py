@@ -94,7 +94,13 @@ def markdown(header: list[str], lines: Iterable[list[str]], record: str) -> str:
         return f"{table}\n\n*{source}, from before records held more than their rows.*"
     threads = "one thread" if made["threads"] == 1 else f"{made['threads']} threads"
     where = f"{threads} of {made['processor']}, torch {made['versions']['torch'].partition('+')[0]}"
-    return f"{table}\n\n*{source}: `{made['command']}`\nat {made['commit'][:8]}, {where}.*"
+    written = Path(made["command"].partition("--json ")[2].partition(" ")[0]).stem
+    of = ":" if written == record else ": in part by"  # put together of several runs, or a part of one
+    earlier = dict.fromkeys(
+        row["commit"][:8] for row in rows(record) if row.get("commit", made["commit"]) != made["commit"]
+    )
+    others = f"; other rows at {', '.join(earlier)}" if earlier else ""
+    return f"{table}\n\n*{source}{of} `{made['command']}`\nat {made['commit'][:8]}, {where}{others}.*"
 
 
 def ms(value: float) -> str:

@@ -5,7 +5,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from dataclasses import replace as replaced
 from typing import Any, Literal
 
@@ -53,8 +53,8 @@ class LearnedParameters:
 
     parameters: dict[str, Any]
     errors: dict[str, Any]
-    history: list[dict[str, Any]]
-    operator: "LearnedOperator"
+    history: list[dict[str, Any]] = field(repr=False)
+    operator: "LearnedOperator" = field(repr=False)
 
 
 class LearnedOperator(RestorationOperator):
@@ -466,6 +466,9 @@ def _quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*does not have many workers")
             warnings.filterwarnings("ignore", ".*GPU available but not used")
+            warnings.filterwarnings(
+                "ignore", r".*isinstance\(treespec, LeafSpec\)"
+            )  # lightning, of newer versions of torch
             # The module looks at the labels before they leave the host; our DataModules have no hook there.
             warnings.filterwarnings("ignore", "You have overridden `on_before_batch_transfer` in `LightningModule`")
             yield

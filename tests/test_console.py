@@ -1,11 +1,13 @@
 """What the command prints and leaves behind: a sentence for a wrong value, one run a training, and Ctrl-C."""
 
 import os
+import re
 import signal
 import threading
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -141,8 +143,13 @@ def test_control_c_leaves_what_goes_on_as_if_nothing_had_happened(
         assert torch.equal(value, resumed["state_dict"][name]), name
 
 
-def test_what_is_evaluated_is_within_the_run_and_a_table(capsys: pytest.CaptureFixture[str]) -> None:
-    _run([])
+def test_what_is_evaluated_is_within_the_run_and_a_table(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        _run([])
+    verbs = re.findall(r"^  lightning-em (\w+)", caplog.text.partition("Next:")[2], re.MULTILINE)
+    assert verbs == ["validate", "test", "predict", "fit"]
     assert "lightning.pytorch" not in capsys.readouterr().err
     last = Path("logs/demo/version_0/checkpoints/last.ckpt")
     for verb in ("validate", "test", "predict"):
@@ -162,3 +169,25 @@ def test_what_is_evaluated_is_within_the_run_and_a_table(capsys: pytest.CaptureF
         text = events.Tensors("results/text_summary")[-1].tensor_proto.string_val[0].decode()
         assert f"| {prefix}/psnr |" in text
         assert f"| {prefix}/ssim |" in text
+
+
+def test_next_names_what_has_something_to_do(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    np.save("rows.npy", np.concatenate([np.random.default_rng(0).normal(c, 1, (60, 2)) for c in (-4, 4)]))
+    mixture = ["-c", "gaussian_mixture", "--data.array=rows.npy", "--model.num_components=2"]
+    with caplog.at_level("INFO"):
+        main(["fit", *mixture])
+    said = caplog.text.partition("Next:")[2] + capsys.readouterr().err
+    assert "lightning-em" not in said, "nothing is held out, nothing restored, and it has converged"
+    assert "tensorboard --logdir" in said
+    assert "across ranks is zero" not in said
+    last = "logs/gaussian_mixture/version_0/checkpoints/last.ckpt"
+    for verb in ("validate", "test"):
+        with pytest.raises(SystemExit, match=f"there is nothing to {verb} on: hold some data out"):
+            main([verb, *mixture, f"--ckpt_path={last}"])
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        main(["fit", *mixture, "--data.val_fraction=0.2", "--trainer.max_epochs=1", "--model.tol=0"])
+    verbs = re.findall(r"^  lightning-em (\w+)", caplog.text.partition("Next:")[2], re.MULTILINE)
+    assert verbs == ["validate", "test", "fit"]

@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -235,8 +236,11 @@ def test_global_random_numbers_are_left_alone() -> None:
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    learn_parameters(blur, {"width": (0.3, 3.0)}, pictures(4), noise_std=0.1, steps=1, progress=False)
+    with warnings.catch_warnings(record=True, action="always") as seen:
+        learned = learn_parameters(blur, {"width": (0.3, 3.0)}, pictures(4), noise_std=0.1, steps=1, progress=False)
     assert torch.equal(torch.rand(2), expected)
+    assert not [str(each.message) for each in seen if "LeafSpec" in str(each.message)], "that is Lightning's"
+    assert repr(learned) == f"LearnedParameters(parameters={learned.parameters}, errors={learned.errors})"
 
 
 class Counter:

@@ -27,11 +27,12 @@ import lightning as L
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 # Importing the packages is what makes their classes known by their short names on the command line.
 import callbacks
@@ -62,7 +63,9 @@ from lightning_modules.cli.stopping import INTERRUPTED, StopBetweenSteps
 
 # The mode of `test` that leaves each source out in turn.
 _FOLDS = "--leave_one_source_out"
-# What a shell has as the code of a command that Ctrl-C has ended.
+# The split that each command takes after a fit, and what a module calls its step where that differs.
+_SPLITS = {"validate": "val", "test": "test", "predict": "predict"}
+_STEPS = {"validate": "validation"}
 # Seconds that a rank which is to end has for what remains.
 _PATIENCE = 10.0
 
@@ -220,21 +223,32 @@ class EMCommand(LightningCLI):
             self.trainer.test(model, **options)
 
     def after_fit(self) -> None:
-        """Say what to run next: what evaluates the newest state, and what goes on from it."""
+        """Say what to run next that has something to do: what evaluates the newest state, and what goes on from it."""
         best, last = checkpoint_paths(self.trainer)
         if not (best or last) or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         root = _relative(self.trainer.log_dir or self.trainer.default_root_dir)
         words = _without("--ckpt_path", [word for word in self._arguments if word != "fit"])
         # As the closing line and the pages have it, the state that the run has ended with; the best is named above.
-        lines = [self._next(verb, words, last or best) for verb in ("validate", "test", "predict")]
-        if last:
+        lines = [self._next(verb, words, last or best) for verb in _SPLITS if self._is_useful(verb)]
+        if last and not getattr(self.model, "converged", False):
             limit = self.trainer.max_epochs or -1
             if 0 < limit <= self.trainer.current_epoch and not self.trainer.interrupted:
                 words = [*_without("--trainer.max_epochs", words), "--trainer.max_epochs", str(2 * limit)]
             lines.append(self._next("fit", words, last))
         lines.append(f"  tensorboard --logdir {root}")
         rank_zero_info("\nNext:\n" + "\n".join(lines))
+
+    def _is_useful(self, verb: str) -> bool:
+        """Whether a command has something to do: steps, samples, and what writes predictions."""
+        if verb == "predict" and not any(isinstance(c, BasePredictionWriter) for c in self.trainer.callbacks):  # type: ignore[attr-defined]
+            return False
+        if self.datamodule is not None:
+            has_split = getattr(self.datamodule, "has_split", None)
+            loader = f"{_SPLITS[verb]}_dataloader"
+            if not (has_split(_SPLITS[verb]) if has_split else is_overridden(loader, self.datamodule)):
+                return False
+        return verb == "predict" or is_overridden(f"{_STEPS.get(verb, verb)}_step", self.model)
 
     @staticmethod
     def _next(verb: str, words: Sequence[str], checkpoint: str) -> str:

@@ -142,11 +142,6 @@ def output_names(names: list[str], rename: Callable[[str], str] | None = None, s
         outputs.update({name: name + suffix for name in colliding})
 
 
-def png_name(name: str) -> str:
-    """Returns a name with the suffix `.png`; a name that leads out of the folder it is written to is refused."""
-    return str(_below_root(name).with_suffix(".png"))
-
-
 def _below_root(name: str) -> PurePosixPath:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or not path.name:

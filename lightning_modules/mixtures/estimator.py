@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import fields
+from functools import wraps
 from inspect import Parameter, Signature, signature
 from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, Self
@@ -133,14 +134,26 @@ class MixtureEstimator(DensityMixin, BaseEstimator):
         self.device = device
 
     def __init_subclass__(cls, **keywords: Any) -> None:
-        """Writes the arguments that a constructor hands on into its signature, where scikit-learn reads them."""
+        """Writes the arguments that a constructor hands on into its signature, where scikit-learn reads them; others
+        are refused in the name of the class that was called, not of the base that they would have reached.
+        """
         super().__init_subclass__(**keywords)
-        if "__init__" in vars(cls):
-            own = [p for p in signature(cls.__init__).parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
-            handed_on = signature(super(cls, cls).__init__).parameters.values()
-            names = {parameter.name for parameter in own}
-            merged = Signature([*own, *(parameter for parameter in handed_on if parameter.name not in names)])
-            setattr(cls.__init__, "__signature__", merged)  # noqa: B010  (mypy knows no such attribute)
+        if "__init__" not in vars(cls):
+            return
+        constructor: Callable[..., None] = vars(cls)["__init__"]
+        own = [p for p in signature(constructor).parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
+        handed_on = signature(super(cls, cls).__init__).parameters.values()
+        names = {parameter.name for parameter in own}
+        merged = Signature([*own, *(parameter for parameter in handed_on if parameter.name not in names)])
+
+        @wraps(constructor)
+        def checked(self: Any, *values: Any, **options: Any) -> None:
+            if unknown := [name for name in options if name not in merged.parameters]:
+                raise TypeError(f"{type(self).__name__}.__init__() got an unexpected keyword argument {unknown[0]!r}")
+            constructor(self, *values, **options)
+
+        setattr(checked, "__signature__", merged)  # noqa: B010  (mypy knows no such attribute)
+        setattr(cls, "__init__", checked)  # noqa: B010  (nor that a method may be put in place of another)
 
     # --------------------------------------------------------------------------------------- fitting
 

@@ -49,9 +49,11 @@ _FINE = 0.4
 _ALIKE, _MAX_SPREAD = 0.25, 2.2
 _CAMERA_ALIKE, _LEARNED_ALIKE, _MAX_DECLINE, _MAX_CAMERA_SPREAD = 0.18, 0.14, 1.3, 10.0
 # Simulated cameras speak for noise where the level that they speak for is above this, by so many standard deviations;
-# by themselves where it is above the second, and that of its logarithm is small; and against white noise and noise of
-# the colors if it is so many times as much.
+# by themselves where it is above the second, and that of its logarithm is small; against white noise and noise of the
+# colors if it is so many times as much; and for a share of the blocks that EM has not found where it is above the last,
+# and that of its logarithm no larger than in texture that they take for noise.
 _LEAST_LEARNED, _SURE, _LEAST_SURE, _MAX_DOUBT, _MUCH_MORE = 1.0 / 255, 2.0, 2.0 / 255, 0.1, 1.5
+_LEAST_ALONE, _MAX_DOUBT_ALONE = 3.0 / 255, 0.16
 # Standard deviation of the logarithm of EM's level, beside that of the learned one; and by which factor it is higher
 # where it counts no longer.
 _EM_DOUBT, _MAX_DISAGREEMENT = 0.2, 3.0
@@ -348,9 +350,11 @@ def _of_image(image: Tensor, white: NoiseModel, kind: str) -> NoiseModel:
     spread, decline = _unevenness(whole, common)
     fine = float(common.spectrum[:, whole.bands.frequency > 0.7].mean())
     is_camera = spread < _MAX_CAMERA_SPREAD and decline < _MAX_DECLINE and fine < _MAX_FINE
-    is_camera = is_camera and float(common.weight[0]) > (_CAMERA_ALIKE if learned is None else _LEARNED_ALIKE)
-    if learned is not None:
-        is_camera = is_camera and learned[0] * math.exp(-_SURE * learned[1]) > _LEAST_LEARNED
+    at_least = 0.0 if learned is None else learned[0] * math.exp(-_SURE * learned[1])
+    if learned is None:
+        is_camera = is_camera and float(common.weight[0]) > _CAMERA_ALIKE
+    elif at_least < _LEAST_ALONE or learned[1] > _MAX_DOUBT_ALONE:
+        is_camera = is_camera and float(common.weight[0]) > _LEARNED_ALIKE and at_least > _LEAST_LEARNED
     is_sure = sure > max(_LEAST_SURE, _MUCH_MORE * float(white.level))
     is_camera = (is_camera or is_sure) and _mean_level(whole, common) > least
     if is_alike and not is_camera:

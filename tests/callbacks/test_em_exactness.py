@@ -1,35 +1,21 @@
 """The same run, shared out, accumulated, in half precision, killed and resumed."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from em_runs import SmoothImages, make_module, make_rule, make_trainer, real_float16, run
+from launching import launch
 
 from callbacks import EMParameterCallback
 
 SCRIPT = Path(__file__).with_name("em_runs.py")
-PROJECT = Path(__file__).parents[2]
 # Rules; and what is compared in float64: assignments that learn on their own (regimes without clean images, prototypes
 # of classes), and rules that divide by differences of gradients.
 RULES, ASSIGNMENTS, CURVATURES = ("gradient", "sign"), ("mixture", "similarity"), ("newton", "bayesian", "spsa")
 DOUBLES = ASSIGNMENTS + CURVATURES
 KINDS = RULES + DOUBLES
-
-
-def launch(*words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", str(SCRIPT), *map(str, words)],
-        cwd=PROJECT,
-        env={**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +47,7 @@ def test_rows_and_unlabelled_images_learn(single: dict[str, dict[str, Any]]) -> 
 
 
 def test_two_processes_equal_one(single: dict[str, dict[str, Any]], tmp_path: Path) -> None:
-    done = launch("--devices", 2, "--batch-size", 8, "--rules", *RULES, "--out", tmp_path / "ddp.pt")
+    done = launch(SCRIPT, "--devices", 2, "--batch-size", 8, "--rules", *RULES, "--out", tmp_path / "ddp.pt")
     assert done.returncode == 0, done.stderr[-3000:]
     shared_out = torch.load(tmp_path / "ddp.pt", weights_only=True)
     for rule in RULES:
@@ -74,7 +60,7 @@ def test_two_processes_equal_one(single: dict[str, dict[str, Any]], tmp_path: Pa
 
 def test_two_processes_equal_one_in_float64(double: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     words = ("--devices", 2, "--batch-size", 8, "--precision", "64-true", "--rules", *DOUBLES)
-    done = launch(*words, "--out", tmp_path / "ddp.pt")
+    done = launch(SCRIPT, *words, "--out", tmp_path / "ddp.pt")
     assert done.returncode == 0, done.stderr[-3000:]
     shared_out = torch.load(tmp_path / "ddp.pt", weights_only=True)
     for kind in DOUBLES:
@@ -137,7 +123,7 @@ def test_bfloat16_mixed_runs_close_to_float32(single: dict[str, dict[str, Any]],
 
 @pytest.mark.parametrize("kind", ["gradient", *CURVATURES, "mixture", "similarity"])
 def test_killed_and_resumed_equals_uninterrupted(kind: str, single: dict[str, dict[str, Any]], tmp_path: Path) -> None:
-    killed = launch("--kill", 4, "--rules", kind, "--out", tmp_path / "never.pt")
+    killed = launch(SCRIPT, "--kill", 4, "--rules", kind, "--out", tmp_path / "never.pt")
     assert killed.returncode == -9, killed.stderr[-3000:]
     assert not (tmp_path / "never.pt").exists()
     resumed = run(tmp_path / "resumed", kind, ckpt=tmp_path / kind / "epoch=3.ckpt")

@@ -78,6 +78,15 @@ def test_clones_pipelines_and_searches() -> None:
     assert search.best_params_ == {"n_components": 3}
 
 
+@pytest.mark.parametrize("kind", [GaussianMixtureEstimator, StudentTMixtureEstimator])
+def test_an_argument_that_there_is_not_is_refused_by_the_class_that_was_called(kind: Any) -> None:
+    with pytest.raises(
+        TypeError, match=rf"^{kind.__name__}.__init__\(\) got an unexpected keyword argument 'n_component'"
+    ):
+        kind(n_component=3)
+    assert kind(n_components=3).n_components == 3
+
+
 def test_errors_are_of_scikit_learns_kinds() -> None:
     x = samples()
     for estimator in (GaussianMixtureEstimator, KMeansEstimator):

@@ -1,6 +1,7 @@
 """Noise models from noisy images alone: what was sampled is found, and white noise stays white."""
 
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from skimage import data
 from torch import Tensor
 
 from lightning_modules import restore
+from lightning_modules.imaging import read_image
 from lightning_modules.noise import NoiseModel, estimate_noise_model, estimate_noise_models, estimate_noise_std
 from lightning_modules.operators import TotalVariation
 
@@ -167,3 +169,24 @@ def test_images_of_a_camera_share_their_noise() -> None:
         torch.testing.assert_close(own.level, other.level)
     with pytest.raises(ValueError, match="got 1 for 3 images"):
         estimate_noise_models(noisy, ["A"])
+
+
+@pytest.mark.parametrize("name", ["5dmark3_iso3200_3", "d600_iso3200_3", "d800_iso6400_2"])
+def test_noise_of_cameras_is_seen_where_few_blocks_are_flat(name: str, shared_data: Path) -> None:
+    noisy_file = next((shared_data / "real_noise" / "CC15").glob(f"{name}_real*"), None)
+    if noisy_file is None:
+        pytest.skip("CC15 is not there")
+    noisy, clean = (
+        read_image(path).float() / 255
+        for path in (noisy_file, noisy_file.with_name(noisy_file.name.replace("_real", "_mean")))
+    )
+    true = float((noisy - clean).var((1, 2)).mean().sqrt())
+    assert 0.6 * true < float(estimate_noise_model(noisy[None]).level) < 1.4 * true
+
+
+@pytest.mark.parametrize("name", ["130034", "108004", "326038"])
+def test_texture_all_over_is_no_noise_of_cameras(name: str, shared_data: Path) -> None:
+    file = shared_data / "denoise" / "CBSD432" / f"{name}.jpg"
+    if not file.is_file():
+        pytest.skip("CBSD432 is not there")
+    assert bool(estimate_noise_model(read_image(file)[None].float() / 255).is_white)

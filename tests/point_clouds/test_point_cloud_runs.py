@@ -1,6 +1,5 @@
 """Parameters of point clouds learned by any number of processes, after any kill, and by the command."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from cloud_runs import EPOCHS, STEPS, run
+from launching import PROJECT, launch
 from torch import Tensor
 
 from datamodules import PointCloudDataModule
@@ -17,19 +17,8 @@ from lightning_modules import PointCloudReconstruction
 from lightning_modules.cli import build
 from lightning_modules.point_clouds.files import read_cloud
 
-SCRIPT, PROJECT = Path(__file__).with_name("cloud_runs.py"), Path(__file__).parents[2]
+SCRIPT = Path(__file__).with_name("cloud_runs.py")
 pytest.importorskip("plyfile")
-
-
-def launch(*words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", str(SCRIPT), *map(str, words)],
-        cwd=PROJECT,
-        env={**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +35,13 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: floa
 
 
 def test_two_processes_equal_one(single: dict[str, Any], tmp_path: Path) -> None:
-    done = launch("--devices", 2, "--batch-size", 1, "--out", tmp_path / "ddp.pt")
+    done = launch(SCRIPT, "--devices", 2, "--batch-size", 1, "--out", tmp_path / "ddp.pt")
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same(torch.load(tmp_path / "ddp.pt", weights_only=True), single, 1e-5)
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_been(single: dict[str, Any], tmp_path: Path) -> None:
-    done = launch("--kill", "--out", tmp_path / "none.pt")
+    done = launch(SCRIPT, "--kill", "--out", tmp_path / "none.pt")
     assert done.returncode < 0
     checkpoint = max(tmp_path.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
     resumed = run(tmp_path / "resumed", ckpt=checkpoint)
