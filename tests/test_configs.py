@@ -231,7 +231,8 @@ def test_a_command_that_is_none(words: list[str], code: int, capsys: pytest.Capt
     said = capsys.readouterr()
     if words:
         known = "fit, validate, test, predict, restore, adapt, detect"
-        assert said.err == f"lightning-em: no command {words[0]}: there are {known}\n"
+        meant = {"restor": "restore", "fits": "fit"}[words[0]]
+        assert said.err == f"lightning-em: no command {words[0]}: there are {known}: did you mean {meant}?\n"
     else:
         assert "usage: lightning-em COMMAND" in said.out
 
@@ -340,8 +341,10 @@ def test_each_source_is_left_out_and_the_same_command_goes_on(
         patch.setattr(StopBetweenSteps, "on_train_batch_end", lambda *_: signal.raise_signal(signal.SIGINT))
         patch.setattr(StopBetweenSteps, "on_train_start", lambda *_: None)
         patch.setattr(folds, "rank_zero_info", said.append)
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         with pytest.raises(SystemExit) as stopped:
             main(words)
+        signal.signal(signal.SIGINT, before)
     assert stopped.value.code == 130
     assert said[-1] == "\nstopped: the same command goes on"
     assert not [*Path("logs").rglob("detector_report.csv")], "what was stopped is not tested"
