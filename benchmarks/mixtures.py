@@ -77,22 +77,33 @@ def start_of(x: Tensor, components: int) -> dict[str, np.ndarray]:
     }
 
 
-def compare_mixture(x: Tensor, components: int, iterations: int, rounds: int) -> list[dict[str, Any]]:
-    """Seconds per iteration and mean log-likelihood after equal iterations from equal starts, full covariances.
+def compare_mixture(x: Tensor, components: int, iterations: int, rounds: int, covariances: str) -> list[dict[str, Any]]:
+    """Seconds per iteration and mean log-likelihood after equal iterations from equal starts.
 
     The machine's speed drifts: every round times each of them once, one after the other, and medians are compared.
     """
-    start = start_of(x, components)
+    start: dict[str, Any] = start_of(x, components) | {"covariance_type": covariances}
+    variances = 1 / np.linalg.inv(start["precisions_init"]).diagonal(axis1=1, axis2=2)
+    if covariances != "full":
+        start["precisions_init"] = variances if covariances == "diag" else variances.mean(axis=1)
     fits: dict[str, Callable[[int], float]] = {}
     for name, make in (("scikit-learn", GaussianMixture), ("lightning-em", GaussianMixtureEstimator)):
         for dtype in (np.float64, np.float32):
-            rows, given = x.numpy().astype(dtype), {key: value.astype(dtype) for key, value in start.items()}
+            rows, given = (
+                x.numpy().astype(dtype),
+                {key: value.astype(dtype) if isinstance(value, np.ndarray) else value for key, value in start.items()},
+            )
             if dtype == np.float32:
                 given["weights_init"] = given["weights_init"] / given["weights_init"].sum()
             fits[f"{name} {np.dtype(dtype).name}"] = partial(fit_estimator, make, components, rows, given)
-    fits["pomegranate float32"] = partial(fit_pomegranate, x.float(), start)
+    if covariances == "full":
+        fits["pomegranate float32"] = partial(fit_pomegranate, x.float(), start)
+    least: dict[str, Callable[[], float]] = {
+        "the two matrix products": lambda: seconds_of_products(x, components, covariances),
+        "reading the rows": lambda: median_seconds(x.sum, 5),
+    }
 
-    times: dict[str, list[float]] = {name: [] for name in (*fits, "the two matrix products")}
+    times: dict[str, list[float]] = {name: [] for name in (*fits, *least)}
     likelihoods: dict[str, float] = {}
     failed: dict[str, str] = {}
     for number in range(rounds):
@@ -111,8 +122,9 @@ def compare_mixture(x: Tensor, components: int, iterations: int, rounds: int) ->
                 continue
             once, more = moments[1] - moments[0], moments[2] - moments[1]
             times[name].append((more - once) / iterations)
-        times["the two matrix products"].append(seconds_of_products(x, components))
-    common = {"work": "an iteration of EM, full covariances", "rows": len(x), "width": x.shape[1]}
+        for name, work in least.items():
+            times[name].append(work())
+    common = {"work": f"an iteration of EM, {covariances} covariances", "rows": len(x), "width": x.shape[1]}
     results: list[dict[str, Any]] = []
     ours = statistics.median(times["lightning-em float64"])
     for name, values in times.items():
@@ -147,13 +159,15 @@ def fit_pomegranate(rows: Tensor, start: dict[str, np.ndarray], steps: int) -> f
     return float(model.fit(rows).log_probability(rows).double().mean())
 
 
-def seconds_of_products(x: Tensor, components: int) -> float:
+def seconds_of_products(x: Tensor, components: int, covariances: str) -> float:
     """The two matrix products of an iteration on the same shapes, and nothing else."""
+    shape = {"full": (x.shape[1],) * 2, "diag": (x.shape[1],), "spherical": ()}[covariances]
+    unit = torch.eye(x.shape[1], dtype=torch.float64) if covariances == "full" else torch.ones(shape).double()
     theta = MixtureParameters(
-        "full",
+        covariances,
         torch.full((components,), 1 / components, dtype=torch.float64),
         x[:components],
-        torch.eye(x.shape[1], dtype=torch.float64).expand(components, -1, -1),
+        unit.expand(components, *shape),
     ).components(centered=False)
     assert theta.coefficients is not None
     step = theta.samples_per_chunk
@@ -327,7 +341,8 @@ def main() -> None:
             )
 
     with threadpool_limits(given.threads):
-        report(*compare_mixture(x, given.components, given.iterations, given.rounds))
+        for covariances in ("full", "diag", "spherical"):
+            report(*compare_mixture(x, given.components, given.iterations, given.rounds, covariances))
         algorithm = faster_algorithm(others, given.components)
         for length in (300, 60, 20, 4, 1):
             report(*compare_kmeans(x.numpy(), given.components, length, given.rounds, algorithm))
