@@ -156,7 +156,7 @@ def _passes(z: Rows, weights: Tensor | None) -> Passes | None:
     """The compiled passes over samples, where there are any."""
     if isinstance(z, SparseRows):
         compiled = library(z.dtype)
-        return None if compiled is None else Passes(compiled, z.matrix, None, weights)
+        return None if compiled is None else Passes(compiled, z.to(z.dtype).matrix, None, weights)
     x, frame = z.x if isinstance(z, FramedRows) else z, None
     if isinstance(z, FramedRows):
         offset, scale = (numbers.double() for numbers in (z.standardizer.offset, z.standardizer.scale))
@@ -319,12 +319,13 @@ class _TorchNearestCenters(_NearestCenters):
         return len(index)
 
     def _add(self, index: Tensor, labels: Tensor, old: Tensor) -> None:
-        for now, sign in ((labels, 1), (old, -1)):
-            if not len(index) or (sign < 0 and int(now[0]) < 0):
-                continue
-            is_all = len(index) == self.z.shape[0]
-            samples = self.z if is_all else self.z.index_select(0, index)
-            weights = self.weights if is_all or self.weights is None else self.weights[index]
+        if not len(index):
+            return
+        # at the start they are all, in order: elsewhere as many may come in another
+        is_start = int(old[0]) < 0
+        samples = self.z if is_start else self.z.index_select(0, index)
+        weights = self.weights if is_start or self.weights is None else self.weights[index]
+        for now, sign in ((labels, 1),) if is_start else ((labels, 1), (old, -1)):
             # samples of weight 0 are no members: a center that has only those is without samples
             counted = None if weights is None else (weights > 0).double()
             for target, value in ((self.weight, weights), (self.count, counted)):
