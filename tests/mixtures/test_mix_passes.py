@@ -309,7 +309,7 @@ def test_the_comparison_with_torch_uses_torch(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_all_samples_given_to_lost_centers_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.tensor([[0.0], [10.0]], dtype=torch.float64)
+    x = torch.tensor([[0.0], [0.0], [10.0]], dtype=torch.float64)
     start = torch.tensor([[4.0], [100.0], [200.0]], dtype=torch.float64)
     for result in (lloyd(x, start, 1), in_torch(monkeypatch, x, start, 1)):
         assert result.inertia == 0
